@@ -1,0 +1,79 @@
+"""Draws the parameters of the augmentation of a batch in one vectorised call.
+
+Contract: row i of the result is a function of (config, seed, epoch, indices[i]) alone. The distributions are those of
+torchvision's RandomHorizontalFlip, RandomRotation, ColorJitter (its order drawn for each image), RandomAdjustSharpness
+and RandomErasing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_cifar.config import AugmentConfig
+from dist_cifar.rng import STREAM_AUGMENT, uniform
+
+SIDE = 32
+"""Height and width of an image in pixels."""
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+
+_ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), np.uint8)
+_ERASING_ATTEMPTS = 10
+_DRAWS = 8 + 4 * _ERASING_ATTEMPTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentParams:
+    """Parameters of n images; a value that changes nothing stands where an operation was not drawn."""
+
+    flip: npt.NDArray[np.bool_]
+    """[n]: mirror left and right."""
+    angle: npt.NDArray[np.float64]
+    """[n]: rotation in degrees, counter-clockwise."""
+    order: npt.NDArray[np.uint8]
+    """[n, 3]: a permutation of BRIGHTNESS, CONTRAST, SATURATION."""
+    factors: npt.NDArray[np.float64]
+    """[n, 3]: the factors of BRIGHTNESS, CONTRAST, SATURATION, in this order whatever `order` is."""
+    sharpness: npt.NDArray[np.float64]
+    """[n]: sharpness factor, 1 where none was drawn."""
+    box: npt.NDArray[np.int16]
+    """[n, 4]: top, left, height, width of the erased box; height 0 where none was drawn."""
+
+
+def draw(config: AugmentConfig, *, seed: int, epoch: int, indices: npt.ArrayLike) -> AugmentParams:
+    """The parameters of the images `indices` (int [n], positions in the data set) in `epoch`."""
+    u = uniform(seed, STREAM_AUGMENT, epoch, indices, _DRAWS)
+    jitter = np.array([config.brightness, config.contrast, config.saturation])
+    low, high = np.maximum(0.0, 1.0 - jitter), 1.0 + jitter
+    return AugmentParams(
+        flip=u[:, 0] < config.flip_probability,
+        angle=(2.0 * u[:, 1] - 1.0) * config.rotation_degrees,
+        order=_ORDERS[(u[:, 2] * len(_ORDERS)).astype(np.intp)],
+        factors=low + (high - low) * u[:, 4:7],
+        sharpness=np.where(u[:, 3] < config.sharpness_probability, config.sharpness_factor, 1.0),
+        box=_draw_boxes(config, u[:, 7], u[:, 8:].reshape(-1, _ERASING_ATTEMPTS, 4)),
+    )
+
+
+def _draw_boxes(
+    config: AugmentConfig, chance: npt.NDArray[np.float64], u: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int16]:
+    """RandomErasing's rule: up to ten attempts at a box smaller than the image, else none.
+
+    `chance`: [n]; `u`: [n, attempts, 4].
+    """
+    (area_low, area_high), (aspect_low, aspect_high) = config.erasing_area, config.erasing_aspect
+    area = SIDE * SIDE * (area_low + (area_high - area_low) * u[..., 0])
+    aspect = np.exp(np.log(aspect_low) + (np.log(aspect_high) - np.log(aspect_low)) * u[..., 1])
+    height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (height < SIDE) & (width < SIDE)
+    top = np.floor(u[..., 2] * (SIDE - height + 1))
+    left = np.floor(u[..., 3] * (SIDE - width + 1))
+    boxes = np.stack((top, left, height, width), axis=-1)
+    first = fits.argmax(axis=1)
+    chosen = boxes[np.arange(len(u)), first]
+    drawn = fits.any(axis=1) & (chance < config.erasing_probability)
+    return np.where(drawn[:, None], chosen, 0).astype(np.int16)

@@ -1,0 +1,44 @@
+"""The errors that a user can cause or meet, each with the exit code that the command line returns for it.
+
+An error's message is one line: what was set, what was found, what to do. Anything that is not one of these is a
+defect of the program and exits with `EXIT_INTERNAL`.
+"""
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_INTERNAL = 70
+EXIT_DATA = 74
+EXIT_SAVED = 75
+"""Stopped by a signal, everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+
+
+class UserError(ValueError):
+    """An error whose message is meant for the person who typed the command."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UserError):
+    """The configuration or the command line cannot be meant as it stands."""
+
+
+class LaunchError(UserError):
+    """The launcher's variables are missing, contradict each other, or do not match what was started."""
+
+
+class DataError(UserError):
+    """The data set is missing, damaged or hostile."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written, or none of those present can be trusted."""
+
+    exit_code = EXIT_DATA
+
+
+class TrainingError(UserError):
+    """The training itself cannot go on: a loss that is not finite, or replicas that no longer agree."""
+
+    exit_code = EXIT_INTERNAL
