@@ -1,0 +1,8 @@
+"""`python -m dist_cifar`."""
+
+import sys
+
+from dist_cifar.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The command line: `dist-cifar`, `python -m dist_cifar`, and what the front doors of `train.py` call.
+
+Contract: every error ends as one line on standard error from one rank and as an exit code of `errors.py`. What needs torch
+is imported only when a command runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dist_cifar import __version__, signals
+from dist_cifar.config import Config, describe, load_config, to_yaml
+from dist_cifar.distributed.env import DistEnv, read_env
+from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, LaunchError, UserError
+
+_PATIENCE_SECONDS = 3.0
+"""How long other ranks leave it to rank 0 to report an error that all ranks have."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = _parser().parse_args(arguments)
+        return options.command(options)
+    except UserError as error:
+        _report(str(error))
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _report(message: str) -> None:
+    """One line, from rank 0; from another rank only if rank 0 has not ended the job by then."""
+    rank = _rank_of_launcher()
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while rank != "0" and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if signals.stop_requested():
+            return
+    speaker = "" if rank == "0" else f"rank {rank}: "
+    print(f"dist_cifar: error: {speaker}{' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _rank_of_launcher() -> str:
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+# --- the commands ------------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        if _rank_of_launcher() == "0":
+            print(to_yaml(config), end="")
+        return EXIT_DONE
+    env = read_env(os.environ)
+    signals.install()  # before torch is imported, which takes seconds
+
+    # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
+    threads = config.run.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // env.local_world_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    from dist_cifar.distributed.communicator import Communicator
+    from dist_cifar.rundir import RunDir
+    from dist_cifar.train import train
+
+    torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
+    device = _device(config, env)
+    communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
+    try:
+        done = train(config, communicator, must_resume=options.resume)
+    except UserError as error:
+        _note_failure(RunDir(config.run.dir or "."), env.rank, str(error))
+        raise
+    except Exception as error:
+        _note_failure(RunDir(config.run.dir or "."), env.rank, f"{type(error).__name__}: {error}")
+        print(f"dist_cifar: rank {env.rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        return EXIT_INTERNAL
+    communicator.close()
+    return EXIT_DONE if done else EXIT_SAVED
+
+
+def _note_failure(run_dir: Any, rank: int, reason: str) -> None:
+    try:
+        run_dir.write_failure(rank, reason)
+    except OSError:
+        pass  # the disk may be what has failed; the error itself is reported
+
+
+def _device(config: Config, env: DistEnv) -> Any:
+    """The device of this rank. Raises `ConfigError` or `LaunchError` if there is none for it."""
+    import torch
+
+    wanted = config.run.device
+    if wanted == "auto":
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        wanted = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("run.device: cuda was set and torch finds no GPU; set run.device=cpu, or mend the driver")
+    # A SLURM step may show each task its own GPU alone; it is then number 0 for every task.
+    index = 0 if count == 1 and env.launcher == "slurm" else env.local_rank
+    if index >= count:
+        raise LaunchError(
+            f"launch: {env.local_world_size} ranks on this node and {count} GPUs; start one rank for each GPU, or set"
+            " run.device=cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+# --- the parser --------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with this program's way of reporting errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dist-cifar",
+        description="Train the same CIFAR-10 model on any number of GPUs, and prove it.",
+        epilog="exit codes: 0 done, 2 bad usage or config, 70 internal, 74 disk or data, 75 stopped and saved (run it"
+        " again)",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dist_cifar {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model; all config fields: dist-cifar train --help",
+        description="Train a model, or go on with the run that the run directory holds.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    train.add_argument("--help", "-h", action=_TrainHelp, nargs=0, help="show this and all config fields, and exit")
+    train.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    train.add_argument("--resume", action="store_true", help="fail if there is nothing to go on with")
+    train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
+    train.set_defaults(command=_train)
+    return parser
+
+
+class _TrainHelp(argparse.Action):
+    """Help with every config field; the docstrings are read only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        lines = [parser.format_help(), "config fields (type; default):"]
+        section = ""
+        for key, kind, default, text in describe():
+            if key.partition(".")[0] != section:
+                section = key.partition(".")[0]
+                lines.append("")
+            lines.append(f"  {key}  ({kind}; {default})")
+            lines += textwrap.wrap(text, 110, initial_indent="      ", subsequent_indent="      ")
+        print("\n".join(lines))
+        sys.exit(EXIT_DONE)

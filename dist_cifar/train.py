@@ -1,0 +1,465 @@
+"""The training loop, and the front door of `accelerate launch`, `torchrun` and `python`.
+
+Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what the
+run directory holds. The weights after a step depend on the config, the data set and the world size, not on how often the
+run was interrupted.
+"""
+
+if __name__ == "__main__":
+    # Started as a file: this folder is first on the path and would hide other packages' modules of the same names.
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from dist_cifar.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import cross_entropy
+
+import dist_cifar
+from dist_cifar import signals
+from dist_cifar.augment import policy, reference
+from dist_cifar.checkpoint import CheckpointStore, weights_sha256
+from dist_cifar.config import Config, flatten
+from dist_cifar.data.dataset import Split, load_dataset, validation_split
+from dist_cifar.data.loader import Batch, prefetch
+from dist_cifar.data.sampler import GlobalBatchSampler
+from dist_cifar.display import Display, table
+from dist_cifar.distributed.communicator import Communicator, StopVote
+from dist_cifar.errors import EXIT_SAVED, CheckpointError, ConfigError, TrainingError
+from dist_cifar.evaluate import evaluate
+from dist_cifar.metrics import Evaluation, TrainingSums
+from dist_cifar.model import build_model
+from dist_cifar.rundir import RunDir, refuse_another_run
+from dist_cifar.schedule import (
+    Plateau,
+    evaluation_due,
+    plan_batches,
+    scaled_lr,
+    start_plateau,
+    step_plateau,
+    warmup_factor,
+)
+from dist_cifar.strategy import Strategy
+from dist_cifar.strategy.ddp import DdpStrategy
+from dist_cifar.tracking import Tracker, open_trackers
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """How far the run is: everything but tensors that a checkpoint holds."""
+
+    plateau: Plateau
+    step: int = 0
+    best_accuracy: float | None = None
+    """Best accuracy on the watched split so far, at an evaluation."""
+    best_step: int | None = None
+    train_seconds: float = 0.0
+    """Time in steps, the wait for data included; evaluation and checkpoints excluded."""
+    wait_seconds: float = 0.0
+    """Time of rank 0 in which it waited for data."""
+    wall_seconds: float = 0.0
+    """Time since the first start; the time between a stop and a restart is not counted."""
+
+
+def train(config: Config, communicator: Communicator, *, must_resume: bool = False) -> bool:
+    """Trains, evaluates and writes the run directory. A collective.
+
+    Returns True when the run is done, False when a signal stopped it and it was saved. Raises a `UserError` for what a
+    person can mend.
+    """
+    return _Run(config, communicator, must_resume=must_resume).train()
+
+
+class _Run:
+    def __init__(self, config: Config, communicator: Communicator, *, must_resume: bool) -> None:
+        self.started = time.perf_counter()
+        self.config, self.communicator = config, communicator
+        self.is_first = communicator.rank == 0
+        self.display = Display(speaks=self.is_first)
+        assert config.run.dir is not None  # the config resolved it
+        self.run_dir = RunDir(config.run.dir)
+        communicator.on_first_rank(self.run_dir.open)
+
+        self.dataset = load_dataset(config.data, say=self.display.say)
+        communicator.wait_for_all()
+        communicator.require_equal("the data set's hash", self.dataset.content_sha256)
+        self.train_indices, validation_indices = validation_split(
+            self.dataset.train.labels, config.data.validation_size
+        )
+        self.test_indices = np.arange(len(self.dataset.test.labels))
+        self.watches_test = len(validation_indices) == 0
+        self.watched: tuple[Split, npt.NDArray[np.int64]] = (
+            (self.dataset.test, self.test_indices)
+            if self.watches_test
+            else (self.dataset.train, validation_indices)
+        )
+        self.plan = plan_batches(
+            config.batch, config.train, world_size=communicator.world_size, train_size=len(self.train_indices)
+        )
+        self.sampler = GlobalBatchSampler(
+            len(self.train_indices),
+            self.plan,
+            rank=communicator.rank,
+            world_size=communicator.world_size,
+            seed=config.run.seed,
+        )
+        model = build_model(config.model, num_classes=len(self.dataset.classes), seed=config.run.seed)
+        self.strategy: Strategy = DdpStrategy(
+            model, config.optimizer, communicator=communicator, precision=config.train.precision
+        )
+        lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)
+        self.progress = Progress(plateau=start_plateau(config.plateau, lr))
+        self.sums = TrainingSums(communicator.device)
+        self.store = CheckpointStore(
+            self.run_dir.checkpoints, keep_last=config.checkpoint.keep_last, say=self.display.say
+        )
+        self.saved_step = self._restore(must_resume)
+        self.logged = self.progress
+        self.trackers: list[Tracker] = []
+
+    def train(self) -> bool:
+        config, plan, progress, strategy = self.config, self.plan, self.progress, self.strategy
+        if progress.step >= plan.total_steps and self.run_dir.status().get("status") == "done":
+            self.display.say(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
+            self.display.say(result_table(self.run_dir.summary(), self.run_dir.path))
+            return True
+        self._begin()
+        device = self.communicator.device
+        vote = StopVote(self.communicator)
+        strategy.module.train()
+        with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps))) as batches:
+            while progress.step < plan.total_steps:
+                vote.cast(signals.stop_requested())
+                step_started = time.perf_counter()
+                batch = next(batches)
+                progress.wait_seconds += time.perf_counter() - step_started
+
+                lr = progress.plateau.lr * warmup_factor(config.optimizer, plan, progress.step)
+                inputs = batch.inputs.to(device, non_blocking=True).split(plan.micro_size)
+                labels = batch.labels.to(device, non_blocking=True).split(plan.micro_size)
+                for i in range(plan.micro_batches):
+                    with strategy.accumulate(last=i == plan.micro_batches - 1):
+                        logits = strategy.forward(inputs[i])
+                        loss = cross_entropy(logits, labels[i], label_smoothing=config.train.label_smoothing)
+                        strategy.backward(loss / plan.micro_batches)
+                    self.sums.add(loss, logits, labels[i])
+                grad_norm = strategy.step(lr)
+                progress.step += 1
+
+                logs = progress.step % config.run.log_every_steps == 0 or progress.step == plan.total_steps
+                totals = self._reduce_sums() if logs else None  # waits for the device
+                progress.train_seconds += time.perf_counter() - step_started
+                if totals is not None:
+                    self._log(totals, lr, float(grad_norm))
+                self.display.stepped()
+                if evaluation_due(plan, config.eval.every_epochs, progress.step):
+                    self._save(best=self._evaluate())
+                if vote.result():
+                    self._save()
+                    return self._stop()
+                if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
+                    self._save()
+        self._finish()
+        return True
+
+    def make_batch(self, step: int) -> Batch:
+        """This rank's share of the global batch of `step`."""
+        indices = self.train_indices[self.sampler.batch(step)]
+        params = policy.draw(
+            self.config.augment,
+            seed=self.config.run.seed,
+            epoch=step // self.plan.steps_per_epoch,
+            indices=indices,
+        )
+        train = self.dataset.train
+        inputs = reference.augment(train.images[indices], params, self.dataset.mean, self.dataset.std)
+        batch = Batch(inputs=inputs, labels=torch.from_numpy(train.labels[indices]))
+        return batch.pinned() if self.communicator.device.type == "cuda" else batch
+
+    # --- restoring and saving ------------------------------------------------------------------------------------
+
+    def _restore(self, must_resume: bool) -> int | None:
+        """Loads the newest checkpoint on every rank; returns its step, or None if there is none."""
+        tensors: dict[str, dict[str, torch.Tensor]] = {}
+
+        def read() -> dict[str, Any] | None:
+            checkpoint = self.store.load_newest()
+            if checkpoint is None:
+                if must_resume:
+                    raise CheckpointError(
+                        f"--resume: {self.run_dir.path} holds no checkpoint; leave --resume out to start a new run"
+                    )
+                return None
+            refuse_another_run(checkpoint.state["config"], self.config, self.run_dir.path)
+            if checkpoint.state["data_sha256"] != self.dataset.content_sha256:
+                raise ConfigError(
+                    f"run.dir={self.run_dir.path} was trained on other data (hash"
+                    f" {checkpoint.state['data_sha256'][:12]}, found {self.dataset.content_sha256[:12]}); give the old"
+                    " data.root to go on with it, or another run.dir to start a new one"
+                )
+            tensors.update(checkpoint.tensors)
+            return checkpoint.state
+
+        state = self.communicator.on_first_rank(read)
+        if state is not None:
+            model, optimizer, ranks = (
+                self.communicator.broadcast_tensors(tensors.get(name)) for name in ("model", "optimizer", "ranks")
+            )
+            self.strategy.load(model, optimizer, ranks)
+            progress = state["progress"]
+            self.progress = Progress(**progress | {"plateau": Plateau(**progress["plateau"])})
+            if self.is_first:  # the sums of all ranks were added up when they were saved
+                self.sums.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.communicator.device)
+        return None if state is None else self.progress.step
+
+    def _save(self, *, best: bool = False) -> None:
+        """Writes a checkpoint, unless this step has one. Raises if the replicas do not agree."""
+        if self.saved_step == self.progress.step:
+            return
+        model = self.strategy.model_tensors()
+        self.communicator.require_equal("the SHA-256 of the weights", weights_sha256(model))
+        tensors = {
+            "model": model,
+            "optimizer": self.strategy.optimizer_tensors(),
+            "ranks": self.strategy.rank_tensors(),
+        }
+        state = {
+            "progress": dataclasses.asdict(self._timed_progress()),
+            "sums": self.communicator.sum(self.sums.sums.clone()).tolist(),
+            "config": flatten(self.config),
+            "data_sha256": self.dataset.content_sha256,
+            "world_size": self.communicator.world_size,
+            "versions": versions(),
+        }
+        step = self.progress.step
+        self.communicator.on_first_rank(lambda: self.store.save(step, tensors, state, best=best) and None)
+        self.saved_step = step
+
+    def _timed_progress(self) -> Progress:
+        now = time.perf_counter()
+        self.progress.wall_seconds += now - self.started
+        self.started = now
+        return self.progress
+
+    # --- what is due between steps -------------------------------------------------------------------------------
+
+    def _reduce_sums(self) -> list[float]:
+        """Loss, correct predictions and samples of all ranks since the last log."""
+        totals = self.communicator.sum(self.sums.sums.clone()).tolist()
+        self.sums.sums.zero_()
+        return totals
+
+    def _log(self, totals: list[float], lr: float, grad_norm: float) -> None:
+        loss, correct, count = totals
+        progress, last = self.progress, self.logged
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingError(
+                f"step {progress.step}: the loss is {loss / count:g} and the gradient norm {grad_norm:g}; lower"
+                f" optimizer.lr (now {lr:g}) or optimizer.clip_norm, or train in fp32"
+            )
+        seconds = progress.train_seconds - last.train_seconds
+        waited = self.communicator.sum(torch.tensor(progress.wait_seconds - last.wait_seconds, dtype=torch.float64))
+        self._track(
+            "train",
+            loss=loss / count,
+            accuracy=correct / count,
+            lr=lr,
+            grad_norm=grad_norm,
+            images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
+            data_wait_share=waited.item() / self.communicator.world_size / seconds,
+        )
+        self.logged = dataclasses.replace(progress)
+
+    def _evaluate(self) -> bool:
+        """Evaluates on the watched split and steps the plateau; returns whether this is the best model so far."""
+        self.strategy.average_buffers()
+        result = self._evaluation(*self.watched)
+        progress = self.progress
+        metric = result.loss if self.config.plateau.metric == "loss" else result.accuracy
+        cuts = progress.plateau.cuts
+        progress.plateau = step_plateau(self.config.plateau, progress.plateau, metric)
+        self.communicator.require_equal("the state of the plateau", dataclasses.asdict(progress.plateau))
+        self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
+        if progress.plateau.cuts > cuts:
+            self.display.say(f"plateau: no better {self.config.plateau.metric} for"
+                             f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}")
+        is_best = progress.best_accuracy is None or result.accuracy > progress.best_accuracy
+        if is_best:
+            progress.best_accuracy, progress.best_step = result.accuracy, progress.step
+        return is_best
+
+    def _evaluation(self, split: Split, indices: npt.NDArray[np.int64]) -> Evaluation:
+        return evaluate(
+            self.strategy.module,
+            split,
+            indices,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            num_classes=len(self.dataset.classes),
+            batch_size=self.config.eval.batch_size,
+            communicator=self.communicator,
+        )
+
+    def _track(self, kind: str, **values: Any) -> None:
+        progress = self._timed_progress()
+        row = {
+            "kind": kind,
+            "step": progress.step,
+            "epoch": progress.step / self.plan.steps_per_epoch,
+            "samples": progress.step * self.plan.global_size,
+            **values,
+            "seconds": progress.wall_seconds,
+        }
+        self.display.row(row)
+        for tracker in self.trackers:
+            tracker.log(row)
+
+    # --- beginning and end ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Says what is going to happen, opens the trackers and marks the run as running."""
+        config, plan, communicator, say = self.config, self.plan, self.communicator, self.display.say
+        parameters = sum(parameter.numel() for parameter in self.strategy.module.parameters())
+        validation = "none: the test set is watched" if self.watches_test else f"{len(self.watched[1]):,} images"
+        say(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
+        say(f"ranks      {communicator.world_size} x {communicator.device.type}, {torch.get_num_threads()} threads each,"
+            f" strategy {config.train.strategy}, {config.train.precision}")
+        say(f"data       {config.data.source}: {len(self.train_indices):,} images to train on, validation {validation},"
+            f" test {len(self.test_indices):,} images, {len(self.dataset.classes)} classes")
+        say(f"model      {config.model.name}, {config.model.norm} norm, {parameters:,} parameters")
+        say(f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
+            f" {plan.micro_size}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all")
+        say(f"schedule   {self.lr_reason}; warm-up {config.optimizer.warmup_epochs:g} epochs; plateau on"
+            f" {config.plateau.metric}, patience {config.plateau.patience_evaluations}")
+        if self.saved_step is not None:
+            say(f"resume     from the checkpoint of step {self.saved_step}")
+        if self.is_first:
+            self.run_dir.write_config(config)
+            self.run_dir.write_status("running", step=self.progress.step, world_size=communicator.world_size)
+            self.trackers = open_trackers(config, self.run_dir.path, resume_step=self.saved_step, say=say)
+        self.logged = dataclasses.replace(self.progress)
+        self.display.start(plan.total_steps, self.progress.step)
+
+    def _stop(self) -> bool:
+        """Ends after a signal, everything saved."""
+        self.display.stop()
+        if self.is_first:
+            for tracker in self.trackers:
+                tracker.finish(None, EXIT_SAVED)
+            self.run_dir.write_status("saved", step=self.progress.step, world_size=self.communicator.world_size)
+        self.display.say(f"stopped at step {self.progress.step} and saved; the same command goes on from there")
+        return False
+
+    def _finish(self) -> None:
+        """Evaluates the best checkpoint on the test set and writes the summary."""
+        self.display.stop()
+        progress, communicator = self.progress, self.communicator
+        final_sha256 = weights_sha256(self.strategy.model_tensors())
+        if progress.best_step != progress.step:
+            tensors: dict[str, torch.Tensor] = {}
+            communicator.on_first_rank(lambda: tensors.update(self._best_tensors()))
+            self.strategy.load(communicator.broadcast_tensors(tensors), {}, {})
+        test = self._evaluation(self.dataset.test, self.test_indices)
+        self._track("test", **evaluation_fields(test))
+        summary = {
+            "name": self.config.run.name,
+            "test_accuracy": test.accuracy,
+            "test_loss": test.loss,
+            "test_class_accuracy": dict(zip(self.dataset.classes, test.class_accuracy, strict=True)),
+            "test_confusion": test.confusion.tolist(),
+            "best_val_accuracy": progress.best_accuracy,
+            "best_step": progress.best_step,
+            "best_chosen_on": "test" if self.watches_test else "validation",
+            "steps": progress.step,
+            "epochs": progress.step / self.plan.steps_per_epoch,
+            "wall_seconds": self._timed_progress().wall_seconds,
+            "images_per_second": progress.step * self.plan.global_size / progress.train_seconds,
+            "data_wait_share": progress.wait_seconds / progress.train_seconds,
+            "world_size": communicator.world_size,
+            "threads_per_rank": torch.get_num_threads(),
+            "device": device_name(communicator.device),
+            "strategy": self.config.train.strategy,
+            "precision": self.config.train.precision,
+            "weights_sha256": final_sha256,
+            "data_sha256": self.dataset.content_sha256,
+            "versions": versions(),
+            "git_revision": git_revision(),
+        }
+        if self.is_first:
+            self.run_dir.write_summary(summary)
+            for tracker in self.trackers:
+                tracker.finish(summary, 0)
+            self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
+        self.display.say(result_table(summary, self.run_dir.path))
+
+    def _best_tensors(self) -> dict[str, torch.Tensor]:
+        checkpoint = self.store.load_best()
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.run_dir.checkpoints}: the best checkpoint (step {self.progress.best_step}) is gone; the last"
+                " one is whole: train.epochs=N goes on from it"
+            )
+        return checkpoint.tensors["model"]
+
+
+def evaluation_fields(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as the fields of a row."""
+    return {"loss": result.loss, "accuracy": result.accuracy, "count": result.count,
+            "class_accuracy": result.class_accuracy}
+
+
+def result_table(summary: Mapping[str, Any], path: Path) -> str:
+    """The end of a run on one screen."""
+    return table([
+        ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
+        ("model", f"of step {summary['best_step']}, the best on the {summary['best_chosen_on']} split"
+                  f" ({summary['best_val_accuracy']:.2%})"),
+        ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps in {summary['wall_seconds']:,.0f} s"),
+        ("speed", f"{summary['images_per_second']:,.0f} images/s on {summary['world_size']} ranks,"
+                  f" data wait {summary['data_wait_share']:.1%}"),
+        ("weights", f"sha256 {summary['weights_sha256'][:16]}"),
+        ("run directory", str(path)),
+    ])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "pillow")
+    return {"dist_cifar": dist_cifar.__version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the source, with `-dirty` where it was changed; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"

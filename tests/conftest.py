@@ -1,0 +1,61 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rank_pool import RankPool
+
+from dist_cifar.config import Config, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's caches, uses the user's W&B key or takes the suite for a rank of a job."""
+    patch = pytest.MonkeyPatch()
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "ACCELERATE_", "SLURM_")) or name in (
+            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
+        ):
+            patch.delenv(name)
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Iterator[RankPool]:
+    """Four gloo ranks."""
+    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Config]:
+    """`tiny("key=value", ...)`: a config that trains in a second, with its run directory below `tmp_path`."""
+
+    def make(*overrides: str) -> Config:
+        values = {
+            "run.dir": str(tmp_path / "run"),
+            "run.device": "cpu",
+            "run.log_every_steps": "2",
+            "data.source": "synthetic",
+            "data.synthetic_train_size": "120",
+            "data.synthetic_test_size": "40",
+            "data.validation_size": "40",
+            "model.name": "resnet20",
+            "batch.global_size": "16",
+            "train.epochs": "2",
+            "train.precision": "fp32",
+            "tracking.wandb": "disabled",
+        }
+        values |= dict(override.split("=", 1) for override in overrides)
+        return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+    return make
