@@ -1,9 +1,9 @@
 """Checkpoints on disk: written whole or not at all, verified to the last bit when read.
 
-Contract: `CheckpointStore.save` returns when the checkpoint is on the disk. Killed at any instant, or out of disk space,
-it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the next `save` sweeps. `load_newest`
-returns the newest checkpoint of which every byte is as it was written; it passes over damaged ones, saying so, and
-raises `CheckpointError` when there are only damaged ones, so that no run starts over by accident.
+Contract: `CheckpointStore.save` returns when the checkpoint is on the disk. Killed at any instant, or out of disk
+space, it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the next `save` sweeps.
+`load_newest` returns the newest checkpoint of which every byte is as it was written; it passes over damaged ones,
+saying so, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by accident.
 
     <directory>/step-00001234/model.safetensors    one file for each group of tensors
     <directory>/step-00001234/state.json           everything that is not a tensor
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         for name in set(entries).symmetric_difference(os.listdir(path)) - {MANIFEST}:
             raise CheckpointError(f"{path}: {name} is {'missing' if name in entries else 'not in the manifest'}")
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        contents: dict[str, Any] = {}
         for name, entry in entries.items():
             data = (path / name).read_bytes()
             # What was hashed is what is parsed: the file is read once.
@@ -94,13 +94,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path}: {name} has {len(data)} bytes, its manifest says {entry['bytes']}")
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{path}: {name} does not have the SHA-256 of its manifest")
-            if name == STATE:
-                state = json.loads(data)
-            else:
-                tensors[name.removesuffix(SUFFIX)] = safetensors.torch.load(data)
+            contents[name.removesuffix(SUFFIX)] = _parse(path, name, data)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return Checkpoint(step=manifest["step"], path=path, tensors=tensors, state=state)
+    state = contents.pop(STATE)
+    return Checkpoint(step=manifest["step"], path=path, tensors=contents, state=state)
 
 
 class CheckpointStore:
@@ -183,7 +181,8 @@ class CheckpointStore:
             for name, data in _serialised(tensors, state):
                 files.write_file(temporary / name, data)
                 entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            files.write_file(temporary / MANIFEST, _seal({"format": FORMAT, "step": step, "best": best, "files": entries}))
+            manifest = {"format": FORMAT, "step": step, "best": best, "files": entries}
+            files.write_file(temporary / MANIFEST, _seal(manifest))
             files.fsync_dir(temporary)
             files.move(temporary, path)
         except BaseException:
@@ -193,7 +192,7 @@ class CheckpointStore:
         return path
 
     def _free_path(self, step: int) -> Path:
-        """A new name for `step`, the last in order: a name that was ever in use might still be somebody's checkpoint."""
+        """A name for `step` that is not in use, and after all of that step in order."""
         revisions = [_position(path.name)[1] for path in self._paths() if _position(path.name)[0] == step]
         revision = max(revisions, default=0) + 1
         return self.directory / (f"step-{step:08d}" + (f"-{revision}" if revision > 1 else ""))
@@ -256,6 +255,13 @@ def _serialised(tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Ite
         # safetensors refuses tensors that are not contiguous or share their memory.
         own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in group.items()}
         yield stem + SUFFIX, safetensors.torch.save(own)
+
+
+def _parse(path: Path, name: str, data: bytes) -> Any:
+    try:
+        return json.loads(data) if name == STATE else safetensors.torch.load(data)
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path}: {name} was written so, but is not what it should be ({error})") from error
 
 
 def _seal(content: Mapping[str, Any]) -> bytes:
