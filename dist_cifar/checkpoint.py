@@ -1,0 +1,319 @@
+"""Checkpoints on disk: written whole or not at all, verified to the last bit when read.
+
+Contract: `CheckpointStore.save` returns when the checkpoint is on the disk. Killed at any instant, or out of disk
+space, it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the next `save` sweeps.
+`load_newest` returns the newest checkpoint of which every byte is as it was written; it passes over damaged ones,
+saying so, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by accident.
+
+    <directory>/step-00001234/model.safetensors    one file for each group of tensors
+    <directory>/step-00001234/state.json           everything that is not a tensor
+    <directory>/step-00001234/manifest.json        step, whether it was the best, size and SHA-256 of each file
+    <directory>/latest, <directory>/best           the name of a directory, for people and scripts
+
+Three rules give the safety. The directory is written under a temporary name, manifest last, synced and then renamed.
+No name is used twice: a step that is saved again becomes `step-00001234-2`, and only then is the first one deleted.
+A deletion starts with the manifest, without which a directory is no checkpoint. The truth is in the directories alone:
+`latest` and `best` are written but never read, so that nothing depends on them.
+
+Tensors are stored as safetensors and the rest as JSON; nothing is ever unpickled. Tensors are stored contiguous: their
+values return bit for bit, their memory format (channels_last) does not. This module knows nothing of ranks: one process
+writes to a directory at a time, others may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dist_cifar import files
+from dist_cifar.errors import CheckpointError
+
+FORMAT = 1
+"""Version of the layout; a checkpoint of another version is not read."""
+MANIFEST = "manifest.json"
+STATE = "state.json"
+SUFFIX = ".safetensors"
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What was saved."""
+
+    step: int
+    """Optimizer steps done."""
+    path: Path
+    """The directory it was read from."""
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """Tensors on the CPU, contiguous, by file stem (`model`, `optimizer`, ...) and name."""
+    state: dict[str, Any]
+    """The rest, as JSON returns it: tuples are lists, keys are strings, floats are exact (inf and nan too)."""
+
+
+def weights_sha256(tensors: Tensors) -> str:
+    """SHA-256 over names, dtypes, shapes and values (raw bytes, row-major), whatever the order of the mapping.
+
+    Equal weights have equal digests on every device and in every memory format. It counts bits, not numbers: 0.0 and
+    -0.0 differ, a NaN equals itself.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the directory `path`; `CheckpointError` if one byte or file of it is not as it was written."""
+    manifest = _read_manifest(path)
+    named = _position(path.name)
+    if named and named[0] != manifest["step"]:
+        raise CheckpointError(f"{path}: its manifest is that of step {manifest['step']}")
+    entries = manifest["files"]
+    try:
+        for name in set(entries).symmetric_difference(os.listdir(path)) - {MANIFEST}:
+            raise CheckpointError(f"{path}: {name} is {'missing' if name in entries else 'not in the manifest'}")
+        contents: dict[str, Any] = {}
+        for name, entry in entries.items():
+            data = (path / name).read_bytes()
+            # What was hashed is what is parsed: the file is read once.
+            if len(data) != entry["bytes"]:
+                raise CheckpointError(f"{path}: {name} has {len(data)} bytes, its manifest says {entry['bytes']}")
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise CheckpointError(f"{path}: {name} does not have the SHA-256 of its manifest")
+            contents[name.removesuffix(SUFFIX)] = _parse(path, name, data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    state = contents.pop(STATE)
+    return Checkpoint(step=manifest["step"], path=path, tensors=contents, state=state)
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Creating it touches no file."""
+
+    def __init__(self, directory: Path, *, keep_last: int, say: Callable[[str], None] = print) -> None:
+        """`keep_last` (at least 1) is the number of newest checkpoints kept; the best one is kept beside them."""
+        assert keep_last >= 1
+        self.directory = directory
+        self._keep_last = keep_last
+        self._say = say
+        self._bad: set[str] = set()  # found damaged: these do not count as kept
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False
+    ) -> Path:
+        """Writes the checkpoint of `step` and deletes those that are no longer kept; returns its directory.
+
+        `tensors` maps file stems to tensors, which are only read, and must not change until this returns. `state` is
+        JSON. Raises `CheckpointError` when the disk is full or does not let itself be written; every earlier
+        checkpoint that is kept is then still there.
+        """
+        try:
+            files.make_dirs(self.directory)
+            self._sweep()
+            path = self._write(step, tensors, state, best)
+            files.write_atomic(self.directory / "latest", path.name + "\n")
+            if best:
+                files.write_atomic(self.directory / "best", path.name + "\n")
+            self._retain(path)
+        except OSError as error:
+            raise CheckpointError(_explain(self.directory, step, tensors, error)) from error
+        return path
+
+    def load_newest(self) -> Checkpoint | None:
+        """The newest good checkpoint, or None if there is no directory of one at all.
+
+        Says which damaged ones it passes over; raises `CheckpointError` if none is good.
+        """
+        return self._load(self._paths())
+
+    def load_best(self) -> Checkpoint | None:
+        """The newest good one of those that were saved as the best, or None if none was; otherwise as `load_newest`."""
+        candidates = []
+        for path in self._paths():
+            try:
+                best = _read_manifest(path)["best"]
+            except CheckpointError:
+                best = True  # for all we know: `_load` says what is wrong with it
+            if best:
+                candidates.append(path)
+        return self._load(candidates)
+
+    def _load(self, paths: list[Path]) -> Checkpoint | None:
+        found: list[str] = []
+        for path in paths:
+            try:
+                checkpoint = read_checkpoint(path)
+            except CheckpointError as error:
+                self._bad.add(path.name)
+                found.append(str(error))
+                self._say(f"damaged checkpoint passed over: {error}")
+                continue
+            if found:
+                self._say(f"falling back to {path}")
+            return checkpoint
+        if found:
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint is good: {'; '.join(found)}. Restore one from a copy,"
+                " or move the directory away to start from the beginning"
+            )
+        return None
+
+    def _write(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], best: bool) -> Path:
+        path = self._free_path(step)
+        temporary = self.directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        try:
+            files.make_dirs(temporary)
+            entries = {}
+            for name, data in _serialised(tensors, state):
+                files.write_file(temporary / name, data)
+                entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            manifest = {"format": FORMAT, "step": step, "best": best, "files": entries}
+            files.write_file(temporary / MANIFEST, _seal(manifest))
+            files.fsync_dir(temporary)
+            files.move(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                files.remove_tree(temporary)
+            raise
+        return path
+
+    def _free_path(self, step: int) -> Path:
+        """A name for `step` that is not in use, and after all of that step in order."""
+        revisions = [_position(path.name)[1] for path in self._paths() if _position(path.name)[0] == step]
+        revision = max(revisions, default=0) + 1
+        return self.directory / (f"step-{step:08d}" + (f"-{revision}" if revision > 1 else ""))
+
+    def _retain(self, saved: Path) -> None:
+        """Deletes all but the newest `keep_last` steps and the best one.
+
+        Later steps than the one just saved are from before a fallback. They are left alone until the run has passed
+        them, and must not push out what it has saved since.
+        """
+        passed = [path for path in self._paths() if _position(path.name) <= _position(saved.name)]
+        good = [path for path in passed if path.name not in self._bad]
+        newest: dict[int, Path] = {}
+        for path in good:
+            newest.setdefault(_position(path.name)[0], path)
+        kept = {*list(newest.values())[: self._keep_last], *[path for path in good if _says_best(path)][:1]}
+        for path in reversed(passed):
+            if path not in kept:
+                self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        if not path.is_symlink():  # of a linked checkpoint only the link is ours
+            files.unlink(path / MANIFEST)
+        files.remove_tree(path)
+
+    def _sweep(self) -> None:
+        """Deletes what a killed writer left: temporaries, and checkpoints whose deletion had begun."""
+        for path in self.directory.glob(".tmp-*"):
+            files.remove_tree(path)
+        for path in self._paths():
+            if not _has_manifest(path):
+                files.remove_tree(path)
+
+    def _paths(self) -> list[Path]:
+        """Every directory with the name of a checkpoint, newest first."""
+        try:
+            names = [name for name in os.listdir(self.directory) if _position(name)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory}: cannot be read ({error}); name another directory or mend its permissions"
+            ) from error
+        return [self.directory / name for name in sorted(names, key=_position, reverse=True)]
+
+
+# --- the parts of a checkpoint -----------------------------------------------------------------------------------
+
+
+def _position(name: str) -> tuple[int, int] | None:
+    """(step, revision) of a directory's name; checkpoints are ordered by it."""
+    match = re.fullmatch(r"step-([0-9]{8,})(?:-([0-9]+))?", name)
+    return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _serialised(tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of each file; a generator, so that only one is in memory at a time."""
+    yield STATE, (json.dumps(state, indent=1) + "\n").encode()
+    for stem, group in tensors.items():
+        # safetensors refuses tensors that are not contiguous or share their memory.
+        own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in group.items()}
+        yield stem + SUFFIX, safetensors.torch.save(own)
+
+
+def _parse(path: Path, name: str, data: bytes) -> Any:
+    try:
+        return json.loads(data) if name == STATE else safetensors.torch.load(data)
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path}: {name} was written so, but is not what it should be ({error})") from error
+
+
+def _seal(content: Mapping[str, Any]) -> bytes:
+    """The text of a manifest: the content, with a SHA-256 over itself."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        data = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {MANIFEST} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    try:
+        content = json.loads(data)
+        del content["sha256"]
+        sealed = _seal(content)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        sealed = None
+    if sealed != data:
+        raise CheckpointError(f"{path}: {MANIFEST} does not have its own SHA-256")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: has format {content['format']}, this version reads {FORMAT}")
+    return content
+
+
+def _has_manifest(path: Path) -> bool:
+    """False only if it is certain that there is none: an unreadable directory may be a good checkpoint."""
+    try:
+        os.lstat(path / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _says_best(path: Path) -> bool:
+    try:
+        return _read_manifest(path)["best"]
+    except CheckpointError:
+        return False
+
+
+def _explain(directory: Path, step: int, tensors: Mapping[str, Tensors], error: OSError) -> str:
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", {shutil.disk_usage(directory).free / 1e6:.1f} MB free"
+    return (
+        f"{directory}: cannot save step {step} ({needed / 1e6:.1f} MB needed{free}): {error};"
+        " free space or make the directory writable, and run again: earlier checkpoints are kept"
+    )

@@ -1,0 +1,79 @@
+"""Files that outlive a crash: the one place that writes, renames and deletes what must last.
+
+Contract: when `write_atomic`, `move` or `unlink` returns, its effect is on the disk, not only in the page cache, and
+a process that is killed inside `write_atomic` or `move` leaves either the state before or the state after. Errors are
+`OSError`s. One process writes to a directory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replaces the content of `path` as a whole; text is UTF-8. The temporary file is `.tmp-<name>` beside it."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        write_file(temporary, data.encode() if isinstance(data, str) else data)
+        move(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes and syncs the content of a file. Its name lasts once `fsync_dir` has synced the directory."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:  # one call writes 2 GiB at most
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_dir(path: Path) -> None:
+    """Makes the names in a directory last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # EINVAL: a file system that has no such call, because it needs none
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_dirs(path: Path) -> None:
+    """Creates a directory and its missing parents."""
+    if not path.is_dir():
+        make_dirs(path.parent)
+        os.mkdir(path)
+        fsync_dir(path.parent)
+
+
+def move(old: Path, new: Path) -> None:
+    """Renames within one directory; a file replaces a file, a directory needs a name that is free."""
+    os.replace(old, new)
+    fsync_dir(new.parent)
+
+
+def unlink(path: Path) -> None:
+    """Deletes a file, at once."""
+    os.unlink(path)
+    fsync_dir(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file, or a directory with all that it holds, in no order that a crash would respect."""
+    if path.is_dir() and not path.is_symlink():
+        for name in sorted(os.listdir(path)):
+            remove_tree(path / name)
+        os.rmdir(path)
+    else:
+        os.unlink(path)
