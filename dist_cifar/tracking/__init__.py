@@ -1,0 +1,40 @@
+"""Where the numbers of a run go: `metrics.jsonl` always, W&B where it is wanted.
+
+Contract: every function here is called on rank 0 only; the caller sees to that. A row is a mapping of plain Python
+values with `kind` (`train`, `eval`, ...), `step` (optimizer steps since the start of the run) and whatever was
+measured; kind and step together name a row. JSONL errors are errors of the run (`OSError`); W&B's never are. `wandb` is
+imported only where it is going to be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dist_cifar.config import Config
+from dist_cifar.tracking.jsonl import JsonlTracker
+from dist_cifar.tracking.wandb_adapter import open_wandb
+
+
+class Tracker(Protocol):
+    """One place that rows go to."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Takes one row; returns at once."""
+
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int) -> None:
+        """Takes the results of the run, if it has any, and closes; called once, nothing is logged after it."""
+
+
+def open_trackers(
+    config: Config, run_dir: Path, *, resume_step: int | None, say: Callable[[str], None]
+) -> list[Tracker]:
+    """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
+
+    `run_dir` exists. `resume_step` is the step of the checkpoint that the run goes on from, `None` at a fresh start.
+    `say` prints one line for the person who watches. Raises `ConfigError` where W&B is asked for and not installed.
+    """
+    wandb = open_wandb(config, run_dir, say)  # first: its ConfigError must not leave a truncated metrics.jsonl
+    jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
+    return [jsonl] if wandb is None else [jsonl, wandb]

@@ -1,0 +1,192 @@
+"""Weights & Biases behind the `Tracker` interface.
+
+Contract: nothing depends on W&B. Whatever it does (no key, no server, a server lost half-way, an exception), the run
+goes on; opening takes less than 10 seconds, finishing less than 10, and a log call waits for no network. There is never
+a prompt. The only error is `ConfigError`: asked for and not installed.
+
+One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. Files go to `wandb/` in
+the run directory. What is logged:
+
+    global_step     the row's `step`; the x axis of every chart. W&B's own step is left alone: it drops rows that it
+                    has seen before, and a run that resumes after a crash repeats some.
+    epoch, samples  as they are in the row
+    <kind>/<name>   everything else of a row of that kind: `train/loss`, `eval/accuracy`
+
+The config goes up under its dotted keys (`optimizer.lr`), addresses without user names, passwords and queries.
+
+wandb replaces `sys.exit` and `sys.excepthook` by wrappers of its own, to learn the exit code. It leaves the handlers of
+signals alone, and its helper process has a session of its own: a signal to the job's process group does not reach it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_cifar.config import Config, flatten
+from dist_cifar.errors import ConfigError
+from dist_cifar.files import write_atomic
+
+INIT_TIMEOUT_SECONDS = 5
+FINISH_TIMEOUT_SECONDS = 5
+
+_SHARED = {"step": "global_step", "epoch": "epoch", "samples": "samples"}
+_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+def wanted_mode(asked: str, environ: Mapping[str, str]) -> str:
+    """`online`, `offline`, `disabled` or `auto` (online if there is a key). Asked for `auto`, `WANDB_MODE` decides."""
+    return asked if asked != "auto" else _MODES.get(environ.get("WANDB_MODE", ""), "auto")
+
+
+def named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row under the names that W&B gets."""
+    return {_SHARED.get(name, f"{row['kind']}/{name}"): value for name, value in row.items() if name != "kind"}
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The flattened config as others may see it."""
+    return {key: _without_secrets(value) for key, value in flatten(config).items()}
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of the run directory's W&B run, made up at the first call."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def open_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> WandbTracker | None:
+    """The tracker, or `None` where W&B is not wanted or cannot be had. Raises `ConfigError` if it is not installed."""
+    asked = config.tracking.wandb
+    mode = wanted_mode(asked, os.environ)
+    if mode == "disabled" or (mode == "auto" and not _may_have_key(os.environ)):
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        if asked == "auto":
+            return None
+        raise ConfigError(
+            f"tracking.wandb: {asked}, but wandb is not installed; pip install -e .[wandb], or tracking.wandb=disabled"
+        )
+    try:
+        return _open(config, run_dir, mode, say)
+    except Exception as error:  # whatever it is, the run does not depend on it
+        say(f"W&B: {_one_line(error)}; going on without it")
+        return None
+
+
+class WandbTracker:
+    """A run that was opened; `wandb_run` is wandb's own object."""
+
+    def __init__(self, wandb_run: Any, offline: bool, say: Callable[[str], None]) -> None:
+        self._run = wandb_run
+        self._offline = offline
+        self._say = say
+        self._failed = False
+
+    @property
+    def sync_command(self) -> str:
+        """What uploads the files of this run."""
+        return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Hands the row to wandb's helper process, which writes and uploads it."""
+        self._attempt(lambda: self._run.log(named(row)))
+
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int) -> None:
+        """Uploads what is left for a few seconds; says how to upload it later where that was not enough."""
+        self._attempt(lambda: self._run.summary.update(dict(summary or {})))
+        try:
+            self._run.finish(exit_code=exit_code)
+        except Exception as error:
+            self._say(f"W&B: not everything is uploaded ({_one_line(error)}); upload it with: {self.sync_command}")
+        else:
+            if self._offline:
+                self._say(f"W&B: this run is offline; upload it with: {self.sync_command}")
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # nothing depends on W&B; one line of it is enough
+            if not self._failed:
+                self._say(f"W&B: {_one_line(error)}; some of the metrics will be missing there")
+            self._failed = True
+
+
+def _open(config: Config, run_dir: Path, mode: str, say: Callable[[str], None]) -> WandbTracker | None:
+    import wandb
+
+    tracking = config.tracking
+    quiet = wandb.Settings(silent=True)
+
+    def init(mode: str) -> Any:
+        run = wandb.init(
+            mode=mode,
+            dir=str(run_dir.resolve()),
+            id=run_id(run_dir),
+            resume="allow",
+            name=config.run.name,
+            project=tracking.wandb_project,
+            entity=tracking.wandb_entity,
+            group=tracking.wandb_group,
+            tags=tracking.wandb_tags,
+            config=public_config(config),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+        run.define_metric("global_step")
+        run.define_metric("*", step_metric="global_step")
+        return run
+
+    base_url = wandb.setup(quiet).settings.base_url
+    if mode == "offline":
+        return WandbTracker(init("offline"), True, say)
+    try:
+        if not _has_key(base_url):
+            if mode == "auto":
+                return None
+            raise ConfigError("no API key: run `wandb login` or set WANDB_API_KEY")
+        return WandbTracker(init("online"), False, say)
+    except Exception as error:
+        wandb.teardown()  # forgets the run that did not start: its id would be in use
+        wandb.setup(quiet)
+        tracker = WandbTracker(init("offline"), True, say)
+        say(f"W&B: {_one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
+        return tracker
+
+
+def _may_have_key(environ: Mapping[str, str]) -> bool:
+    """Whether there is anything to look for a key in: most machines without one need not import wandb to see that."""
+    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    return any(os.path.exists(os.path.expanduser(path)) for path in (environ.get("NETRC", "~/.netrc"), "~/_netrc"))
+
+
+def _has_key(base_url: str) -> bool:
+    """Whether wandb itself finds a key for the server, without asking a person or the network."""
+    from wandb.sdk.lib import wbauth  # no public function looks without prompting
+
+    key = wbauth.authenticate_session(host=base_url, source="dist_cifar", prompt=False, update_session=False)
+    return key is not None
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return urlsplit(value)._replace(netloc=urlsplit(value).netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

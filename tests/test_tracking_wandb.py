@@ -1,0 +1,238 @@
+"""The W&B adapter. Whatever opens a run does so in a process of its own, with a fake key and a server on loopback."""
+
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import wandb_file
+from fake_wandb import FakeWandb
+
+from dist_cifar.config import load_config
+from dist_cifar.errors import ConfigError
+from dist_cifar.tracking import open_trackers
+from dist_cifar.tracking.wandb_adapter import named, public_config, wanted_mode
+
+REPOSITORY = Path(__file__).parents[1]
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+RUN = """
+import signal, sys, time
+from pathlib import Path
+from dist_cifar.config import load_config
+from dist_cifar.tracking import open_trackers
+
+handlers = {number: (lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+for number, handler in handlers.items():
+    signal.signal(number, handler)
+start = time.monotonic()
+say = lambda line: print("SAY", line, flush=True)
+trackers = open_trackers(load_config(None, sys.argv[2:]), Path(sys.argv[1]), resume_step=None, say=say)
+print(f"OPEN {time.monotonic() - start}", [type(tracker).__name__ for tracker in trackers], flush=True)
+assert all(signal.getsignal(number) is handler for number, handler in handlers.items())
+for step in (10, 20, 10, 30):  # a step done again, as after a crash
+    for tracker in trackers:
+        tracker.log({"kind": "train", "step": step, "epoch": step / 4, "samples": step * 128, "loss": 1 / step})
+for tracker in trackers:
+    tracker.log({"kind": "eval", "step": 30, "epoch": 7.5, "accuracy": 0.75})
+sys.stdin.read()  # until the test lets the run end
+start = time.monotonic()
+for tracker in trackers:
+    tracker.finish({"test/accuracy": 0.5}, 75)
+print(f"FINISH {time.monotonic() - start}", "wandb" in sys.modules, flush=True)
+"""
+HISTORY = [
+    {"global_step": step, "epoch": step / 4, "samples": step * 128, "train/loss": 1 / step} for step in (10, 20, 10, 30)
+] + [{"global_step": 30, "epoch": 7.5, "eval/accuracy": 0.75}]
+
+
+def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """Nothing of the caller's W&B, no proxy, no reports to anyone."""
+    kept = {key: value for key, value in os.environ.items() if not re.match("(?i)wandb|.*_proxy|netrc", key)}
+    home = {"HOME": str(tmp_path), "WANDB_ERROR_REPORTING": "false", "PYTHONPATH": str(REPOSITORY)}
+    return kept | home | variables
+
+
+@contextmanager
+def started(tmp_path: Path, *overrides: str, **variables: str) -> Iterator[subprocess.Popen]:
+    (tmp_path / "run").mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", RUN, str(tmp_path / "run"), *overrides],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        env=environment(tmp_path, **variables),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def run(tmp_path: Path, *overrides: str, **variables: str) -> str:
+    with started(tmp_path, *overrides, **variables) as process:
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        return output
+
+
+def seconds(output: str, what: str) -> float:
+    return float(re.search(rf"^{what} (\S+)", output, re.M)[1])
+
+
+def offline_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def without_own(values: dict) -> dict:
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def assert_key_is_nowhere(tmp_path: Path) -> None:
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+# --- pure functions ----------------------------------------------------------------------------------------------
+
+
+def test_wandb_mode_decides_only_where_auto_is_asked():
+    assert wanted_mode("auto", {}) == wanted_mode("auto", {"WANDB_MODE": "shared"}) == "auto"
+    assert wanted_mode("auto", {"WANDB_MODE": "dryrun"}) == "offline"
+    assert wanted_mode("auto", {"WANDB_MODE": "disabled"}) == "disabled"
+    assert wanted_mode("online", {"WANDB_MODE": "disabled"}) == "online"
+
+
+def test_names():
+    row = {"kind": "eval", "step": 3, "epoch": 1.0, "samples": 384, "loss": 0.5}
+    assert named(row) == {"global_step": 3, "epoch": 1.0, "samples": 384, "eval/loss": 0.5}
+
+
+def test_the_config_goes_up_without_passwords():
+    config = load_config(None, ["data.url=https://me:secret@mirror.org:8080/c.tar.gz?sig=secret", "optimizer.lr=1e-2"])
+    public = public_config(config)
+    assert public["data.url"] == "https://mirror.org:8080/c.tar.gz" and public["optimizer.lr"] == 0.01
+
+
+# --- nothing installed, nothing configured -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_asked_for_and_not_installed(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"tracking.wandb: {mode}.*pip install -e \.\[wandb\]"):
+        open_trackers(load_config(None, [f"tracking.wandb={mode}"]), tmp_path, resume_step=None, say=print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_without_a_key_is_silent_and_does_not_import_wandb(tmp_path):
+    output = run(tmp_path)
+    assert "SAY" not in output and "['JsonlTracker']" in output and re.search("^FINISH .* False$", output, re.M)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_auto_with_a_netrc_that_has_no_key_for_wandb_is_silent(tmp_path):
+    (tmp_path / ".netrc").write_text("machine example.org login me password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    output = run(tmp_path)
+    assert "SAY" not in output and "['JsonlTracker']" in output
+
+
+def test_online_without_a_key_goes_offline_and_says_so(tmp_path):
+    output = run(tmp_path, "tracking.wandb=online", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert "no API key: run `wandb login` or set WANDB_API_KEY" in output
+    assert output.count(f"wandb sync {offline_files(tmp_path)[0].parent}\n") == 2
+
+
+# --- offline -----------------------------------------------------------------------------------------------------
+
+
+def test_the_offline_file_holds_everything_and_a_resume_has_the_same_id(tmp_path):
+    config = ("optimizer.lr=0.002", "tracking.wandb_group=sweep", "run.name=trial")
+    output = run(tmp_path, *config, WANDB_MODE="offline", WANDB_API_KEY=KEY)
+    (file,) = offline_files(tmp_path)
+    assert f"SAY W&B: this run is offline; upload it with: wandb sync {file.parent}\n" in output
+    assert len(output.splitlines()) == 3, output  # no noise of wandb's own
+
+    content = wandb_file.read(file)
+    assert [without_own(row) for row in content["history"]] == HISTORY
+    assert without_own(content["config"]) == public_config(load_config(None, config))
+    assert content["summary"]["test/accuracy"] == 0.5 and content["exit_code"] == 75
+    assert content["metrics"] == {"global_step": "", "*": "global_step"}
+    assert content["run_id"] == (tmp_path / "run" / "wandb_id").read_text().strip()
+
+    time.sleep(1)  # W&B names its folders by the second
+    run(tmp_path, *config, WANDB_MODE="offline", WANDB_API_KEY=KEY)
+    first, second = (wandb_file.read(file) for file in offline_files(tmp_path))
+    assert first["run_id"] == second["run_id"]
+    assert_key_is_nowhere(tmp_path)
+
+
+def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path):
+    from dist_cifar.tracking.wandb_adapter import WandbTracker
+
+    class Broken:
+        dir = str(tmp_path / "offline-run" / "files")
+        summary: dict = {}  # noqa: RUF012
+
+        def log(self, row):
+            raise RuntimeError("the helper\nis gone")
+
+        def finish(self, exit_code):
+            raise RuntimeError("still gone")
+
+    said: list[str] = []
+    tracker = WandbTracker(Broken(), False, said.append)
+    tracker.log({"kind": "train", "step": 1})
+    tracker.log({"kind": "train", "step": 2})
+    tracker.finish(None, 0)
+    assert len(said) == 2 and "the helper is gone" in said[0] and f"wandb sync {tmp_path}/offline-run" in said[1]
+
+
+# --- a server, and none ------------------------------------------------------------------------------------------
+
+
+def test_online_sends_every_row_under_the_id_of_the_run_directory(tmp_path):
+    with FakeWandb() as server:
+        output = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)  # auto: there is a key
+    assert "SAY" not in output
+    assert [without_own(row) for row in server.history] == HISTORY
+    names = {operation["variables"]["name"] for operation in server.operations if "name" in operation["variables"]}
+    assert names == {(tmp_path / "run" / "wandb_id").read_text().strip()}
+    assert_key_is_nowhere(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_an_unreachable_server_means_offline_within_ten_seconds(tmp_path, kind):
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # the system accepts, and nobody ever answers
+        port = listener.getsockname()[1]
+        if kind == "closed":
+            listener.close()
+        output = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    assert seconds(output, "OPEN") < 10 and seconds(output, "FINISH") < 1
+    (file,) = offline_files(tmp_path)
+    start, _, end = output.partition("OPEN")
+    assert start.endswith(f"going on offline, upload it later with: wandb sync {file.parent}\n")
+    assert f"wandb sync {file.parent}\n" in end
+    assert [without_own(row) for row in wandb_file.read(file)["history"]] == HISTORY
+    assert_key_is_nowhere(tmp_path)
+
+
+def test_a_server_that_is_lost_half_way_does_not_hold_up_the_end(tmp_path):
+    with FakeWandb() as server, started(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url) as process:
+        opened = process.stdout.readline()
+        assert opened.startswith("OPEN"), opened + process.communicate()[0]
+        server.silent.set()
+        before = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        assert time.monotonic() - before < 12  # at exit, too
+    (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
+    assert seconds(output, "FINISH") < 10 and f"upload it with: wandb sync {file.parent}\n" in output
+    assert [without_own(row) for row in wandb_file.read(file)["history"]] == HISTORY

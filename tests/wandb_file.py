@@ -1,0 +1,60 @@
+"""Reads W&B's offline file, so that tests can see what would be uploaded.
+
+The format is LevelDB's log: a 7-byte file header (":W&B", magic, version), then 32 KiB blocks of records, each with a
+7-byte header: CRC-32 of type and data, length, type (1 whole; 2, 3, 4 the first, a middle and the last part of one). A
+block's last bytes are padding where no header fits. A whole record is a `wandb_internal_pb2.Record`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK_BYTES = 32 * 1024
+
+
+def records(path: Path) -> list[Any]:
+    data, position, part, found = path.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B", data[:7]
+    while position + 7 <= len(data):
+        if BLOCK_BYTES - position % BLOCK_BYTES < 7:
+            position += BLOCK_BYTES - position % BLOCK_BYTES
+            continue
+        crc, length, kind = struct.unpack_from("<IHB", data, position)
+        payload = data[position + 7 : position + 7 + length]
+        assert crc == zlib.crc32(bytes([kind]) + payload), f"bad checksum at byte {position}"
+        position += 7 + length
+        part = payload if kind in (1, 2) else part + payload
+        if kind in (1, 4):
+            found.append(wandb_internal_pb2.Record.FromString(part))
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """`history` (a list of rows), `config`, `summary`, `run_id`, `metrics` (name to step metric) and `exit_code`."""
+    run: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "metrics": {}}
+    for record in records(path):
+        match record.WhichOneof("record_type"):
+            case "run":
+                run["run_id"] = record.run.run_id
+                run["config"].update(_items(record.run.config.update))
+            case "config":
+                run["config"].update(_items(record.config.update))
+            case "history":
+                run["history"].append(_items(record.history.item))
+            case "summary":
+                run["summary"].update(_items(record.summary.update))
+            case "metric":
+                run["metrics"][record.metric.name or record.metric.glob_name] = record.metric.step_metric
+            case "exit":
+                run["exit_code"] = record.exit.exit_code
+    return run
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
