@@ -501,7 +501,7 @@ def _is_optional(hint: Any) -> bool:
 
 
 def _accepts_text(hint: Any) -> bool:
-    return hint is str or typing.get_origin(hint) is Literal or str in typing.get_args(hint)
+    return hint is str or typing.get_origin(hint) is Literal or (_is_optional(hint) and str in typing.get_args(hint))
 
 
 def _type_name(hint: Any) -> str:

@@ -121,7 +121,11 @@ class _Run:
         )
         model = build_model(config.model, num_classes=len(self.dataset.classes), seed=config.run.seed)
         self.strategy: Strategy = DdpStrategy(
-            model, config.optimizer, communicator=communicator, precision=config.train.precision
+            model,
+            config.optimizer,
+            communicator=communicator,
+            precision=config.train.precision,
+            micro_batches=self.plan.micro_batches,
         )
         lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)
         self.progress = Progress(plateau=start_plateau(config.plateau, lr))

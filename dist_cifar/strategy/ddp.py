@@ -1,7 +1,7 @@
 """Strategy `ddp`: Accelerate's DistributedDataParallel.
 
-Contract: gradients are averaged over ranks with every bucket's gradients as views, a static graph and no broadcast of
-buffers; each rank normalises its own micro-batch, and BatchNorm's running statistics are averaged when they are
+Contract: gradients are averaged over ranks with every bucket's gradients as views, a static graph (but for accumulation)
+and no broadcast of buffers; each rank normalises its own micro-batch, and BatchNorm's running statistics are averaged when they are
 looked at. With one rank the model is not wrapped. Only the model is given to Accelerate: it would step a prepared
 ReduceLROnPlateau once for each rank, and shard again what our sampler has sharded.
 """
@@ -26,7 +26,13 @@ class DdpStrategy:
     """See `dist_cifar.strategy.Strategy`."""
 
     def __init__(
-        self, module: nn.Module, config: OptimizerConfig, *, communicator: Communicator, precision: str
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        *,
+        communicator: Communicator,
+        precision: str,
+        micro_batches: int,
     ) -> None:
         """`module` is moved to the communicator's device in channels-last; `precision` is `fp32` or `bf16`."""
         device = communicator.device
@@ -36,9 +42,8 @@ class DdpStrategy:
             cpu=device.type == "cpu",
             mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
             kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
-                )
+                # DDP fails in its first backward pass if the graph is static and that pass is not to be reduced.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=micro_batches == 1)
             ],
         )
         if self._accelerator.num_processes != communicator.world_size:
@@ -56,6 +61,9 @@ class DdpStrategy:
             fused=True,
         )
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
+        if self._replica is not self.module:
+            # As an argument it is deprecated in torch 2.15, and the name that replaces it is unknown to 2.11.
+            self._replica.broadcast_buffers = False
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._replica(images)

@@ -1,0 +1,99 @@
+"""DDP against a hand-written loop in one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dist_cifar.config import ModelConfig, OptimizerConfig
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.model import build_model
+from dist_cifar.strategy.ddp import DdpStrategy
+
+STEPS, BATCH, LR = 5, 16, 1e-2
+# With Adam's usual epsilon the first steps are the signs of the gradients, and a sign turns rounding into a step.
+OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, clip_norm=0.5)
+
+
+def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return (torch.randn(BATCH, 3, 32, 32, generator=generator), torch.randint(10, (BATCH,), generator=generator))
+
+
+def by_strategy(
+    communicator: Communicator, norm: str, micro_batches: int, steps: int
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Parameters and buffers after `steps`, and the gradient norms."""
+    model = build_model(ModelConfig(name="resnet20", norm=norm), num_classes=10, seed=1)
+    strategy = DdpStrategy(
+        model, OPTIMIZER, communicator=communicator, precision="fp32", micro_batches=micro_batches
+    )
+    assert communicator.world_size == 1 or not strategy._replica.broadcast_buffers
+    norms = []
+    for step in range(steps):
+        images, labels = (
+            part.chunk(communicator.world_size)[communicator.rank].chunk(micro_batches) for part in data(step)
+        )
+        for i in range(micro_batches):
+            with strategy.accumulate(last=i == micro_batches - 1):
+                loss = torch.nn.functional.cross_entropy(strategy.forward(images[i]), labels[i])
+                strategy.backward(loss / micro_batches)
+        norms.append(strategy.step(LR).item())
+    return {name: tensor.numpy() for name, tensor in strategy.model_tensors().items()}, norms
+
+
+def by_hand(steps: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The same in one process, with nothing of the project but the network."""
+    model = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=1)
+    optimizer = torch.optim.Adam(model.parameters(), LR, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay)
+    norms = []
+    for step in range(steps):
+        images, labels = data(step)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm).item())
+        optimizer.step()
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}, norms
+
+
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 1), (2, 1), (4, 1), (2, 4), (1, 2)])
+def test_parameters_equal_a_hand_written_loop(ranks, world_size, micro_batches):
+    expected, expected_norms = by_hand(STEPS)
+    for parameters, norms in ranks.run(world_size, by_strategy, "group", micro_batches, STEPS):
+        assert parameters.keys() == expected.keys()
+        for name, values in parameters.items():
+            np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(norms, expected_norms, rtol=1e-4)
+    start, _ = by_hand(0)
+    assert not np.allclose(start["fc.weight"], expected["fc.weight"], rtol=1e-2)
+
+
+def test_ranks_hold_the_same_weights_bit_for_bit(ranks):
+    first, *others = (parameters for parameters, _ in ranks.run(4, by_strategy, "batch", 1, 3))
+    for other in others:
+        assert all(np.array_equal(first[name], other[name]) for name in first)
+
+
+def buffers(communicator: Communicator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A running mean as it was, as it is saved, as it is after saving, and after averaging."""
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1)
+    strategy = DdpStrategy(model, OPTIMIZER, communicator=communicator, precision="fp32", micro_batches=1)
+    images = data(0)[0].chunk(communicator.world_size)[communicator.rank]
+    strategy.forward(images)
+    before = model.bn1.running_mean.numpy().copy()
+    saved = strategy.model_tensors()["bn1.running_mean"].numpy().copy()
+    strategy.rank_tensors()
+    after = model.bn1.running_mean.numpy().copy()
+    strategy.average_buffers()
+    return before, saved, after, model.bn1.running_mean.numpy().copy()
+
+
+def test_batchnorm_statistics_are_averaged_for_saving_and_evaluation_and_left_alone_in_training(ranks):
+    results = ranks.run(2, buffers)
+    mean = (results[0][0] + results[1][0]) / 2
+    assert not np.array_equal(results[0][0], results[1][0])
+    for before, saved, after, averaged in results:
+        assert np.array_equal(before, after)
+        np.testing.assert_allclose(saved, mean, rtol=1e-6)
+        assert np.array_equal(saved, averaged)

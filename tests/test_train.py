@@ -1,0 +1,299 @@
+"""Whole runs on gloo ranks: plateau, order and pixels at every world size, resume, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dist_cifar import signals
+from dist_cifar import train as train_module
+from dist_cifar.augment import policy
+from dist_cifar.config import Config, load_config
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
+from dist_cifar.schedule import Plateau
+from dist_cifar.train import train
+
+
+def rows(config: Config, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def summary(config: Config) -> dict[str, Any]:
+    return json.loads((Path(config.run.dir) / "summary.json").read_text())
+
+
+def status(config: Config) -> str:
+    return json.loads((Path(config.run.dir) / "status.json").read_text())["status"]
+
+
+def at(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))
+
+
+# --- the plateau -------------------------------------------------------------------------------------------------
+
+PLATEAU = ("plateau.patience_evaluations=1", "plateau.threshold=0.9", "plateau.factor=0.1", "train.epochs=7",
+           "data.synthetic_train_size=72", "optimizer.lr_rule=none", "optimizer.warmup_epochs=0", "model.norm=group")
+
+
+def learning_rates(config: Config) -> list[float]:
+    return [row["lr"] for row in rows(config, "train")]
+
+
+def test_plateau_cuts_at_the_same_steps_on_every_world_size(ranks, tiny, tmp_path):
+    sequences = []
+    for world_size in (1, 2, 4):
+        config = at(tiny(*PLATEAU), tmp_path / str(world_size))
+        assert ranks.run(world_size, train, config) == [True] * world_size
+        sequences.append(learning_rates(config))
+    assert sequences[0] == sequences[1] == sequences[2]
+    # Two steps an epoch; the first evaluation improves on none, each second one after it is one too many.
+    assert sequences[0] == pytest.approx([1e-3] * 3 + [1e-4] * 2 + [1e-5] * 2)
+
+
+def accelerate_steps_it(communicator: Communicator, metrics: list[float]) -> list[float]:
+    """The mutant: a scheduler that was given to Accelerate."""
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1, threshold=0.9)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    learning_rates = []
+    for metric in metrics:
+        learning_rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(metric)
+    return learning_rates
+
+
+def test_a_plateau_that_accelerate_steps_is_caught(ranks):
+    metrics = [1.0] * 7
+    one, two = ranks.run(1, accelerate_steps_it, metrics)[0], ranks.run(2, accelerate_steps_it, metrics)[0]
+    assert one == pytest.approx([1e-3] * 3 + [1e-4] * 2 + [1e-5] * 2)
+    assert one != two
+
+
+def unequal_plateau(communicator: Communicator) -> None:
+    state = Plateau(lr=1e-3 if communicator.rank != 2 else 1e-4, best=1.0)
+    communicator.require_equal("the state of the plateau", dataclasses.asdict(state))
+
+
+def test_ranks_that_disagree_do_not_go_on(ranks):
+    with pytest.raises(Exception, match=r"the state of the plateau differs.*\[2\]"):
+        ranks.run(3, unequal_plateau)
+
+
+# --- order and pixels --------------------------------------------------------------------------------------------
+
+
+def stateful_draw(config: Any, *, seed: int, epoch: int, indices: Any) -> policy.AugmentParams:
+    """The mutant: a generator that remembers, as a global one does."""
+    fresh = np.random.default_rng(seed).integers(0, 2**31, len(indices))
+    return policy.draw(config, seed=seed, epoch=epoch, indices=fresh)
+
+
+def batches(communicator: Communicator, config: Config, steps: list[int], mutant: bool) -> list[list[Any]]:
+    if mutant:
+        train_module.policy = type("", (), {"draw": staticmethod(stateful_draw)})
+    try:
+        run = train_module._Run(config, communicator, must_resume=False)
+        made = [run.make_batch(step) for step in steps]
+    finally:
+        train_module.policy = policy
+    return [[batch.inputs.numpy(), batch.labels.numpy()] for batch in made]
+
+
+def samples(ranks: Any, world_size: int, config: Config, steps: list[int], mutant: bool = False) -> list[str]:
+    """A hash of every sample of the global batches, in order."""
+    by_rank = ranks.run(world_size, batches, config, steps, mutant)
+    return [
+        hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest()
+        for i in range(len(steps))
+        for made in by_rank
+        for image, label in zip(*made[i], strict=True)
+    ]
+
+
+def test_pixels_and_labels_do_not_depend_on_rank_world_size_or_call_order(ranks, tiny):
+    expected = samples(ranks, 1, tiny(), [0, 3, 7])
+    assert len(set(expected)) == len(expected)
+    for world_size in (2, 4):
+        assert samples(ranks, world_size, tiny(), [0, 3, 7]) == expected
+    backwards = samples(ranks, 2, tiny(), [7, 3, 0])
+    assert backwards == expected[32:] + expected[16:32] + expected[:16]
+
+
+def test_pixels_do_not_depend_on_the_batch_size(ranks, tiny):
+    whole = samples(ranks, 1, tiny("batch.global_size=16"), [0, 1])
+    assert samples(ranks, 1, tiny("batch.global_size=8"), [0, 1, 2, 3]) == whole
+    assert samples(ranks, 2, tiny("batch.global_size=32"), [0]) == whole
+
+
+def test_augmentation_from_a_generator_with_a_state_is_caught(ranks, tiny):
+    assert samples(ranks, 2, tiny(), [0], mutant=True) != samples(ranks, 1, tiny(), [0], mutant=True)
+
+
+# --- resume ------------------------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+def disturbed(communicator: Communicator, config: Config, at_step: int, rank: int, crash: bool) -> Any:
+    """A run in which `rank` is told to stop, or every rank dies, before the step after `at_step`."""
+    calls = 0
+    original = signals.stop_requested
+
+    def stop_requested() -> bool:
+        nonlocal calls
+        calls += 1
+        if crash and calls > at_step:
+            raise Crash
+        return communicator.rank == rank and calls > at_step
+
+    signals.stop_requested = stop_requested
+    try:
+        return train(config, communicator)
+    except Crash:
+        return "crashed"
+    finally:
+        signals.stop_requested = original
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, tmp_path, world_size):
+    config = tiny("batch.global_size=18", "run.log_every_steps=3")  # 4 steps an epoch
+    undisturbed = at(config, tmp_path / "undisturbed")
+    assert ranks.run(world_size, train, undisturbed) == [True] * world_size
+    # One rank alone gets the signal, in the middle of an epoch; all stop after the same step.
+    assert ranks.run(world_size, disturbed, config, 1, world_size - 1, False) == [False] * world_size
+    assert status(config) == "saved"
+    state = json.loads((Path(config.run.dir) / "checkpoints/step-00000002/state.json").read_text())
+    assert state["progress"]["step"] == 2
+    assert ranks.run(world_size, train, config) == [True] * world_size
+    assert status(config) == "done"
+    assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
+    volatile = {"seconds", "images_per_second", "data_wait_share"}
+    for kind in ("train", "eval", "test"):
+        kept = [[{k: v for k, v in row.items() if k not in volatile} for row in rows(c, kind)]
+                for c in (config, undisturbed)]
+        assert kept[0] == kept[1] and kept[0]
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(ranks, tiny, tmp_path):
+    config = tiny("checkpoint.every_steps=2")
+    undisturbed = at(config, tmp_path / "undisturbed")
+    ranks.run(2, train, undisturbed)
+    assert ranks.run(2, disturbed, config, 8, 0, True) == ["crashed"] * 2  # five steps an epoch
+    assert len(rows(config, "train")) == 4
+    assert ranks.run(2, train, config) == [True, True]
+    assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
+    steps = [row["step"] for row in rows(config, "train")]
+    assert steps == sorted(set(steps)) == [row["step"] for row in rows(undisturbed, "train")]
+
+
+def test_a_resume_without_the_ranks_own_buffers_is_caught(ranks, tiny, tmp_path):
+    """The mutant of the two tests above: BatchNorm statistics restored as their average."""
+    config = tiny("eval.every_epochs=9", "train.max_steps=3", "optimizer.weight_decay=0")
+    undisturbed = at(config, tmp_path / "undisturbed")
+    ranks.run(2, train, undisturbed)
+    ranks.run(2, disturbed, config, 1, 0, False)
+    ranks.run(2, forgetful, config)
+    assert summary(config)["weights_sha256"] != summary(undisturbed)["weights_sha256"]
+
+
+def forgetful(communicator: Communicator, config: Config) -> bool:
+    load = train_module.DdpStrategy.load
+    train_module.DdpStrategy.load = lambda self, model, optimizer, ranks: load(self, model, {}, {})
+    try:
+        return train(config, communicator)
+    finally:
+        train_module.DdpStrategy.load = load
+
+
+def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):
+    config = tiny("model.norm=group")
+    assert ranks.run(2, disturbed, config, 2, 0, False) == [False, False]
+    assert ranks.run(1, train, config) == [True]
+    assert summary(config)["world_size"] == 1 and summary(config)["steps"] == 10
+
+
+def test_a_run_that_is_done_is_not_trained_again(ranks, tiny):
+    config = tiny("train.epochs=1")
+    ranks.run(1, train, config)
+    before = summary(config), rows(config, "train")
+    assert ranks.run(1, train, config) == [True]
+    assert (summary(config), rows(config, "train")) == before
+    longer = tiny("train.epochs=2")
+    assert ranks.run(1, train, longer) == [True]
+    assert summary(longer)["epochs"] == 2 and rows(longer, "train")[: len(before[1])] == before[1]
+
+
+def failing(communicator: Communicator, config: Config, kind: type[Exception], must_resume: bool = False) -> str:
+    with pytest.raises(kind) as caught:
+        train(config, communicator, must_resume=must_resume)
+    return str(caught.value)
+
+
+def test_another_config_or_data_set_in_the_run_directory_is_refused(ranks, tiny):
+    ranks.run(2, train, tiny("train.epochs=1"))
+    messages = ranks.run(2, failing, tiny("optimizer.lr=2e-3", "batch.global_size=8"), ConfigError)
+    assert messages[0] == messages[1]
+    assert "batch.global_size: 16 -> 8; optimizer.lr: 0.001 -> 0.002" in messages[0]
+
+
+def test_resume_without_a_checkpoint_is_refused(ranks, tiny):
+    assert "--resume" in ranks.run(1, failing, tiny(), CheckpointError, True)[0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(ranks, tiny):
+    messages = ranks.run(2, failing, tiny("optimizer.lr=1e30", "optimizer.warmup_epochs=0"), TrainingError)
+    assert messages[0] == messages[1] and "optimizer.lr" in messages[0]
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_the_run_directory(ranks, tiny):
+    config = tiny("plateau.metric=accuracy", "data.validation_size=30")
+    ranks.run(2, train, config)
+    path = Path(config.run.dir)
+    assert load_config(path / "config.yaml") == config
+    result = summary(config)
+    evaluations = rows(config, "eval")
+    assert [row["step"] for row in evaluations] == [5, 10] and evaluations[0]["count"] == 30
+    assert result["best_val_accuracy"] == max(row["accuracy"] for row in evaluations)
+    assert result["best_step"] == max(evaluations, key=lambda row: row["accuracy"])["step"]
+    assert rows(config, "test")[0]["accuracy"] == result["test_accuracy"] == np.trace(result["test_confusion"]) / 40
+    assert np.sum(result["test_confusion"]) == 40 and result["world_size"] == 2 and result["strategy"] == "ddp"
+    assert result["steps"] == 10 and result["epochs"] == 2 and result["versions"]["torch"] == torch.__version__
+    assert result["images_per_second"] > 0 and 0 <= result["data_wait_share"] < 1
+    row = rows(config, "train")[-1]
+    assert row["samples"] == 160 and row["grad_norm"] > 0 and row["seconds"] > 0
+    assert not list(path.rglob(".tmp*"))
+
+
+def test_without_a_validation_split_the_test_set_is_watched_and_the_summary_says_so(ranks, tiny):
+    config = tiny("data.validation_size=0", "train.epochs=1")
+    ranks.run(1, train, config)
+    assert summary(config)["best_chosen_on"] == "test"
+    assert [(row["split"], row["count"]) for row in rows(config, "eval")] == [("test", 40)]
+
+
+def test_weights_of_the_best_checkpoint_are_those_that_are_tested(ranks, tiny):
+    config = tiny("train.epochs=3", "optimizer.lr=0.3", "optimizer.warmup_epochs=0", "optimizer.clip_norm=null")
+    ranks.run(1, train, config)
+    evaluations = {row["step"]: row["accuracy"] for row in rows(config, "eval")}
+    result = summary(config)
+    assert result["best_val_accuracy"] == evaluations[result["best_step"]] == max(evaluations.values())
+
+
