@@ -604,6 +604,18 @@ def check_damaged_step_saved_again(code: Code, root: Path) -> None:
     check_state(code, store.directory, newest={2}, best={None})
 
 
+def check_name_of_a_damaged_one(code: Code, root: Path) -> None:
+    """A checkpoint that takes the name of a damaged one, which somebody has removed, is not taken for it."""
+    store, _ = code.store(root / "checkpoints")
+    damaged = save(store, 10, 0)
+    (damaged / "state.json").unlink()
+    with pytest.raises(CheckpointError):
+        store.load_newest()
+    shutil.rmtree(damaged)
+    assert save(store, 10, 1) == damaged
+    check_state(code, store.directory, newest={1}, best={None})
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     check_retention(REAL, tmp_path)
 
@@ -616,17 +628,8 @@ def test_a_damaged_step_is_saved_again(tmp_path):
     check_damaged_step_saved_again(REAL, tmp_path)
 
 
-def test_a_checkpoint_in_place_of_a_damaged_one_is_kept(tmp_path):
-    store, _ = REAL.store(tmp_path)
-    save(store, 10, 0)
-    damaged = save(store, 20, 1)
-    (damaged / "state.json").unlink()
-    with pytest.raises(CheckpointError):
-        store.load_newest()
-    shutil.rmtree(damaged)
-    save(store, 20, 2)
-    assert names(tmp_path) == {"step-00000020", "latest"}
-    assert mark_of(store.load_newest()) == 2
+def test_the_name_of_a_damaged_checkpoint_is_free_again(tmp_path):
+    check_name_of_a_damaged_one(REAL, tmp_path)
 
 
 def test_the_best_of_a_step_outlives_a_second_save_of_the_step(tmp_path):
@@ -849,6 +852,10 @@ MUTANTS = {
     ),
     "a name used twice": (
         check_damaged_step_saved_again, "checkpoint", "max(revisions, default=0) + 1", "max(revisions, default=1)",
+    ),
+    "a name damaged for ever": (
+        check_name_of_a_damaged_one, "checkpoint", "        self._bad.discard(path.name)\n        return path\n",
+        "        return path\n",
     ),
     "damaged ones count as kept": (
         check_fallback_is_not_pushed_out, "checkpoint", "if path.name not in self._bad]", "]",
