@@ -10,10 +10,11 @@ saying so, and raises `CheckpointError` when there are only damaged ones, so tha
     <directory>/step-00001234/manifest.json        step, whether it was the best, size and SHA-256 of each file
     <directory>/latest, <directory>/best           the name of a directory, for people and scripts
 
-Three rules give the safety. The directory is written under a temporary name, manifest last, synced and then renamed.
-No name is used twice: a step that is saved again becomes `step-00001234-2`, and only then is the first one deleted.
-A deletion starts with the manifest, without which a directory is no checkpoint. The truth is in the directories alone:
-`latest` and `best` are written but never read, so that nothing depends on them.
+Three rules give the safety. A directory is written under a temporary name, manifest last, synced and then renamed; it
+is renamed back to a temporary name before anything of it is deleted. So whatever is called `step-...` is complete, or
+damaged. No name is overwritten: a step that is saved again becomes `step-00001234-2`, and only then is the first one
+deleted. The truth is in the directories alone: `latest` and `best` are written but never read, so that nothing depends
+on them.
 
 Tensors are stored as safetensors and the rest as JSON; nothing is ever unpickled. Tensors are stored contiguous: their
 values return bit for bit, their memory format (channels_last) does not. This module knows nothing of ranks: one process
@@ -88,10 +89,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} is {'missing' if name in entries else 'not in the manifest'}")
         contents: dict[str, Any] = {}
         for name, entry in entries.items():
-            data = (path / name).read_bytes()
-            # What was hashed is what is parsed: the file is read once.
-            if len(data) != entry["bytes"]:
-                raise CheckpointError(f"{path}: {name} has {len(data)} bytes, its manifest says {entry['bytes']}")
+            size = os.path.getsize(path / name)
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{path}: {name} has {size} bytes, its manifest says {entry['bytes']}")
+            data = (path / name).read_bytes()  # once: what is hashed is what is parsed
             if hashlib.sha256(data).hexdigest() != entry["sha256"]:
                 raise CheckpointError(f"{path}: {name} does not have the SHA-256 of its manifest")
             contents[name.removesuffix(SUFFIX)] = _parse(path, name, data)
@@ -162,6 +163,7 @@ class CheckpointStore:
                 found.append(str(error))
                 self._say(f"damaged checkpoint passed over: {error}")
                 continue
+            self._bad.discard(path.name)
             if found:
                 self._say(f"falling back to {path}")
             return checkpoint
@@ -174,7 +176,7 @@ class CheckpointStore:
 
     def _write(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], best: bool) -> Path:
         path = self._free_path(step)
-        temporary = self.directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        temporary = self._temporary(path)
         try:
             files.make_dirs(temporary)
             entries = {}
@@ -189,6 +191,7 @@ class CheckpointStore:
             with contextlib.suppress(OSError):
                 files.remove_tree(temporary)
             raise
+        self._bad.discard(path.name)
         return path
 
     def _free_path(self, step: int) -> Path:
@@ -214,17 +217,19 @@ class CheckpointStore:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        if not path.is_symlink():  # of a linked checkpoint only the link is ours
-            files.unlink(path / MANIFEST)
-        files.remove_tree(path)
+        """Deletes a checkpoint, of which a crash never leaves a part under its name."""
+        temporary = self._temporary(path)
+        files.move(path, temporary)
+        files.remove_tree(temporary)
+
+    def _temporary(self, path: Path) -> Path:
+        """A name that is no checkpoint's, and not one that a writer killed earlier may have left."""
+        return self.directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
 
     def _sweep(self) -> None:
-        """Deletes what a killed writer left: temporaries, and checkpoints whose deletion had begun."""
+        """Deletes what a killed writer left."""
         for path in self.directory.glob(".tmp-*"):
             files.remove_tree(path)
-        for path in self._paths():
-            if not _has_manifest(path):
-                files.remove_tree(path)
 
     def _paths(self) -> list[Path]:
         """Every directory with the name of a checkpoint, newest first."""
@@ -250,7 +255,7 @@ def _position(name: str) -> tuple[int, int] | None:
 
 def _serialised(tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """(file name, content) of each file; a generator, so that only one is in memory at a time."""
-    yield STATE, (json.dumps(state, indent=1) + "\n").encode()
+    yield STATE, (json.dumps(dict(state), indent=1) + "\n").encode()
     for stem, group in tensors.items():
         # safetensors refuses tensors that are not contiguous or share their memory.
         own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in group.items()}
@@ -288,17 +293,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: has format {content['format']}, this version reads {FORMAT}")
     return content
-
-
-def _has_manifest(path: Path) -> bool:
-    """False only if it is certain that there is none: an unreadable directory may be a good checkpoint."""
-    try:
-        os.lstat(path / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _says_best(path: Path) -> bool:

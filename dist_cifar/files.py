@@ -1,8 +1,8 @@
 """Files that outlive a crash: the one place that writes, renames and deletes what must last.
 
-Contract: when `write_atomic`, `move` or `unlink` returns, its effect is on the disk, not only in the page cache, and
-a process that is killed inside `write_atomic` or `move` leaves either the state before or the state after. Errors are
-`OSError`s. One process writes to a directory at a time.
+Contract: when `write_atomic` or `move` returns, its effect is on the disk, not only in the page cache; a process that
+is killed inside it leaves either the state before or the state after. Errors are `OSError`s. One process writes to a
+directory at a time.
 """
 
 from __future__ import annotations
@@ -61,12 +61,6 @@ def move(old: Path, new: Path) -> None:
     """Renames within one directory; a file replaces a file, a directory needs a name that is free."""
     os.replace(old, new)
     fsync_dir(new.parent)
-
-
-def unlink(path: Path) -> None:
-    """Deletes a file, at once."""
-    os.unlink(path)
-    fsync_dir(path.parent)
 
 
 def remove_tree(path: Path) -> None:
