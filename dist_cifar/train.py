@@ -228,8 +228,11 @@ class _Run:
             self.strategy.load(model, optimizer, ranks)
             progress = state["progress"]
             self.progress = Progress(**progress | {"plateau": Plateau(**progress["plateau"])})
-            if self.is_first:  # the sums of all ranks were added up when they were saved
-                self.sums.sums += torch.tensor(state["sums"], dtype=torch.float64, device=self.communicator.device)
+            rows = torch.tensor(state["sums"], dtype=torch.float64, device=self.communicator.device)
+            if len(rows) == self.communicator.world_size:
+                self.sums.sums.copy_(rows[self.communicator.rank])
+            elif self.is_first:
+                self.sums.sums.copy_(rows.sum(0))
         return None if state is None else self.progress.step
 
     def _save(self, *, best: bool = False) -> None:
@@ -245,7 +248,7 @@ class _Run:
         }
         state = {
             "progress": dataclasses.asdict(self._timed_progress()),
-            "sums": self.communicator.sum(self.sums.sums.clone()).tolist(),
+            "sums": self.communicator.gather(self.sums.sums.tolist()),
             "config": flatten(self.config),
             "data_sha256": self.dataset.content_sha256,
             "world_size": self.communicator.world_size,
@@ -444,10 +447,9 @@ def result_table(summary: Mapping[str, Any], path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
-    packages = ("torch", "torchvision", "accelerate", "numpy", "pillow")
-    return {"dist_cifar": dist_cifar.__version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+    packages = ("torchvision", "accelerate", "numpy", "pillow")
+    ours = {"dist_cifar": dist_cifar.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    return ours | {name: importlib.metadata.version(name) for name in packages}
 
 
 def git_revision() -> str | None:

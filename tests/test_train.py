@@ -20,7 +20,6 @@ from dist_cifar.config import Config, load_config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.schedule import Plateau
-from dist_cifar.train import train
 
 
 def rows(config: Config, kind: str) -> list[dict[str, Any]]:
@@ -38,6 +37,10 @@ def status(config: Config) -> str:
 
 def at(config: Config, path: Path) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(path)))
+
+
+def train(communicator: Communicator, config: Config, must_resume: bool = False) -> bool:
+    return train_module.train(config, communicator, must_resume=must_resume)
 
 
 # --- the plateau -------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def disturbed(communicator: Communicator, config: Config, at_step: int, rank: in
 
     signals.stop_requested = stop_requested
     try:
-        return train(config, communicator)
+        return train(communicator, config)
     except Crash:
         return "crashed"
     finally:
@@ -215,7 +218,7 @@ def forgetful(communicator: Communicator, config: Config) -> bool:
     load = train_module.DdpStrategy.load
     train_module.DdpStrategy.load = lambda self, model, optimizer, ranks: load(self, model, {}, {})
     try:
-        return train(config, communicator)
+        return train(communicator, config)
     finally:
         train_module.DdpStrategy.load = load
 
@@ -240,7 +243,7 @@ def test_a_run_that_is_done_is_not_trained_again(ranks, tiny):
 
 def failing(communicator: Communicator, config: Config, kind: type[Exception], must_resume: bool = False) -> str:
     with pytest.raises(kind) as caught:
-        train(config, communicator, must_resume=must_resume)
+        train(communicator, config, must_resume)
     return str(caught.value)
 
 
