@@ -136,7 +136,7 @@ def silent(line):
     pass
 
 
-# --- found -------------------------------------------------------------------------------------------------------
+# --- found --------------------------------------------------------------------------------------------------------
 
 
 def test_the_archive_is_found_in_root_or_is_root(tmp_path):
@@ -204,7 +204,7 @@ def test_the_specifications_are_whole():
         assert (len(spec.md5), len(spec.sha256)) == (32, 64)
 
 
-# --- hostile or damaged --------------------------------------------------------------------------------------------
+# --- hostile or damaged -------------------------------------------------------------------------------------------
 
 
 def member(name, kind=tarfile.REGTYPE, link="", size=0):
@@ -304,7 +304,7 @@ def test_what_is_no_tar_is_refused(tmp_path):
         read_archive(spec, tmp_path, None, silent)
 
 
-# --- downloaded ----------------------------------------------------------------------------------------------------
+# --- downloaded ---------------------------------------------------------------------------------------------------
 
 
 def left_in(folder):
@@ -397,14 +397,14 @@ def test_without_network_the_error_says_what_to_do(tmp_path, serve):
     assert left_in(tmp_path) == set()
 
     url, _ = serve(b"", status=404)
-    with pytest.raises(DataError, match="cannot be downloaded .HTTP Error 404"):
+    with pytest.raises(DataError, match=r"cannot be downloaded .HTTP Error 404"):
         read_archive(spec, tmp_path, url, silent)
 
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "small.tar.gz", "data:,x", "https://me:secret@host/x"])
 def test_other_addresses_are_refused_without_showing_them(tmp_path, url):
     files = make_files()
-    with pytest.raises(ConfigError, match="data.url") as caught:
+    with pytest.raises(ConfigError, match=r"data\.url") as caught:
         read_archive(make_spec(make_tar(files), files), tmp_path, url, silent)
     assert "secret" not in str(caught.value)
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,8 +83,10 @@ def find_layout(root: Path, names: Iterable[str]) -> Layout:
         layout[split][class_name] += [match[0]] if file else []
     for split in SPLITS:
         if not layout[split]:
-            found = ", ".join(tops[:10]) or "no folder"
-            raise DataError(f"{root}: no {prefix}{split}/<class>/ in it, found {found}; {_LAYOUT}")
+            found = sorted({name.removeprefix(prefix).split("/")[0] for name in visible} - {""})
+            raise DataError(
+                f"{root}: no {prefix}{split}/<class>/ in it, found {', '.join(found[:10]) or 'nothing'}; {_LAYOUT}"
+            )
         for class_name, files in layout[split].items():
             if not files:
                 raise DataError(f"{root}: {prefix}{split}/{class_name}/ is empty; add images or remove the folder")
@@ -127,8 +130,7 @@ def _opened(root: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
 
 
 def _read_file(path: Path) -> bytes:
-    status = path.stat()
-    if not path.is_file() or status.st_size > _MAX_FILE_BYTES:
+    if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
         raise ValueError(f"not a file of at most {_MAX_FILE_BYTES} bytes")
     return path.read_bytes()
 
@@ -171,6 +173,8 @@ def _digest(root: Path, of_file: Callable[[str], str]) -> str:
 
 def _file_status(path: str) -> str:
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # to read a pipe would be to wait for ever
+        raise DataError(f"{path}: neither a file nor a folder; remove it")
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
