@@ -1,0 +1,65 @@
+"""What every source delivers: decoded images and labels, and what is computed from them once.
+
+Contract: pure functions of arrays in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrays:
+    """A whole data set. A label is an index into `classes`."""
+
+    train_images: npt.NDArray[np.uint8]
+    """[n, 32, 32, 3], C-contiguous."""
+    train_labels: npt.NDArray[np.int64]
+    """[n]."""
+    test_images: npt.NDArray[np.uint8]
+    """[m, 32, 32, 3], C-contiguous."""
+    test_labels: npt.NDArray[np.int64]
+    """[m]."""
+    classes: tuple[str, ...]
+    """Names, in the order of the labels."""
+
+
+def content_sha256(arrays: Arrays) -> str:
+    """SHA-256 over class names, pixels and labels: equal for equal data sets, wherever they were read from."""
+    digest = hashlib.sha256(json.dumps([arrays.classes, len(arrays.train_labels), len(arrays.test_labels)]).encode())
+    for images, labels in (
+        (arrays.train_images, arrays.train_labels),
+        (arrays.test_images, arrays.test_labels),
+    ):
+        digest.update(images)
+        digest.update(labels.astype("<i8"))
+    return digest.hexdigest()
+
+
+def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and (population) standard deviation of each channel of uint8 [n, height, width, channels].
+
+    In units of [0, 1]. The sums are integers, so neither order nor number of the images costs a digit.
+    """
+    channels = images.shape[-1]
+    histogram = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), _CHUNK):  # bincount widens to int64: bound that copy
+        for channel in range(channels):
+            values = images[start : start + _CHUNK, ..., channel].ravel()
+            histogram[channel] += np.bincount(values, minlength=256)
+    count = images.size // channels
+    mean, std = [], []
+    for counts in histogram.tolist():
+        total = sum(value * times for value, times in enumerate(counts))
+        squares = sum(value * value * times for value, times in enumerate(counts))
+        mean.append(total / (count * 255))
+        std.append(math.sqrt((count * squares - total * total) / (count * 255) ** 2))
+    return tuple(mean), tuple(std)

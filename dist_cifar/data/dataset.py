@@ -1,0 +1,123 @@
+"""The data set of a run, from any source: uint8 images that are memory-mapped from the cache, and integer labels.
+
+Contract: `load_dataset` gives every process the same arrays, whichever of them had to download or decode; what it
+returns depends on the content of the source alone. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_cifar import rng
+from dist_cifar.config import DataConfig
+from dist_cifar.data import archive, cache, folder, synthetic
+from dist_cifar.data.arrays import Arrays
+from dist_cifar.errors import ConfigError
+
+ARCHIVES = {"cifar10": archive.CIFAR10, "cifar100": archive.CIFAR100}
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The training or the test images."""
+
+    images: npt.NDArray[np.uint8]
+    """[n, 32, 32, 3], C-contiguous, memory-mapped, read-only."""
+    labels: npt.NDArray[np.int64]
+    """[n], indices into `Dataset.classes`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A whole data set."""
+
+    train: Split
+    """The training images, those held out for validation included."""
+    test: Split
+    classes: tuple[str, ...]
+    """Names, in the order of the labels."""
+    content_sha256: str
+    """Over class names, pixels and labels: equal for equal data, whether from archive, zip or folder."""
+    mean: tuple[float, float, float]
+    """Of the training images' channels, in units of [0, 1], exact but for one rounding."""
+    std: tuple[float, float, float]
+    """Population standard deviation, likewise."""
+
+
+def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> Dataset:
+    """The data set that `config` names; every process of a job may call it at once.
+
+    `say` gets a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url`.
+    """
+    cache_dir = cache.cache_directory(config.cache_dir)
+    root = Path(config.root).expanduser()
+    if config.source == "synthetic":
+        sizes = (config.synthetic_train_size, config.synthetic_test_size)
+        key = hashlib.sha256(f"synthetic {synthetic.GENERATOR_VERSION} {sizes}".encode()).hexdigest()
+        entry = cache.load_or_build(cache_dir, config.source, key, lambda: _synthetic(*sizes), say)
+    elif config.source == "folder":
+        key = cache.remembered(cache_dir, root, folder.signature(root), lambda: folder.content_key(root))
+        entry = cache.load_or_build(cache_dir, config.source, key, lambda: folder.read_folder(root, say), say)
+    else:
+        spec = ARCHIVES[config.source]
+        entry = cache.load_or_build(
+            cache_dir, config.source, spec.sha256, lambda: archive.read_archive(spec, root, config.url, say), say
+        )
+    arrays = entry.arrays
+    return Dataset(
+        train=Split(images=arrays.train_images, labels=arrays.train_labels),
+        test=Split(images=arrays.test_images, labels=arrays.test_labels),
+        classes=arrays.classes,
+        content_sha256=entry.content_sha256,
+        mean=entry.mean,
+        std=entry.std,
+    )
+
+
+def validation_split(
+    labels: npt.NDArray[np.int64], size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Sorted indices of the training and of the `size` validation images among `labels`: int64 each.
+
+    Each class gives its share of `size`, rounded up or down. The choice is a function of `labels` and `size`, not of
+    the run's seed, so that runs with different seeds can be compared. Raises `ConfigError` if a class would have no
+    training image left.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if size >= len(labels):
+        raise ConfigError(
+            f"data.validation_size: {size} leaves no training image, there are {len(labels)}; make it smaller"
+        )
+    shares, remainders = np.divmod(size * counts, len(labels))
+    largest = np.argsort(-remainders, kind="stable")[: size - shares.sum()]
+    shares[largest] += 1
+    chance = rng.random_words(_SPLIT_SEED, rng.STREAM_SPLIT, 0, np.arange(len(labels)), 1)[:, 0]
+    held_out = np.zeros(len(labels), bool)
+    for label, count, share in zip(classes, counts, shares, strict=True):
+        if share == count:
+            raise ConfigError(
+                f"data.validation_size: {size} leaves no training image of class {label}, which has {count}; make it"
+                " smaller"
+            )
+        members = np.flatnonzero(labels == label)
+        held_out[members[np.argsort(chance[members], kind="stable")[:share]]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def _synthetic(train_size: int, test_size: int) -> Arrays:
+    train_images, train_labels = synthetic.synthetic_split(0, train_size)
+    test_images, test_labels = synthetic.synthetic_split(1, test_size)
+    return Arrays(
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
+        classes=synthetic.CLASSES,
+    )

@@ -1,0 +1,315 @@
+"""The cache: built once, by one process, read by all; whatever happens to it, it is whole or rebuilt."""
+
+import errno
+import json
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+
+from dist_cifar.data import arrays as arrays_module
+from dist_cifar.data import cache
+from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
+from dist_cifar.data.cache import cache_directory, load_or_build, remembered
+from dist_cifar.errors import DataError
+
+KEY = "ab" * 32
+
+
+def silent(line):
+    pass
+
+
+def some_arrays(seed=0, n=30):
+    generator = np.random.default_rng(seed)
+    return Arrays(
+        train_images=generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8),
+        train_labels=generator.integers(0, 3, n),
+        test_images=generator.integers(0, 256, (n // 3, 32, 32, 3), dtype=np.uint8),
+        test_labels=generator.integers(0, 3, n // 3),
+        classes=("cat", "dog", "frog"),
+    )
+
+
+class Builder:
+    def __init__(self, arrays=None):
+        self.arrays, self.calls = arrays or some_arrays(), 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.arrays
+
+
+def fail():
+    pytest.fail("built although it is there")
+
+
+def assert_same(found, expected):
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        array = getattr(found, name)
+        assert np.array_equal(array, getattr(expected, name))
+        assert array.dtype == getattr(expected, name).dtype
+    assert found.classes == expected.classes
+
+
+def entry_directory(root):
+    (directory,) = (path for path in root.iterdir() if path.is_dir() and path.name.startswith("set-"))
+    return directory
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_built_once_and_memory_mapped(tmp_path):
+    build = Builder()
+    first = load_or_build(tmp_path, "set", KEY, build, silent)
+    second = load_or_build(tmp_path, "set", KEY, fail, silent)
+    assert build.calls == 1
+    for entry in (first, second):
+        assert_same(entry.arrays, build.arrays)
+        assert isinstance(entry.arrays.train_images, np.memmap)
+        assert entry.arrays.train_images.flags.c_contiguous
+        assert not entry.arrays.train_images.flags.writeable
+    assert (first.mean, first.std, first.content_sha256) == (second.mean, second.std, second.content_sha256)
+    assert first.content_sha256 == content_sha256(build.arrays)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_keys_and_formats_do_not_mix(tmp_path, monkeypatch):
+    load_or_build(tmp_path, "set", KEY, Builder(some_arrays(0)), silent)
+    other = load_or_build(tmp_path, "set", "cd" * 32, Builder(some_arrays(1)), silent)
+    assert_same(other.arrays, some_arrays(1))
+    same_start = load_or_build(tmp_path, "set", KEY[:40] + "0" * 24, Builder(some_arrays(2)), silent)
+    assert_same(same_start.arrays, some_arrays(2))
+    monkeypatch.setattr(cache, "FORMAT_VERSION", 999)
+    newer = Builder(some_arrays(3))
+    load_or_build(tmp_path, "set", KEY, newer, silent)
+    assert newer.calls == 1
+
+
+def test_statistics_are_exact(monkeypatch):
+    monkeypatch.setattr(arrays_module, "_CHUNK", 7)
+    images = some_arrays().train_images
+    images[..., 2] = 255  # a channel that does not vary
+    mean, std = channel_statistics(images)
+    scaled = images.reshape(-1, 3).astype(np.float64) / 255
+    assert np.allclose(mean, scaled.mean(axis=0), rtol=1e-14, atol=0)
+    assert np.allclose(std, scaled.std(axis=0), rtol=1e-12, atol=1e-15)
+    assert (mean[2], std[2]) == (1.0, 0.0)
+    assert channel_statistics(images[::-1]) == (mean, std)
+
+
+def test_the_content_hash_sees_everything():
+    def changed(**changes):
+        fields = {name: getattr(some_arrays(), name) for name in Arrays.__dataclass_fields__}
+        return content_sha256(Arrays(**(fields | changes)))
+
+    flipped = some_arrays().test_images.copy()
+    flipped[-1, -1, -1, -1] ^= 1
+    relabelled = (some_arrays().train_labels + 1) % 3
+    found = [
+        changed(),
+        changed(test_images=flipped),
+        changed(train_labels=relabelled),
+        changed(classes=("cat", "dog", "fox")),
+    ]
+    assert len(set(found)) == 4
+    assert changed() == found[0]
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def edit_meta(**changes):
+    def edit(directory):
+        path = directory / "meta.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: truncate(entry / "train_images.npy"),
+        lambda entry: truncate(entry / "test_labels.npy"),
+        lambda entry: (entry / "train_images.npy").unlink(),
+        lambda entry: (entry / "train_images.npy").write_bytes(b""),
+        lambda entry: (entry / "train_images.npy").write_bytes(b"x" * (entry / "train_images.npy").stat().st_size),
+        lambda entry: (entry / "meta.json").unlink(),
+        lambda entry: (entry / "meta.json").write_text(""),
+        lambda entry: (entry / "meta.json").write_text("[]"),
+        lambda entry: (entry / "meta.json").write_bytes(b"\xff\xfe"),
+        lambda entry: (entry / "meta.json").write_text("{}"),
+        edit_meta(key="cd" * 32),
+        edit_meta(classes=["cat"]),
+        edit_meta(bytes=None),
+        lambda entry: np.save(entry / "test_labels.npy", np.full(10, 3)),
+        lambda entry: np.save(entry / "test_labels.npy", np.full(10, -1)),
+        lambda entry: np.save(entry / "test_labels.npy", np.zeros(10)),
+    ],
+)
+def test_a_damaged_entry_is_rebuilt(tmp_path, damage):
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    damage(entry_directory(tmp_path))
+    build = Builder()
+    entry = load_or_build(tmp_path, "set", KEY, build, silent)
+    assert build.calls == 1
+    assert_same(entry.arrays, build.arrays)
+    load_or_build(tmp_path, "set", KEY, fail, silent)
+
+
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    directory = entry_directory(tmp_path)
+    directory.rename(directory.with_suffix(".tmp"))
+    truncate(directory.with_suffix(".tmp") / "train_images.npy")
+    entry = load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    assert_same(entry.arrays, some_arrays())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_files_are_on_disk_before_the_entry_appears(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    rename, renamed = type(tmp_path).rename, []
+    monkeypatch.setattr(type(tmp_path), "rename", lambda *paths: (renamed.append(list(synced)), rename(*paths))[1])
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    temporary = f"{entry_directory(tmp_path)}.tmp"
+    names = [*(f"{name}.npy" for name in ("train_images", "train_labels", "test_images", "test_labels")), "meta.json"]
+    assert renamed == [[*(f"{temporary}/{name}" for name in names), temporary]]
+    assert synced[-1] == str(tmp_path)
+
+
+# --- places that cannot be written --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_that_names_the_directory(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(DataError, match=r"No space left on device.*data\.cache_dir") as caught:
+        load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    assert str(tmp_path) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_anything_is_built(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"data\.cache_dir") as caught:
+        load_or_build(tmp_path / "file" / "cache", "set", KEY, fail, silent)
+    assert str(tmp_path / "file" / "cache") in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_serves_what_it_has(tmp_path):
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    tmp_path.chmod(0o500)
+    try:
+        load_or_build(tmp_path, "set", KEY, fail, silent)
+        assert remembered(tmp_path, tmp_path / "x", "signature", lambda: "answer") == "answer"
+        with pytest.raises(DataError, match=r"data\.cache_dir"):
+            load_or_build(tmp_path, "set", "cd" * 32, fail, silent)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_good_entry_is_read_without_writing(tmp_path, monkeypatch):
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    monkeypatch.setattr(cache, "exclusive", lambda *args, **kwargs: pytest.fail("locked"))
+    load_or_build(tmp_path, "set", KEY, fail, silent)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_an_error_of_the_source_passes_and_frees_the_lock(tmp_path):
+    def broken():
+        raise DataError("the archive is damaged")
+
+    with pytest.raises(DataError, match=r"^the archive is damaged$"):
+        load_or_build(tmp_path, "set", KEY, broken, silent)
+    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert str(cache_directory("here")) == "here"
+    assert str(cache_directory("~/here")) == "/home/me/here"
+    assert str(cache_directory(None)) == "/xdg/dist_cifar"
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert str(cache_directory(None)) == "/home/me/.cache/dist_cifar"
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def build_together(root, barrier, results):
+    def build():
+        with (root / "builds").open("a") as file:
+            file.write("built\n")
+        time.sleep(0.3)  # long enough for the others to arrive
+        return some_arrays()
+
+    lines = []
+    barrier.wait()
+    entry = load_or_build(root, "set", KEY, build, lines.append)
+    results.put((int(entry.arrays.train_images.sum()), entry.content_sha256, len(lines)))
+
+
+def test_of_processes_that_start_at_once_one_builds(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=build_together, args=(tmp_path, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert (tmp_path / "builds").read_text() == "built\n"
+    assert {result[:2] for result in found} == {(int(some_arrays().train_images.sum()), content_sha256(some_arrays()))}
+    assert sorted(result[2] for result in found) == [0, 1, 1, 1]  # those who wait say so
+
+
+def die_while_building(root):
+    load_or_build(root, "set", KEY, lambda: os._exit(9), silent)
+
+
+def test_the_lock_of_a_dead_process_is_free(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=die_while_building, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    load_or_build(tmp_path, "set", KEY, Builder(), fail)
+
+
+# --- notes --------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_remembered_while_the_signature_stays(tmp_path):
+    asked = []
+
+    def ask(path, signature):
+        return remembered(tmp_path, path, signature, lambda: asked.append(1) or f"answer {len(asked)}")
+
+    path = tmp_path / "set.zip"
+    assert [ask(path, "s"), ask(path, "s"), ask(path, "t"), ask(path, "t")] == [f"answer {i}" for i in (1, 1, 2, 2)]
+    assert ask(tmp_path / "other.zip", "t") == "answer 3"
+    assert ask(path, "t") == "answer 2"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"signature": "s", "answer": 1}'])
+def test_a_damaged_note_is_asked_again(tmp_path, text):
+    remembered(tmp_path, tmp_path / "set.zip", "s", lambda: "answer")
+    (note,) = (tmp_path / "index").iterdir()
+    note.write_text(text)
+    assert remembered(tmp_path, tmp_path / "set.zip", "s", lambda: "again") == "again"
+    assert remembered(tmp_path, tmp_path / "set.zip", "s", fail) == "again"
