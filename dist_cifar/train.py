@@ -125,7 +125,7 @@ class _Run:
             config.optimizer,
             communicator=communicator,
             precision=config.train.precision,
-            micro_batches=self.plan.micro_batches,
+            plan=self.plan,
         )
         lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)
         self.progress = Progress(plateau=start_plateau(config.plateau, lr))

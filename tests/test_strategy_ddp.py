@@ -9,9 +9,10 @@ import torch
 from dist_cifar.config import ModelConfig, OptimizerConfig
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.model import build_model
+from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy.ddp import DdpStrategy
 
-STEPS, BATCH, LR = 5, 8, 1e-2
+STEPS, BATCH, LR = 5, 8, 1e-3
 # With Adam's usual epsilon the first steps are the signs of the gradients, and a sign turns rounding into a step.
 OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, clip_norm=0.5)
 
@@ -22,13 +23,22 @@ def data(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(10, (BATCH,), generator=generator)
 
 
+def plan(world_size: int, micro_batches: int) -> BatchPlan:
+    return BatchPlan(global_size=BATCH, per_rank_size=BATCH // world_size, micro_batches=micro_batches,
+                     steps_per_epoch=STEPS, total_steps=STEPS)
+
+
 def by_strategy(
     communicator: Communicator, norm: str, micro_batches: int, steps: int, dtype: torch.dtype
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Parameters and buffers after `steps`, and the gradient norms."""
     model = build_model(ModelConfig(name="resnet20", norm=norm), num_classes=10, seed=1).to(dtype)
     strategy = DdpStrategy(
-        model, OPTIMIZER, communicator=communicator, precision="fp32", micro_batches=micro_batches
+        model,
+        OPTIMIZER,
+        communicator=communicator,
+        precision="fp32",
+        plan=plan(communicator.world_size, micro_batches),
     )
     assert communicator.world_size == 1 or not strategy._replica.broadcast_buffers
     norms = []
@@ -75,7 +85,7 @@ def test_parameters_equal_a_hand_written_loop(ranks, world_size, micro_batches):
             assert parameters.keys() == expected.keys()
             for names in groups:
                 assert distance(parameters, expected, names) < rtol, names
-                assert distance(start, expected, names) > 1000 * rtol, names
+                assert distance(start, expected, names) > 50 * rtol, names
             np.testing.assert_allclose(norms, expected_norms, rtol=10 * rtol)
 
 
@@ -88,7 +98,9 @@ def test_ranks_hold_the_same_weights_bit_for_bit(ranks):
 def buffers(communicator: Communicator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A running mean as it was, as it is saved, as it is after saving, and after averaging."""
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1)
-    strategy = DdpStrategy(model, OPTIMIZER, communicator=communicator, precision="fp32", micro_batches=1)
+    strategy = DdpStrategy(
+        model, OPTIMIZER, communicator=communicator, precision="fp32", plan=plan(communicator.world_size, 1)
+    )
     images = data(0, torch.float32)[0].chunk(communicator.world_size)[communicator.rank]
     strategy.forward(images)
     before = model.bn1.running_mean.numpy().copy()

@@ -192,6 +192,25 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
         assert kept[0] == kept[1] and kept[0]
 
 
+def unsettled(communicator: Communicator, config: Config, at_step: int | None) -> Any:
+    """The mutant: DDP orders its buckets after the first step of each process."""
+    settle = train_module.DdpStrategy._settle_buckets
+    train_module.DdpStrategy._settle_buckets = lambda self, micro_size: None
+    try:
+        return train(communicator, config) if at_step is None else disturbed(communicator, config, at_step, 0, False)
+    finally:
+        train_module.DdpStrategy._settle_buckets = settle
+
+
+def test_buckets_that_change_with_a_resume_are_caught(ranks, tiny, tmp_path):
+    config = tiny("batch.global_size=18")
+    undisturbed = at(config, tmp_path / "undisturbed")
+    ranks.run(3, unsettled, undisturbed, None)
+    ranks.run(3, unsettled, config, 1)
+    ranks.run(3, unsettled, config, None)
+    assert summary(config)["weights_sha256"] != summary(undisturbed)["weights_sha256"]
+
+
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(ranks, tiny, tmp_path):
     config = tiny("checkpoint.every_steps=2")
     undisturbed = at(config, tmp_path / "undisturbed")

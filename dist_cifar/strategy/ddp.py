@@ -17,6 +17,7 @@ from torch import nn
 from dist_cifar.config import OptimizerConfig
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import LaunchError
+from dist_cifar.schedule import BatchPlan
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Adam's state of one parameter."""
@@ -32,7 +33,7 @@ class DdpStrategy:
         *,
         communicator: Communicator,
         precision: str,
-        micro_batches: int,
+        plan: BatchPlan,
     ) -> None:
         """`module` is moved to the communicator's device in channels-last; `precision` is `fp32` or `bf16`."""
         device = communicator.device
@@ -43,7 +44,7 @@ class DdpStrategy:
             mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
             kwargs_handlers=[
                 # DDP fails in its first backward pass if the graph is static and that pass is not to be reduced.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=micro_batches == 1)
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=plan.micro_batches == 1)
             ],
         )
         if self._accelerator.num_processes != communicator.world_size:
@@ -64,6 +65,23 @@ class DdpStrategy:
         if self._replica is not self.module:
             # As an argument it is deprecated in torch 2.15, and the name that replaces it is unknown to 2.11.
             self._replica.broadcast_buffers = False
+            self._settle_buckets(plan.micro_size)
+
+    def _settle_buckets(self, micro_size: int) -> None:
+        """Makes DDP order its buckets now, by one pass that changes nothing else.
+
+        It does so after its first backward pass, by the order in which the gradients arrived. The place of a gradient in
+        its bucket decides the order in which ranks are added up: without this, the first step after a resume would be
+        rounded in another way than the same step of a run that was not interrupted.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        images = torch.zeros(micro_size, 3, 32, 32, device=self._communicator.device)
+        parameter = next(self.module.parameters())
+        self._accelerator.backward(self._replica(images.to(parameter.dtype)).sum())
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._replica(images)
