@@ -401,7 +401,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path, serve):
         read_archive(spec, tmp_path, url, silent)
 
 
-@pytest.mark.parametrize("url", ["ftp://host/x", "small.tar.gz", "data:,x", "https://me:secret@host/x"])
+@pytest.mark.parametrize("url", ["ftp://host/x", "small.tar.gz", "data:,x", "http://[", "https://me:secret@host/x"])
 def test_other_addresses_are_refused_without_showing_them(tmp_path, url):
     files = make_files()
     with pytest.raises(ConfigError, match=r"data\.url") as caught:

@@ -129,13 +129,13 @@ def read_archive(spec: ArchiveSpec, root: Path, url: str | None, say: Callable[[
 
 def _download(spec: ArchiveSpec, url: str, target: Path, say: Callable[[str], None]) -> None:
     """Downloads to a temporary name beside `target`; only what is verified gets its name. The caller holds the lock."""
-    check_url(url)
+    _check_url(url)
     partial = target.with_name(f"{target.name}.part")
     say(f"{spec.name}: downloading {url} ({spec.size_bytes / 1e6:.0f} MB) to {target}")
     try:
         with partial.open("w+b") as file:
             received, told = 0, 0
-            for chunk in _receive(spec, url, target):
+            for chunk in _receive(url, target):
                 file.write(chunk)
                 received += len(chunk)
                 if received > spec.size_bytes:
@@ -159,14 +159,21 @@ def _download(spec: ArchiveSpec, url: str, target: Path, say: Callable[[str], No
         partial.unlink(missing_ok=True)
 
 
-def check_url(url: str) -> None:
-    """Raises `ConfigError` for a `data.url` that is not a plain http, https or file address."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https", "file") or "@" in parts.netloc:
+def _check_url(url: str) -> None:
+    """Raises `ConfigError` for a `data.url` that is not a plain http, https or file address.
+
+    A password has no place in a config, which is printed and saved; so the message does not repeat the address.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        plain = parts.scheme in ("http", "https", "file") and "@" not in parts.netloc
+    except ValueError:
+        plain = False
+    if not plain:
         raise ConfigError("data.url: must be an http, https or file address without user name or password")
 
 
-def _receive(spec: ArchiveSpec, url: str, target: Path) -> Iterator[bytes]:
+def _receive(url: str, target: Path) -> Iterator[bytes]:
     """The chunks of `url`; whatever the network does becomes a `DataError`."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:

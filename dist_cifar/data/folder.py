@@ -1,8 +1,9 @@
 """A folder or zip of pictures: `train/<class>/<image>` and `test/<class>/<image>`, or one top folder with these two.
 
 Contract: `read_folder` returns the arrays, images sorted by class name, then by file name, in code-point order. Any
-format that Pillow reads will do. A picture is converted to RGB (transparency dropped, the first frame of an animation)
-and, if it is not 32x32, resized to that by `Image.resize` with the antialiased bilinear filter, aspect ratio not kept.
+format that Pillow reads will do. A picture is converted to RGB (transparency and orientation tags dropped, the first
+frame of an animation) and, if it is not 32x32, resized to that by `Image.resize` with the antialiased bilinear filter,
+aspect ratio not kept.
 Hidden files, `__MACOSX` and files outside the class folders are ignored; whatever else is wrong is a `DataError`.
 
 Nothing is unpacked to disk, so a name in a zip can lead nowhere; one that tries is refused all the same.
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dist_cifar.data.arrays import Arrays
 from dist_cifar.errors import DataError
@@ -142,11 +143,10 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _folder_names(root: Path) -> list[str]:
-    """Sorted relative names of files and, with a `/` at the end, folders, as deep as an image may lie and one more."""
+    """Sorted relative names of files and, with a `/` at the end, folders."""
     names: list[str] = []
     level = [""]
-    # Fixed depth, so a link that leads back up ends too.
-    for _ in range(4):
+    for _ in range(4):  # as deep as an image may lie, so a link that leads back up ends too
         found = []
         for folder in level:
             with os.scandir(root / folder) as entries:
@@ -164,8 +164,8 @@ def _digest(root: Path, of_file: Callable[[str], str]) -> str:
             return of_file(str(root))
         digest = hashlib.sha256()
         for name in _folder_names(root):
-            line = name if name.endswith("/") else f"{name}\0{of_file(f'{root}/{name}')}"
-            digest.update(os.fsencode(f"{line}\n"))
+            parts = [name] if name.endswith("/") else [name, of_file(f"{root}/{name}")]
+            digest.update(b"".join(os.fsencode(part) + b"\0" for part in parts))  # no name holds a zero byte
         return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{root}: cannot be read ({error}); {_LAYOUT}") from None
@@ -192,7 +192,8 @@ def _decode_all(root: Path, names: Sequence[str], read: Callable[[str], bytes]) 
         try:
             image[:] = _decode(read(name))
         except Exception as error:  # bytes that are no picture make the decoders raise anything
-            raise DataError(f"{root}: {name} is not a readable picture ({error}); mend or remove it") from None
+            reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise DataError(f"{root}: {name} is not a readable picture ({reason}); mend or remove it") from None
     return images
 
 

@@ -7,8 +7,8 @@ Only form tells the classes apart. Foreground and background colour come from on
 classes; position, size, rotation, line width, shading, a faint texture and noise vary within each. So mean colour says
 nothing and a linear classifier on pixels next to nothing. No class changes under a flip or a rotation.
 
-Arithmetic per pixel is +, -, *, /, square root and comparison in float32, which IEEE 754 rounds exactly: the same bytes
-on every machine.
+Arithmetic per pixel is +, -, *, /, square root and comparison in float32, which IEEE 754 rounds exactly; sines and
+cosines are taken in double precision and rounded to float32. So the bytes are the same on every machine.
 """
 
 from __future__ import annotations
