@@ -1,9 +1,12 @@
 """Strategy `ddp`: Accelerate's DistributedDataParallel.
 
-Contract: gradients are averaged over ranks with every bucket's gradients as views, a static graph (but for accumulation)
-and no broadcast of buffers; each rank normalises its own micro-batch, and BatchNorm's running statistics are averaged when they are
-looked at. With one rank the model is not wrapped. Only the model is given to Accelerate: it would step a prepared
-ReduceLROnPlateau once for each rank, and shard again what our sampler has sharded.
+Contract: gradients are averaged over ranks, as views of their buckets, and no buffers are broadcast; each rank normalises
+its own micro-batch, and BatchNorm's running statistics are averaged when they are looked at. With one rank the model is
+not wrapped. Only the model is given to Accelerate: it would step a prepared ReduceLROnPlateau once for each rank, and
+shard again what our sampler has sharded.
+
+DDP's `static_graph` is not used: it fails when the first pass accumulates, orders its buckets at another time (see
+`_settle_buckets`) and gains nothing for a model without unused parameters.
 """
 
 from __future__ import annotations
@@ -42,10 +45,7 @@ class DdpStrategy:
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
-            kwargs_handlers=[
-                # DDP fails in its first backward pass if the graph is static and that pass is not to be reduced.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, static_graph=plan.micro_batches == 1)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         if self._accelerator.num_processes != communicator.world_size:
             raise LaunchError(
