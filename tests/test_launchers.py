@@ -1,0 +1,295 @@
+"""The front doors, typed as a user types them: real launchers, real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_cifar.config import Config, to_yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+TIMEOUT_SECONDS = 180
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def start(command: str, cwd: Path = REPOSITORY, **extra: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(shlex.split(command), cwd=cwd, env=environment() | extra, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
+    return process.returncode, out, err
+
+
+def run(command: str, cwd: Path = REPOSITORY, **extra: str) -> tuple[int, str, str]:
+    return finish(start(command, cwd, **extra))
+
+
+def summary(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def status(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "status.json").read_text())
+
+
+def wait_for_step(directory: Path, step: int) -> None:
+    """Until `metrics.jsonl` has a row of that step or a later one."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            rows = (directory / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            rows = []
+        if rows and json.loads(rows[-1])["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {directory}")
+
+
+@pytest.fixture
+def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
+    """A config file of eight epochs of five steps."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(tiny("train.epochs=8", "run.log_every_steps=1", "checkpoint.every_steps=3")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Hashes of undisturbed runs of `config`, by world size; filled by `golden_hash`."""
+    return {}
+
+
+@pytest.fixture
+def golden_hash(golden: dict[int, str], config: Path, tmp_path: Path) -> Callable[[int], str]:
+    def get(world_size: int) -> str:
+        if world_size not in golden:
+            directory = tmp_path / f"golden-{world_size}"
+            code, out, err = run(
+                f"torchrun --standalone --nproc-per-node {world_size} dist_cifar/train.py --config {config}"
+                f" run.dir={directory}"
+            )
+            assert code == 0, err
+            assert f"{world_size} x cpu" in out
+            golden[world_size] = summary(directory)["weights_sha256"]
+        return golden[world_size]
+
+    return get
+
+
+# --- the front doors are equivalent ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "cwd"),
+    [
+        ("python dist_cifar/train.py", REPOSITORY),
+        (f"python {REPOSITORY}/dist_cifar/train.py", Path("/")),
+        ("python -m dist_cifar train", Path("/")),
+        ("dist-cifar train", Path("/")),
+        ("accelerate launch dist_cifar/train.py", REPOSITORY),
+    ],
+)
+def test_one_rank(command, cwd, config, golden_hash, tmp_path):
+    code, _, err = run(f"{command} --config {config} run.dir={tmp_path}/run run.threads_per_rank=2", cwd)
+    assert code == 0, err
+    result = summary(tmp_path / "run")
+    assert result["world_size"] == 1 and result["threads_per_rank"] == 2
+    assert result["weights_sha256"] == golden_hash(1)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_accelerate(config, golden_hash, tmp_path):
+    code, out, err = run("accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py"
+                         f" --config {config} run.dir={tmp_path}/run")
+    assert code == 0, err
+    assert summary(tmp_path / "run")["world_size"] == 2
+    assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
+    assert out.count("test accuracy") == 1  # one rank speaks
+    assert "Warning" not in err
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
+              "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": port}
+    command = f"python dist_cifar/train.py --config {config} run.dir={tmp_path}/run"
+    tasks = [start(command, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+    for code, _, err in map(finish, tasks):
+        assert code == 0, err
+    assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(config):
+    code, _, err = run(f"accelerate launch --cpu --num_processes 2 dist_cifar/train.py --config {config}")
+    assert code != 0
+    assert "dist_cifar: error: launch: MASTER_ADDR and MASTER_PORT are set but RANK and WORLD_SIZE are not" in err
+
+
+# --- interruptions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_step_and_started_again(config, golden_hash, tmp_path):
+    directory = tmp_path / "run"
+    command = f"torchrun --standalone --nproc-per-node 2 dist_cifar/train.py --config {config} run.dir={directory}"
+    step = random.Random(os.urandom(8)).randrange(1, 25)
+    process = start(command)
+    wait_for_step(directory, step)
+    os.killpg(process.pid, signal.SIGKILL)  # the agent and the ranks, at once
+    process.communicate()
+    assert status(directory)["status"] == "running"
+    code, out, err = run(command)
+    assert code == 0, err
+    assert step < 4 or "resume     from the checkpoint of step" in out
+    assert summary(directory)["weights_sha256"] == golden_hash(2), f"killed after step {step}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75(number, config, golden_hash, tmp_path):
+    directory = tmp_path / "run"
+    command = f"python dist_cifar/train.py --config {config} run.dir={directory} run.threads_per_rank=2"
+    process = start(command)
+    wait_for_step(directory, 7)
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # a second one changes nothing
+    code, out, err = finish(process)
+    assert code == 75, err
+    assert status(directory)["status"] == "saved"
+    stopped = int(re.search(r"stopped at step (\d+) and saved", out)[1])
+    assert (directory / f"checkpoints/step-{stopped:08d}").is_dir()
+    code, out, err = run(command)
+    assert code == 0, err
+    assert f"from the checkpoint of step {stopped}" in out
+    assert summary(directory)["weights_sha256"] == golden_hash(1)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_on_all_ranks(config, golden_hash, tmp_path):
+    directory = tmp_path / "run"
+    command = f"torchrun --standalone --nproc-per-node 2 dist_cifar/train.py --config {config} run.dir={directory}"
+    process = start(command)
+    wait_for_step(directory, 5)
+    process.terminate()  # the agent hands it on
+    code, _, _ = finish(process)
+    assert code != 0
+    assert status(directory)["status"] == "saved"
+    assert run(command)[0] == 0
+    assert summary(directory)["weights_sha256"] == golden_hash(2)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+BAD = [
+    ("run.dri=x", 2, r"run\.dri: unknown key; did you mean run\.dir\?"),
+    ("train.epochs=many", 2, r"train\.epochs: must be whole number, found many"),
+    ("batch.global_size=-3", 2, r"batch\.global_size: must be >= 1, found -3"),
+    ("--config nowhere.yaml", 2, r"--config nowhere\.yaml: no such file"),
+    ("--confg x", 2, r"unrecognized arguments: --confg"),
+    ("data.source=folder data.root=nowhere", 74, r"nowhere"),
+    ("run.dir=/dev/null/run", 74, r"run\.dir=/dev/null/run: cannot be written"),
+    ("run.device=cuda", 2, r"run\.device: cuda was set and torch finds no GPU"),
+    ("--resume", 74, r"--resume: .* holds no checkpoint"),
+    ("data.validation_size=119", 2, r"data\.validation_size: 119"),
+    ("batch.global_size=128", 2, r"one global batch is 128 samples, the training split has 80"),
+]
+
+
+def only_error(err: str) -> str:
+    """The one line that is the program's own error."""
+    lines = [line for line in err.splitlines() if line.startswith("dist_cifar: error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err.split("dist_cifar: error: ")[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD)
+def test_bad_input_is_one_line(arguments, code, message, config, tmp_path):
+    command = f"python dist_cifar/train.py --config {config} run.dir={tmp_path}/run"
+    for key in ("run.dir=", "--config "):
+        if arguments.startswith(key):
+            command = re.sub(rf"{key}\S+", "", command)
+    returned, out, err = run(f"{command} {arguments}")
+    assert returned == code, err
+    assert re.search(message, only_error(err)) and len(err.splitlines()) == 1
+    assert "train  step" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [("run.dri=x", r"run\.dri: unknown key"), ("batch.global_size=15", r"15 samples cannot be shared equally by 2 ranks")],
+)
+def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
+    code, _, err = run("torchrun --standalone --nproc-per-node 2 dist_cifar/train.py"
+                       f" --config {config} run.dir={tmp_path}/run {overrides}")
+    assert code == 1  # torchrun flattens every failure to 1
+    assert re.search(message, only_error(err))
+    assert re.search(r"exitcode *: 2 ", err)
+
+
+@pytest.mark.parametrize("environ", [{"WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5",
+                                                         "MASTER_ADDR": "x", "MASTER_PORT": "1"}])
+def test_a_broken_launch_is_refused(environ, config):
+    code, _, err = run(f"python dist_cifar/train.py --config {config}", **environ)
+    assert code == 2
+    assert "launch: " in only_error(err)
+
+
+# --- help --------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_field_and_imports_no_torch():
+    code, out, err = run("python -X importtime -m dist_cifar train --help")
+    assert code == 0
+    assert "optimizer.lr  (number > 0; 0.001)" in out and "What a cut multiplies the learning rate by" in out
+    assert "torch" not in err and "numpy" not in err and "cli" in err
+
+
+def test_help_of_the_program():
+    code, out, _ = run("python -m dist_cifar --help")
+    assert code == 0 and "train" in out and "75 stopped and saved" in " ".join(out.split())
+
+
+def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):
+    code, out, _ = run(f"python -m dist_cifar train --config {config} --print-config train.epochs=3")
+    assert code == 0 and "  epochs: 3\n" in out and not (tmp_path / "run").exists()
+
+
+def test_without_arguments_the_front_door_trains_cifar10_and_says_what_it_misses(tmp_path):
+    """The proxy makes the download fail at once, with or without a network."""
+    code, _, err = run(f"python {REPOSITORY}/dist_cifar/train.py", tmp_path, https_proxy="http://127.0.0.1:9")
+    assert code == 74
+    line = only_error(err)
+    assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in line
+    assert "data/cifar-10-python.tar.gz" in line and "data.source=folder" in line and "data.source=synthetic" in line
