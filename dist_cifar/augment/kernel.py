@@ -120,7 +120,9 @@ class _Announcer(event.Listener):
 
 
 def _run(images, indices, params: AugmentParams, box, mean, std, out: torch.Tensor) -> None:
-    n = len(params.flip)
+    n = np.size(indices)
+    if len(params.flip) != n:
+        raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
     _augment_batch(
         *_gathered(images, indices),
         params.flip,
