@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import io
@@ -103,7 +104,8 @@ def outputs(implementation: types.ModuleType, images, indices, params) -> dict[s
         batch = implementation.augment(images, indices, params, MEAN, STD)
         rounded = torch.empty_like(batch, dtype=torch.bfloat16)
         implementation.augment(images, indices, params, MEAN, STD, rounded)
-    return {"pixels": torch.from_numpy(pixels), "float32": batch.view(torch.int32), "bfloat16": rounded.view(torch.int16)}
+    bits, rounded_bits = batch.view(torch.int32), rounded.view(torch.int16)
+    return {"pixels": torch.from_numpy(pixels), "float32": bits, "bfloat16": rounded_bits}
 
 
 def differing_images(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -153,7 +155,7 @@ def test_each_operation_alone_equals_the_reference(images, operation):
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 0.5, 1 - 2**-25, 1.0, 1 + 2**-23, 2.0, 3.0, 255.0, 1e6])
 def test_edge_factors(images, factor):
-    n = 300
+    n = 100
     indices = np.arange(len(images) - n, len(images))
     for column in range(4):
         factors = np.ones((n, 4))
@@ -264,7 +266,7 @@ MUTANTS = {
     "not clipped at black": ("if mixed > _ZERO else _ZERO", "if mixed > _ZERO else -mixed"),
     "order swapped": ("order[i, k]", "order[i, 2 - k]"),
     "mean of contrast not rounded": ("(total + _PIXELS // 2) // _PIXELS", "total / _PIXELS"),
-    "grey truncated": ("blue * _BLUE_SHARE + _HALF", "blue * _BLUE_SHARE"),
+    "grey truncated": ("_fma(blue, _BLUE_SHARE, _HALF)", "blue * _BLUE_SHARE"),
     "border smoothed": ("value if on_ring else smooth", "smooth"),
     "box one row too high": ("range(top, top + height)", "range(top, top + height + 1)"),
     "quotient by one product": ("return _fma(number, high, number * low)", "return number * high"),
@@ -286,16 +288,29 @@ def test_the_comparison_passes_the_kernel_itself(images, mutant_case):
     assert differing_images(outputs(kernel, images, indices, params), expected) == {}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_comparison_catches_a_mutant(images, mutant_case, monkeypatch, name):
-    original, mutated = MUTANTS[name]
+def mutant_of_kernel(original: str, mutated: str) -> types.SimpleNamespace:
+    """The kernel with a piece of its source changed; what does not lead to that piece is not compiled again."""
     source = inspect.getsource(kernel)
     assert source.count(original) == 1
-    monkeypatch.setattr(jit, "compiled", jit.inlined)  # no cache
-    mutant = types.ModuleType("mutant")
-    monkeypatch.setitem(sys.modules, "mutant", mutant)
-    exec(compile(source.replace(original, mutated), f"<kernel: {name}>", "exec"), mutant.__dict__)
+    texts, uses = {}, {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            first_line = min(part.lineno for part in (node, *node.decorator_list))
+            texts[node.name] = "\n".join(source.splitlines()[first_line - 1 : node.end_lineno])
+            uses[node.name] = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    changed = {name for name, text in texts.items() if original in text}
+    while callers := {name for name in texts if uses[name] & changed} - changed:
+        changed |= callers
+    namespace = dict(vars(kernel), compiled=jit.inlined)  # a mutant must not reach the cache
+    for name in changed:
+        exec("from __future__ import annotations\n" + texts[name].replace(original, mutated), namespace)
+    return types.SimpleNamespace(**namespace)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_catches_a_mutant(images, mutant_case, name):
     indices, params, expected = mutant_case
+    mutant = mutant_of_kernel(*MUTANTS[name])
     assert SEEN_IN.get(name, {"float32"}) <= differing_images(outputs(mutant, images, indices, params), expected).keys()
 
 
@@ -320,11 +335,10 @@ def test_a_cold_cache_is_announced_and_survives_two_ranks_at_once(tmp_path):
 
     ranks = [start(), start()]
     together = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
-    later = start().communicate(timeout=120)[0].splitlines()
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert sorted(len(lines) for lines in together) == [1, 2]
     assert max(together, key=len)[0].startswith("compiling the augmentation kernel (once")
-    assert later == [together[0][-1]] == [together[1][-1]]
+    assert together[0][-1] == together[1][-1]
 
 
 def test_compiles_without_a_cache_where_nothing_can_be_written(monkeypatch):

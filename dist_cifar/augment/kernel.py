@@ -107,19 +107,27 @@ class _Announcer(event.Listener):
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say: Callable[[str], None] | None = say
 
-    def on_start(self, event: event.Event) -> None:
+    def on_start(self, compilation: event.Event) -> None:
         if self._say is not None:
             self._say("compiling the augmentation kernel (once, about 3 s)")
             self._say = None
 
-    def on_end(self, event: event.Event) -> None:
+    def on_end(self, compilation: event.Event) -> None:
         pass
 
 
 # --- arguments of the compiled code: it checks no bounds, so this does -------------------------------------------
 
 
-def _run(images, indices, params: AugmentParams, box, mean, std, out: torch.Tensor) -> None:
+def _run(
+    images: npt.NDArray[np.uint8],
+    indices: npt.ArrayLike,
+    params: AugmentParams,
+    box: npt.NDArray[np.int16],
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    out: torch.Tensor,
+) -> None:
     n = np.size(indices)
     if len(params.flip) != n:
         raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
@@ -145,7 +153,7 @@ def _gathered(
     rows = np.ascontiguousarray(indices, np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
         raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(images)} images")
-    words = np.asarray(images).reshape(len(images), -1).view(np.uint32)
+    words = np.asarray(images).reshape(len(images), 3 * _PIXELS).view(np.uint32)
     words.flags.writeable = False  # a read-only memory map and an array in memory are then one type to numba
     return words, rows
 
@@ -176,7 +184,6 @@ def _memory(out: torch.Tensor, n: int) -> tuple[npt.NDArray[np.float32], npt.NDA
 
 
 # --- compiled ----------------------------------------------------------------------------------------------------
-
 
 
 @intrinsic
@@ -225,7 +232,7 @@ def _blend(degenerate, value, alpha):
 @inlined
 def _luma(red, green, blue):
     """PIL's conversion to grey. Exact: the weights are whole numbers of 2**-16, and the sum has 24 bits."""
-    return _I(red * _RED_SHARE + green * _GREEN_SHARE + blue * _BLUE_SHARE + _HALF)
+    return _I(_fma(red, _RED_SHARE, _fma(green, _GREEN_SHARE, _fma(blue, _BLUE_SHARE, _HALF))))
 
 
 @inlined
