@@ -43,7 +43,7 @@ BOXES = [(0, 0, 5, 7), (0, 25, 5, 7), (27, 0, 5, 7), (27, 25, 5, 7), (0, 0, 31, 
 
 
 def natural_images(count: int) -> np.ndarray:
-    """Images of the folder or zip at DIST_CIFAR_REAL_DATA (or a zip beside the clone); generated ones if there is none.
+    """CIFAR-10 test images from a zip, at DIST_CIFAR_REAL_DATA or beside the clone; generated ones if there is none.
 
     uint8 [count, 32, 32, 3].
     """
@@ -123,9 +123,9 @@ def compare(images, indices, params) -> dict[str, int]:
 # --- equality ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "rounds"), [(DEFAULT, 10), (WILD, 8)], ids=["default", "wild"])
+@pytest.mark.parametrize(("config", "rounds"), [(DEFAULT, 9), (WILD, 8)], ids=["default", "wild"])
 def test_whole_chain_equals_the_reference(images, config, rounds):
-    for epoch in range(rounds):  # 18 rounds of 1,224 images: 22,032 sets of parameters
+    for epoch in range(rounds):  # 17 rounds of 1,224 images: 20,808 sets of parameters
         indices = np.random.default_rng(epoch).permutation(len(images))
         params = draw(config, seed=11, epoch=epoch, indices=indices)
         assert compare(images, indices, params) == {}
@@ -277,7 +277,7 @@ SEEN_IN = {"box one row too high": {"float32", "bfloat16"}, "bfloat16 truncated"
 
 @pytest.fixture(scope="module")
 def mutant_case(images):
-    indices = np.arange(0, len(images), 4)
+    indices = np.arange(0, len(images), 8)
     params = draw(WILD, seed=2, epoch=0, indices=indices)
     params = dataclasses.replace(params, angle=params.angle / 9, factors=0.7 + 0.2 * params.factors)
     return indices, params, outputs(reference, images, indices, params)
