@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.jit import compiled
+
 STREAM_AUGMENT = 1
 """Parameters of the training augmentation."""
 STREAM_SPLIT = 2
@@ -20,7 +22,7 @@ STREAM_SYNTHETIC = 3
 """The images of the synthetic data set."""
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _ROUNDS = 10
@@ -31,18 +33,24 @@ def philox4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDA
 
     `counter`: uint32 [..., 4]; `key`: two numbers below 2**32. Returns uint32 of the shape of `counter`.
     """
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW,
-            (product0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
+    rows = np.ascontiguousarray(counter).reshape(-1, 4)
+    return _philox4x32(rows, np.uint64(key[0]), np.uint64(key[1])).reshape(counter.shape)
+
+
+@compiled
+def _philox4x32(counter, first_key, second_key):
+    out = np.empty_like(counter)
+    for i in range(len(counter)):
+        c0, c1 = np.uint64(counter[i, 0]), np.uint64(counter[i, 1])
+        c2, c3 = np.uint64(counter[i, 2]), np.uint64(counter[i, 3])
+        k0, k1 = first_key, second_key
+        for _ in range(_ROUNDS):
+            product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c1 = (product1 >> _SHIFT) ^ c1 ^ k0, product1 & _LOW
+            c2, c3 = (product0 >> _SHIFT) ^ c3 ^ k1, product0 & _LOW
+            k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        out[i, 0], out[i, 1], out[i, 2], out[i, 3] = c0, c1, c2, c3
+    return out
 
 
 def random_words(
@@ -59,7 +67,7 @@ def random_words(
     counter[..., 1] = epoch
     counter[..., 2] = stream
     counter[..., 3] = np.arange(blocks, dtype=np.uint32)
-    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(len(index), -1)[:, :words]
+    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(len(index), 4 * blocks)[:, :words]
 
 
 def uniform(

@@ -7,6 +7,7 @@ and RandomErasing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.config import AugmentConfig
+from dist_cifar.jit import compiled
 from dist_cifar.rng import STREAM_AUGMENT, uniform
 
 SIDE = 32
@@ -54,26 +56,30 @@ def draw(config: AugmentConfig, *, seed: int, epoch: int, indices: npt.ArrayLike
         order=_ORDERS[(u[:, 2] * len(_ORDERS)).astype(np.intp)],
         factors=low + (high - low) * u[:, 4:7],
         sharpness=np.where(u[:, 3] < config.sharpness_probability, config.sharpness_factor, 1.0),
-        box=_draw_boxes(config, u[:, 7], u[:, 8:].reshape(-1, _ERASING_ATTEMPTS, 4)),
+        box=_draw_boxes(
+            u[:, 7] < config.erasing_probability,
+            u[:, 8:].reshape(-1, _ERASING_ATTEMPTS, 4),
+            *config.erasing_area,
+            *np.log(config.erasing_aspect),
+        ),
     )
 
 
-def _draw_boxes(
-    config: AugmentConfig, chance: npt.NDArray[np.float64], u: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int16]:
+@compiled
+def _draw_boxes(drawn, u, area_low, area_high, log_aspect_low, log_aspect_high):
     """RandomErasing's rule: up to ten attempts at a box smaller than the image, else none.
 
-    `chance`: [n]; `u`: [n, attempts, 4].
+    `drawn`: bool [n]; `u`: [n, attempts, 4]. Returns int16 [n, 4].
     """
-    (area_low, area_high), (aspect_low, aspect_high) = config.erasing_area, config.erasing_aspect
-    area = SIDE * SIDE * (area_low + (area_high - area_low) * u[..., 0])
-    aspect = np.exp(np.log(aspect_low) + (np.log(aspect_high) - np.log(aspect_low)) * u[..., 1])
-    height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (height < SIDE) & (width < SIDE)
-    top = np.floor(u[..., 2] * (SIDE - height + 1))
-    left = np.floor(u[..., 3] * (SIDE - width + 1))
-    boxes = np.stack((top, left, height, width), axis=-1)
-    first = fits.argmax(axis=1)
-    chosen = boxes[np.arange(len(u)), first]
-    drawn = fits.any(axis=1) & (chance < config.erasing_probability)
-    return np.where(drawn[:, None], chosen, 0).astype(np.int16)
+    boxes = np.zeros((len(u), 4), np.int16)
+    for i in range(len(u)):
+        for attempt in range(_ERASING_ATTEMPTS if drawn[i] else 0):
+            area = SIDE * SIDE * (area_low + (area_high - area_low) * u[i, attempt, 0])
+            aspect = math.exp(log_aspect_low + (log_aspect_high - log_aspect_low) * u[i, attempt, 1])
+            height, width = np.rint(math.sqrt(area * aspect)), np.rint(math.sqrt(area / aspect))
+            if height < SIDE and width < SIDE:
+                boxes[i, 0] = math.floor(u[i, attempt, 2] * (SIDE - height + 1))
+                boxes[i, 1] = math.floor(u[i, attempt, 3] * (SIDE - width + 1))
+                boxes[i, 2], boxes[i, 3] = height, width
+                break
+    return boxes

@@ -1,0 +1,167 @@
+"""The drawn parameters: their distributions are torchvision's, and a row is a function of its index alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandomErasing
+
+from dist_cifar.augment.policy import BRIGHTNESS, CONTRAST, SATURATION, SIDE, AugmentParams, draw
+from dist_cifar.config import AugmentConfig
+from dist_cifar.rng import STREAM_AUGMENT, uniform
+
+N = 20_000
+CONFIG = AugmentConfig()
+FIELDS = [field.name for field in dataclasses.fields(AugmentParams)]
+
+
+@pytest.fixture(scope="module")
+def params() -> AugmentParams:
+    return draw(CONFIG, seed=0, epoch=0, indices=np.arange(N))
+
+
+def assert_rate(hits: np.ndarray, probability: float) -> None:
+    """Within five standard deviations of the expected number of hits."""
+    assert abs(hits.sum() - len(hits) * probability) < 5 * math.sqrt(len(hits) * probability * (1 - probability))
+
+
+def plain_box(config: AugmentConfig, u: list[float]) -> list[int]:
+    """RandomErasing for one image in plain Python: `u` holds the chance and four numbers for each attempt."""
+    if u[0] >= config.erasing_probability:
+        return [0, 0, 0, 0]
+    for attempt in range(10):
+        area_draw, aspect_draw, top_draw, left_draw = u[1 + 4 * attempt : 5 + 4 * attempt]
+        low, high = config.erasing_area
+        area = SIDE * SIDE * (low + (high - low) * area_draw)
+        log_low, log_high = (math.log(aspect) for aspect in config.erasing_aspect)
+        aspect = math.exp(log_low + (log_high - log_low) * aspect_draw)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < SIDE and width < SIDE:
+            return [int(top_draw * (SIDE - height + 1)), int(left_draw * (SIDE - width + 1)), height, width]
+    return [0, 0, 0, 0]
+
+
+def test_types_and_shapes(params):
+    shapes = {name: (getattr(params, name).dtype.name, getattr(params, name).shape) for name in FIELDS}
+    assert shapes == {
+        "flip": ("bool", (N,)),
+        "angle": ("float64", (N,)),
+        "order": ("uint8", (N, 3)),
+        "factors": ("float64", (N, 3)),
+        "sharpness": ("float64", (N,)),
+        "box": ("int16", (N, 4)),
+    }
+
+
+def test_rates(params):
+    assert_rate(params.flip, 0.5)
+    assert_rate(params.sharpness == 2.0, 0.2)
+    assert_rate(params.sharpness == 1.0, 0.8)
+    assert_rate(params.box[:, 2] > 0, 0.75)
+
+
+@pytest.mark.parametrize("field", ["angle", "factors"])
+def test_ranges_are_filled_evenly(params, field):
+    low, high = {"angle": (-20, 20), "factors": (0.8, 1.2)}[field]
+    for column in getattr(params, field).reshape(N, -1).T:
+        counts, _ = np.histogram(column, 20, (low, high))
+        assert counts.sum() == N
+        assert np.abs(counts - N / 20).max() < 5 * math.sqrt(N / 20)
+
+
+def test_every_order_is_as_likely(params):
+    for order in permutations((BRIGHTNESS, CONTRAST, SATURATION)):
+        assert_rate((params.order == order).all(axis=1), 1 / 6)
+
+
+def test_draws_are_independent(params):
+    table = np.column_stack([getattr(params, name).reshape(N, -1).astype(float) for name in FIELDS if name != "box"])
+    table = np.column_stack([table, params.box[:, 2] > 0])
+    others = np.corrcoef(table.T) - np.eye(table.shape[1])
+    others[2:5, 2:5] = 0  # the three places of one order
+    assert np.abs(others).max() < 5 / math.sqrt(N)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        AugmentConfig(erasing_probability=1.0, erasing_area=(0.3, 1.0), erasing_aspect=(0.2, 5.0)),
+        AugmentConfig(erasing_probability=1.0, erasing_area=(0.0, 0.01)),
+    ],
+    ids=["default", "large", "small"],
+)
+def test_boxes_follow_the_plain_rule(config):
+    indices = np.arange(5_000)
+    boxes = draw(config, seed=3, epoch=1, indices=indices).box
+    u = uniform(3, STREAM_AUGMENT, 1, indices, 48)[:, 7:]
+    assert boxes.tolist() == [plain_box(config, row) for row in u.tolist()]
+    top, left, height, width = boxes.astype(int).T
+    assert (height < SIDE).all() and (width < SIDE).all()
+    assert min(top.min(), left.min()) >= 0
+    assert (top + height).max() <= SIDE and (left + width).max() <= SIDE
+
+
+def test_boxes_are_distributed_as_torchvision_draws_them(params):
+    torch.manual_seed(0)
+    image = torch.empty(3, SIDE, SIDE)
+    theirs = np.array(
+        [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(3_000)], float
+    )
+    ours = params.box[params.box[:, 2] > 0].astype(float)
+    ours, theirs = (np.column_stack([boxes, boxes[:, 2] * boxes[:, 3]]) for boxes in (ours, theirs))
+    error = np.sqrt(ours.var(axis=0) / len(ours) + theirs.var(axis=0) / len(theirs))
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 5 * error).all()
+
+
+def test_a_box_that_never_fits_is_not_drawn():
+    config = AugmentConfig(erasing_probability=1.0, erasing_area=(1.0, 1.0))
+    assert not draw(config, seed=0, epoch=0, indices=np.arange(500)).box.any()
+
+
+def test_strength_zero_changes_nothing():
+    off = AugmentConfig(
+        flip_probability=0.0,
+        rotation_degrees=0.0,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        sharpness_probability=0.0,
+        erasing_probability=0.0,
+    )
+    params = draw(off, seed=0, epoch=0, indices=np.arange(500))
+    assert not params.flip.any() and not params.angle.any() and not params.box.any()
+    assert (params.factors == 1).all() and (params.sharpness == 1).all()
+
+
+def test_factors_never_fall_below_zero():
+    params = draw(AugmentConfig(brightness=3.0), seed=0, epoch=0, indices=np.arange(2_000))
+    assert params.factors[:, BRIGHTNESS].min() >= 0
+    assert 3.9 < params.factors[:, BRIGHTNESS].max() <= 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    indices=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+)
+def test_a_row_depends_on_seed_epoch_and_index_alone(indices, seed, epoch):
+    together = draw(CONFIG, seed=seed, epoch=epoch, indices=indices)
+    backwards = draw(CONFIG, seed=seed, epoch=epoch, indices=indices[::-1])
+    alone = draw(CONFIG, seed=seed, epoch=epoch, indices=indices[:1])
+    for name in FIELDS:
+        assert np.array_equal(getattr(together, name)[::-1], getattr(backwards, name))
+        assert np.array_equal(getattr(together, name)[:1], getattr(alone, name))
+
+
+def test_epochs_and_seeds_differ():
+    angles = {draw(CONFIG, seed=seed, epoch=epoch, indices=[5]).angle[0] for seed in (0, 1) for epoch in (0, 1)}
+    assert len(angles) == 4
