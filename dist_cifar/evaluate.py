@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dist_cifar.augment.reference import normalize
+from dist_cifar.augment.kernel import normalize
 from dist_cifar.data.dataset import Split
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.metrics import Evaluation
@@ -43,7 +43,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for i in range(communicator.rank, len(batches), communicator.world_size):
-                images = normalize(split.images[batches[i]], mean, std).to(device)
+                images = normalize(split.images, batches[i], mean, std).to(device)
                 labels = torch.from_numpy(split.labels[batches[i]]).to(device)
                 logits = module(images)
                 losses[i] = cross_entropy(logits, labels, reduction="none").double().sum()

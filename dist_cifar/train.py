@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 
 import dist_cifar
 from dist_cifar import signals
-from dist_cifar.augment import policy, reference
+from dist_cifar.augment import kernel, policy
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
 from dist_cifar.config import Config, flatten
 from dist_cifar.data.dataset import Split, load_dataset, validation_split
@@ -97,6 +97,7 @@ class _Run:
         communicator.on_first_rank(self.run_dir.open)
 
         self.dataset = load_dataset(config.data, say=self.display.say)
+        kernel.warm_up(self.display.say)
         communicator.wait_for_all()
         communicator.require_equal("the data set's hash", self.dataset.content_sha256)
         self.train_indices, validation_indices = validation_split(
@@ -192,7 +193,7 @@ class _Run:
             indices=indices,
         )
         train = self.dataset.train
-        inputs = reference.augment(train.images[indices], params, self.dataset.mean, self.dataset.std)
+        inputs = kernel.augment(train.images, indices, params, self.dataset.mean, self.dataset.std)
         batch = Batch(inputs=inputs, labels=torch.from_numpy(train.labels[indices]))
         return batch.pinned() if self.communicator.device.type == "cuda" else batch
 

@@ -45,9 +45,3 @@ def augment(
         batch[i] = F.erase(image, top, left, height, width, torch.tensor(0.0), inplace=True)
     return batch
 
-
-def normalize(images: npt.NDArray[np.uint8], mean: npt.ArrayLike, std: npt.ArrayLike) -> torch.Tensor:
-    """ToTensor and Normalize of a whole batch: uint8 [n, 32, 32, 3] to float32 [n, 3, 32, 32], channels-last."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div_(255)
-    centred = pixels.sub_(torch.tensor(mean, dtype=torch.float32)).div_(torch.tensor(std, dtype=torch.float32))
-    return centred.permute(0, 3, 1, 2)
