@@ -113,9 +113,7 @@ class CheckpointStore:
         self._say = say
         self._bad: set[str] = set()  # found damaged: these do not count as kept
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False) -> Path:
         """Writes the checkpoint of `step` and deletes those that are no longer kept; returns its directory.
 
         `tensors` maps file stems to tensors, which are only read, and must not change until this returns. `state` is

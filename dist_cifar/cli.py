@@ -1,12 +1,13 @@
 """The command line: `dist-cifar`, `python -m dist_cifar`, and what the front doors of `train.py` call.
 
-Contract: every error ends as one line on standard error from one rank and as an exit code of `errors.py`. What needs torch
-is imported only when a command runs, so `--help` answers at once.
+Contract: every error ends as one line on standard error from one rank and as an exit code of `errors.py`. What needs
+torch is imported only when a command runs, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import textwrap
@@ -94,10 +95,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _note_failure(run_dir: Any, rank: int, reason: str) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the disk may be what has failed; the error itself is reported
         run_dir.write_failure(rank, reason)
-    except OSError:
-        pass  # the disk may be what has failed; the error itself is reported
 
 
 def _device(config: Config, env: DistEnv) -> Any:

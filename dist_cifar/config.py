@@ -126,9 +126,7 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal[
-        "resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56"
-    ] = "resnet18"
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56"] = "resnet18"
     """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 20 to 56."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not look at the other samples of a batch."""
@@ -339,9 +337,7 @@ def differences(old: Mapping[str, Any], config: Config) -> list[str]:
     """One `key: old -> new` for each decisive key in which `config` differs from the flattened config `old`."""
     new = flatten(config)
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in CHANGEABLE_AT_RESUME]
-    return [
-        f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}" for key in keys if old.get(key) != new.get(key)
-    ]
+    return [f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}" for key in keys if old.get(key) != new.get(key)]
 
 
 def describe() -> list[tuple[str, str, str, str]]:
@@ -513,8 +509,11 @@ def _type_name(hint: Any) -> str:
     if kind is Literal:
         return " | ".join(arguments)
     if kind is tuple:
-        inside = f"{_type_name(arguments[0])}, ..." if arguments[-1] is Ellipsis else ", ".join(
-            _type_name(argument) for argument in arguments)
+        inside = (
+            f"{_type_name(arguments[0])}, ..."
+            if arguments[-1] is Ellipsis
+            else ", ".join(_type_name(argument) for argument in arguments)
+        )
         return f"[{inside}]"
     return {int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
 

@@ -1,7 +1,7 @@
 """The networks: ResNets for 32x32 images. Nothing here knows of ranks, devices or the training.
 
-Contract: `build_model(config, num_classes=..., seed=...)` gives the same weights for the same arguments, on every rank and
-whatever the global generator holds, and leaves that generator as it was.
+Contract: `build_model(config, num_classes=..., seed=...)` gives the same weights for the same arguments, on every
+rank and whatever the global generator holds, and leaves that generator as it was.
 
 Sources: He et al., "Deep residual learning for image recognition", CVPR 2016 (section 4.2 for the CIFAR ResNets);
 the blocks are torchvision's.

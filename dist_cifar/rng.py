@@ -53,9 +53,7 @@ def _philox4x32(counter, first_key, second_key):
     return out
 
 
-def random_words(
-    seed: int, stream: int, epoch: int, indices: npt.ArrayLike, words: int
-) -> npt.NDArray[np.uint32]:
+def random_words(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, words: int) -> npt.NDArray[np.uint32]:
     """`words` random 32-bit words for each of `indices`: uint32 [len(indices), words].
 
     `seed` is below 2**64; `stream`, `epoch` and each index are below 2**32.
@@ -70,8 +68,6 @@ def random_words(
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(len(index), 4 * blocks)[:, :words]
 
 
-def uniform(
-    seed: int, stream: int, epoch: int, indices: npt.ArrayLike, draws: int
-) -> npt.NDArray[np.float64]:
+def uniform(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, draws: int) -> npt.NDArray[np.float64]:
     """`draws` uniform numbers in [0, 1) for each of `indices`, in steps of 2**-32: float64 [len(indices), draws]."""
     return random_words(seed, stream, epoch, indices, draws) * 2.0**-32

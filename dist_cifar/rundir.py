@@ -1,8 +1,8 @@
 """The run directory: what a run writes, and what says whether and how it goes on.
 
 Contract: `config.yaml` is the resolved config of the latest start, `status.json` says `running`, `saved`, `done` or
-`failed` and is always whole, `metrics.jsonl` and `summary.json` hold the results, `checkpoints/` all that a resume needs.
-Only rank 0 writes, but for a rank that fails and says so in `status.json`.
+`failed` and is always whole, `metrics.jsonl` and `summary.json` hold the results, `checkpoints/` all that a resume
+needs. Only rank 0 writes, but for a rank that fails and says so in `status.json`.
 """
 
 from __future__ import annotations

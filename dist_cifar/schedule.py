@@ -59,8 +59,9 @@ def plan_batches(batch: BatchConfig, train: TrainConfig, *, world_size: int, tra
             f"batch: one global batch is {global_size} samples, the training split has {train_size}; make it smaller"
         )
     micro_limit = min(batch.max_micro_batch or per_rank_size, per_rank_size)
-    micro_batches = next(n for n in range(1, per_rank_size + 1) if per_rank_size % n == 0
-                         and per_rank_size // n <= micro_limit)
+    micro_batches = next(
+        n for n in range(1, per_rank_size + 1) if per_rank_size % n == 0 and per_rank_size // n <= micro_limit
+    )
     total_steps = steps_per_epoch * train.epochs
     return BatchPlan(
         global_size=global_size,
@@ -80,9 +81,11 @@ def scaled_lr(optimizer: OptimizerConfig, global_size: int) -> tuple[float, str]
     ratio = global_size / optimizer.lr_base_batch
     factor = {"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[optimizer.lr_rule]
     lr = optimizer.lr * factor
-    rule = {"sqrt": f"sqrt({global_size}/{optimizer.lr_base_batch})",
-            "linear": f"{global_size}/{optimizer.lr_base_batch}",
-            "none": "1"}[optimizer.lr_rule]
+    rule = {
+        "sqrt": f"sqrt({global_size}/{optimizer.lr_base_batch})",
+        "linear": f"{global_size}/{optimizer.lr_base_batch}",
+        "none": "1",
+    }[optimizer.lr_rule]
     return lr, f"lr {lr:.6g} = {optimizer.lr:g} x {rule} (rule {optimizer.lr_rule}, global batch {global_size})"
 
 

@@ -1,8 +1,8 @@
 """The training loop, and the front door of `accelerate launch`, `torchrun` and `python`.
 
-Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what the
-run directory holds. The weights after a step depend on the config, the data set and the world size, not on how often the
-run was interrupted.
+Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what
+the run directory holds. The weights after a step depend on the config, the data set and the world size, not on how
+often the run was interrupted.
 """
 
 if __name__ == "__main__":
@@ -106,9 +106,7 @@ class _Run:
         self.test_indices = np.arange(len(self.dataset.test.labels))
         self.watches_test = len(validation_indices) == 0
         self.watched: tuple[Split, npt.NDArray[np.int64]] = (
-            (self.dataset.test, self.test_indices)
-            if self.watches_test
-            else (self.dataset.train, validation_indices)
+            (self.dataset.test, self.test_indices) if self.watches_test else (self.dataset.train, validation_indices)
         )
         self.plan = plan_batches(
             config.batch, config.train, world_size=communicator.world_size, train_size=len(self.train_indices)
@@ -305,8 +303,10 @@ class _Run:
         self.communicator.require_equal("the state of the plateau", dataclasses.asdict(progress.plateau))
         self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
         if progress.plateau.cuts > cuts:
-            self.display.say(f"plateau: no better {self.config.plateau.metric} for"
-                             f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}")
+            self.display.say(
+                f"plateau: no better {self.config.plateau.metric} for"
+                f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}"
+            )
         is_best = progress.best_accuracy is None or result.accuracy > progress.best_accuracy
         if is_best:
             progress.best_accuracy, progress.best_step = result.accuracy, progress.step
@@ -346,15 +346,23 @@ class _Run:
         parameters = sum(parameter.numel() for parameter in self.strategy.module.parameters())
         validation = "none: the test set is watched" if self.watches_test else f"{len(self.watched[1]):,} images"
         say(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
-        say(f"ranks      {communicator.world_size} x {communicator.device.type}, {torch.get_num_threads()} threads each,"
-            f" strategy {config.train.strategy}, {config.train.precision}")
-        say(f"data       {config.data.source}: {len(self.train_indices):,} images to train on, validation {validation},"
-            f" test {len(self.test_indices):,} images, {len(self.dataset.classes)} classes")
+        say(
+            f"ranks      {communicator.world_size} x {communicator.device.type},"
+            f" {torch.get_num_threads()} threads each, strategy {config.train.strategy}, {config.train.precision}"
+        )
+        say(
+            f"data       {config.data.source}: {len(self.train_indices):,} images to train on, validation {validation},"
+            f" test {len(self.test_indices):,} images, {len(self.dataset.classes)} classes"
+        )
         say(f"model      {config.model.name}, {config.model.norm} norm, {parameters:,} parameters")
-        say(f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
-            f" {plan.micro_size}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all")
-        say(f"schedule   {self.lr_reason}; warm-up {config.optimizer.warmup_epochs:g} epochs; plateau on"
-            f" {config.plateau.metric}, patience {config.plateau.patience_evaluations}")
+        say(
+            f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
+            f" {plan.micro_size}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
+        )
+        say(
+            f"schedule   {self.lr_reason}; warm-up {config.optimizer.warmup_epochs:g} epochs; plateau on"
+            f" {config.plateau.metric}, patience {config.plateau.patience_evaluations}"
+        )
         if self.saved_step is not None:
             say(f"resume     from the checkpoint of step {self.saved_step}")
         if self.is_first:
@@ -428,22 +436,37 @@ class _Run:
 
 def evaluation_fields(result: Evaluation) -> dict[str, Any]:
     """An evaluation as the fields of a row."""
-    return {"loss": result.loss, "accuracy": result.accuracy, "count": result.count,
-            "class_accuracy": result.class_accuracy}
+    return {
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "count": result.count,
+        "class_accuracy": result.class_accuracy,
+    }
 
 
 def result_table(summary: Mapping[str, Any], path: Path) -> str:
     """The end of a run on one screen."""
-    return table([
-        ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
-        ("model", f"of step {summary['best_step']}, the best on the {summary['best_chosen_on']} split"
-                  f" ({summary['best_val_accuracy']:.2%})"),
-        ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps in {summary['wall_seconds']:,.0f} s"),
-        ("speed", f"{summary['images_per_second']:,.0f} images/s on {summary['world_size']} ranks,"
-                  f" data wait {summary['data_wait_share']:.1%}"),
-        ("weights", f"sha256 {summary['weights_sha256'][:16]}"),
-        ("run directory", str(path)),
-    ])
+    return table(
+        [
+            ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
+            (
+                "model",
+                f"of step {summary['best_step']}, the best on the {summary['best_chosen_on']} split"
+                f" ({summary['best_val_accuracy']:.2%})",
+            ),
+            (
+                "trained",
+                f"{summary['epochs']:g} epochs, {summary['steps']:,} steps in {summary['wall_seconds']:,.0f} s",
+            ),
+            (
+                "speed",
+                f"{summary['images_per_second']:,.0f} images/s on {summary['world_size']} ranks,"
+                f" data wait {summary['data_wait_share']:.1%}",
+            ),
+            ("weights", f"sha256 {summary['weights_sha256'][:16]}"),
+            ("run directory", str(path)),
+        ]
+    )
 
 
 def versions() -> dict[str, str]:
@@ -458,7 +481,11 @@ def git_revision() -> str | None:
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -24,7 +24,13 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
         if name.startswith(("WANDB_", "ACCELERATE_", "SLURM_")) or name in (
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "OMP_NUM_THREADS",
         ):
             patch.delenv(name)
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -112,9 +112,7 @@ def _call(call: _Call) -> Any:
         os.environ.pop(name, None)
     if call.world_size > 1:
         os.environ.update(env.variables())
-        dist.init_process_group(
-            "gloo", init_method=f"file://{call.store}", rank=call.rank, world_size=call.world_size
-        )
+        dist.init_process_group("gloo", init_method=f"file://{call.store}", rank=call.rank, world_size=call.world_size)
     try:
         communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=60)
         return call.function(communicator, *call.arguments)

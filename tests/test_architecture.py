@@ -9,8 +9,29 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "dist_cifar"
-ORDER = ["errors", "signals", "files", "config", "schedule", "jit", "rng", "data", "augment", "model", "metrics", "distributed",
-         "strategy", "checkpoint", "tracking", "evaluate", "display", "rundir", "train", "cli", "__main__"]
+ORDER = [
+    "errors",
+    "signals",
+    "files",
+    "config",
+    "schedule",
+    "jit",
+    "rng",
+    "data",
+    "augment",
+    "model",
+    "metrics",
+    "distributed",
+    "strategy",
+    "checkpoint",
+    "tracking",
+    "evaluate",
+    "display",
+    "rundir",
+    "train",
+    "cli",
+    "__main__",
+]
 """From the bottom of the imports to their top: a module imports from its own and from earlier ones."""
 ONLY_IN = {
     "torch.distributed": ("distributed", "strategy"),

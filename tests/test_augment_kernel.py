@@ -115,9 +115,7 @@ def differing_images(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def compare(images, indices, params) -> dict[str, int]:
-    return differing_images(
-        outputs(kernel, images, indices, params), outputs(reference, images, indices, params)
-    )
+    return differing_images(outputs(kernel, images, indices, params), outputs(reference, images, indices, params))
 
 
 # --- equality ----------------------------------------------------------------------------------------------------
@@ -211,9 +209,7 @@ def test_threads_give_the_same_bits(images):
     params = draw(WILD, seed=1, epoch=2, indices=indices)
     expected = kernel.augment(images, indices, params, MEAN, STD)
     found = [torch.empty_like(expected) for _ in range(3)]
-    threads = [
-        threading.Thread(target=kernel.augment, args=(images, indices, params, MEAN, STD, out)) for out in found
-    ]
+    threads = [threading.Thread(target=kernel.augment, args=(images, indices, params, MEAN, STD, out)) for out in found]
     for thread in threads:
         thread.start()
     for thread in threads:

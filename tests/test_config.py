@@ -135,8 +135,12 @@ def test_a_missing_file_gets_the_nearest_name(tmp_path):
     size=st.integers(1, 10**9),
 )
 def test_the_printed_config_reads_back_equal(tmp_path_factory, name, lr, tags, size):
-    sections = {"run": {"name": name}, "optimizer": {"lr": lr}, "batch": {"global_size": size},
-                "tracking": {"wandb_tags": tags}}
+    sections = {
+        "run": {"name": name},
+        "optimizer": {"lr": lr},
+        "batch": {"global_size": size},
+        "tracking": {"wandb_tags": tags},
+    }
     directory = tmp_path_factory.mktemp("config")
     config = load_config(write(directory / "a.yaml", yaml.safe_dump(sections, allow_unicode=True)))
     assert config.optimizer.lr == lr and config.tracking.wandb_tags == tuple(tags)

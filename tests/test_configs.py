@@ -21,9 +21,16 @@ def run(communicator: Communicator, config: Config) -> bool:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps(ranks, tmp_path, path):
     """On generated images and few of them, with all else as the file says."""
-    overrides = ["data.source=synthetic", "data.synthetic_train_size=300", "data.synthetic_test_size=20",
-                 "data.validation_size=20", "train.max_steps=2", "run.device=cpu", "tracking.wandb=disabled",
-                 f"run.dir={tmp_path}"]
+    overrides = [
+        "data.source=synthetic",
+        "data.synthetic_train_size=300",
+        "data.synthetic_test_size=20",
+        "data.validation_size=20",
+        "train.max_steps=2",
+        "run.device=cpu",
+        "tracking.wandb=disabled",
+        f"run.dir={tmp_path}",
+    ]
     assert ranks.run(2, run, load_config(path, overrides)) == [True, True]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["name"] == path.stem
@@ -32,7 +39,9 @@ def test_two_steps(ranks, tmp_path, path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_header_says_source_result_and_command(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert all(any(line.startswith(f"# {word}:") for line in header) for word in ("Source", "Expected result", "Command"))
+    assert all(
+        any(line.startswith(f"# {word}:") for line in header) for word in ("Source", "Expected result", "Command")
+    )
 
 
 def test_there_are_experiments():

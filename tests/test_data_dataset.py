@@ -44,9 +44,7 @@ def write_pictures(root):
 
 
 def test_synthetic(tmp_path):
-    config = DataConfig(
-        source="synthetic", cache_dir=str(tmp_path), synthetic_train_size=60, synthetic_test_size=20
-    )
+    config = DataConfig(source="synthetic", cache_dir=str(tmp_path), synthetic_train_size=60, synthetic_test_size=20)
     found = load_dataset(config, say=lambda line: pytest.fail(line))
     images, labels = synthetic_split(0, 60)
     assert np.array_equal(found.train.images, images)

@@ -7,11 +7,24 @@ import pytest
 from dist_cifar.distributed.env import DistEnv, first_host, read_env
 from dist_cifar.errors import LaunchError
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
-            "MASTER_PORT": "29400"}
-SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0",
-         "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "gpu[07-08,11]", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
-         "SLURM_JOB_ID": "123"}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29400",
+}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-08,11]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_JOB_ID": "123",
+}
 
 
 def test_alone():
@@ -66,7 +79,13 @@ def test_contradictions(change):
 
 @pytest.mark.parametrize(
     ("nodelist", "host"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("n[03-05,9],x", "n03"), ("rack1-n[7]-ib", "rack1-n7-ib"), ("a[1-2]b,c[3-4]", "a1b")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[03-05,9],x", "n03"),
+        ("rack1-n[7]-ib", "rack1-n7-ib"),
+        ("a[1-2]b,c[3-4]", "a1b"),
+    ],
 )
 def test_first_host(nodelist, host):
     assert first_host(nodelist) == host

@@ -17,8 +17,9 @@ CLASSES, MEAN, STD = 10, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def inputs(size: int) -> tuple[nn.Module, Split, np.ndarray]:
     rng = np.random.default_rng(size)
-    split = Split(images=rng.integers(0, 256, (size + 50, 32, 32, 3), dtype=np.uint8),
-                  labels=rng.integers(0, CLASSES, size + 50))
+    split = Split(
+        images=rng.integers(0, 256, (size + 50, 32, 32, 3), dtype=np.uint8), labels=rng.integers(0, CLASSES, size + 50)
+    )
     torch.manual_seed(size)
     module = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, CLASSES), nn.Dropout(0.5))
     return module, split, np.sort(rng.permutation(size + 50)[:size])
@@ -28,8 +29,16 @@ def sharded(communicator: Communicator, size: int, batch_size: int, padded: bool
     module, split, indices = inputs(size)
     if padded:  # what DistributedSampler does to share the samples equally
         indices = np.resize(indices, -(-len(indices) // communicator.world_size) * communicator.world_size)
-    result = evaluate(module, split, indices, mean=MEAN, std=STD, num_classes=CLASSES, batch_size=batch_size,
-                      communicator=communicator)
+    result = evaluate(
+        module,
+        split,
+        indices,
+        mean=MEAN,
+        std=STD,
+        num_classes=CLASSES,
+        batch_size=batch_size,
+        communicator=communicator,
+    )
     assert module.training
     return result
 

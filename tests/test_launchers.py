@@ -30,8 +30,15 @@ def environment() -> dict[str, str]:
 
 
 def start(command: str, cwd: Path = REPOSITORY, **extra: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(shlex.split(command), cwd=cwd, env=environment() | extra, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        shlex.split(command),
+        cwd=cwd,
+        env=environment() | extra,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -125,8 +132,10 @@ def test_one_rank(command, cwd, config, golden_hash, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_of_accelerate(config, golden_hash, tmp_path):
-    code, out, err = run("accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py"
-                         f" --config {config} run.dir={tmp_path}/run")
+    code, out, err = run(
+        "accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py"
+        f" --config {config} run.dir={tmp_path}/run"
+    )
     assert code == 0, err
     assert summary(tmp_path / "run")["world_size"] == 2
     assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
@@ -139,8 +148,15 @@ def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    common = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0",
-              "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": port}
+    common = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "MASTER_PORT": port,
+    }
     command = f"python dist_cifar/train.py --config {config} run.dir={tmp_path}/run"
     tasks = [start(command, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
     for code, _, err in map(finish, tasks):
@@ -248,18 +264,25 @@ def test_bad_input_is_one_line(arguments, code, message, config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [("run.dri=x", r"run\.dri: unknown key"), ("batch.global_size=15", r"15 samples cannot be shared equally by 2 ranks")],
+    [
+        ("run.dri=x", r"run\.dri: unknown key"),
+        ("batch.global_size=15", r"15 samples cannot be shared equally by 2 ranks"),
+    ],
 )
 def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
-    code, _, err = run("torchrun --standalone --nproc-per-node 2 dist_cifar/train.py"
-                       f" --config {config} run.dir={tmp_path}/run {overrides}")
+    code, _, err = run(
+        "torchrun --standalone --nproc-per-node 2 dist_cifar/train.py"
+        f" --config {config} run.dir={tmp_path}/run {overrides}"
+    )
     assert code == 1  # torchrun flattens every failure to 1
     assert re.search(message, only_error(err))
     assert re.search(r"exitcode *: 2 ", err)
 
 
-@pytest.mark.parametrize("environ", [{"WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5",
-                                                         "MASTER_ADDR": "x", "MASTER_PORT": "1"}])
+@pytest.mark.parametrize(
+    "environ",
+    [{"WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "MASTER_ADDR": "x", "MASTER_PORT": "1"}],
+)
 def test_a_broken_launch_is_refused(environ, config):
     code, _, err = run(f"python dist_cifar/train.py --config {config}", **environ)
     assert code == 2

@@ -9,9 +9,16 @@ import torchvision
 from dist_cifar.config import ModelConfig
 from dist_cifar.model import build_model
 
-# He et al. 2016, table 6, gives the CIFAR ResNets in millions; with BatchNorm and 10 classes these are the exact counts.
-PARAMETERS = {"resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018,
-              "resnet18": 11_173_962, "resnet34": 21_282_122, "resnet50": 23_520_842}
+# He et al. 2016, table 6, gives the CIFAR ResNets in millions; these are the exact counts with BatchNorm.
+PARAMETERS = {
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+}
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())

@@ -50,8 +50,14 @@ def torch_lrs(config: PlateauConfig, lr: float, metrics: list[float]) -> list[fl
     min_lr=st.sampled_from([0.0, 1e-3]),
 )
 def test_plateau_equals_torch(metrics, metric, factor, patience, cooldown, threshold, min_lr):
-    config = PlateauConfig(metric=metric, factor=factor, patience_evaluations=patience, cooldown_evaluations=cooldown,
-                           threshold=threshold, min_lr=min_lr)
+    config = PlateauConfig(
+        metric=metric,
+        factor=factor,
+        patience_evaluations=patience,
+        cooldown_evaluations=cooldown,
+        threshold=threshold,
+        min_lr=min_lr,
+    )
     state, lrs = start_plateau(config, 0.1), []
     for value in metrics:
         state = step_plateau(config, state, value)

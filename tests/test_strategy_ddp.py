@@ -24,8 +24,13 @@ def data(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plan(world_size: int, micro_batches: int) -> BatchPlan:
-    return BatchPlan(global_size=BATCH, per_rank_size=BATCH // world_size, micro_batches=micro_batches,
-                     steps_per_epoch=STEPS, total_steps=STEPS)
+    return BatchPlan(
+        global_size=BATCH,
+        per_rank_size=BATCH // world_size,
+        micro_batches=micro_batches,
+        steps_per_epoch=STEPS,
+        total_steps=STEPS,
+    )
 
 
 def by_strategy(

@@ -45,8 +45,16 @@ def train(communicator: Communicator, config: Config, must_resume: bool = False)
 
 # --- the plateau -------------------------------------------------------------------------------------------------
 
-PLATEAU = ("plateau.patience_evaluations=1", "plateau.threshold=0.9", "plateau.factor=0.1", "train.epochs=7",
-           "data.synthetic_train_size=72", "optimizer.lr_rule=none", "optimizer.warmup_epochs=0", "model.norm=group")
+PLATEAU = (
+    "plateau.patience_evaluations=1",
+    "plateau.threshold=0.9",
+    "plateau.factor=0.1",
+    "train.epochs=7",
+    "data.synthetic_train_size=72",
+    "optimizer.lr_rule=none",
+    "optimizer.warmup_epochs=0",
+    "model.norm=group",
+)
 
 
 def learning_rates(config: Config) -> list[float]:
@@ -187,8 +195,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
     assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
     volatile = {"seconds", "images_per_second", "data_wait_share"}
     for kind in ("train", "eval", "test"):
-        kept = [[{k: v for k, v in row.items() if k not in volatile} for row in rows(c, kind)]
-                for c in (config, undisturbed)]
+        kept = [
+            [{k: v for k, v in row.items() if k not in volatile} for row in rows(c, kind)]
+            for c in (config, undisturbed)
+        ]
         assert kept[0] == kept[1] and kept[0]
 
 
@@ -317,5 +327,3 @@ def test_weights_of_the_best_checkpoint_are_those_that_are_tested(ranks, tiny):
     evaluations = {row["step"]: row["accuracy"] for row in rows(config, "eval")}
     result = summary(config)
     assert result["best_val_accuracy"] == evaluations[result["best_step"]] == max(evaluations.values())
-
-

@@ -44,4 +44,3 @@ def augment(
         image = F.normalize(F.to_tensor(pixels[i]), list(mean), list(std))
         batch[i] = F.erase(image, top, left, height, width, torch.tensor(0.0), inplace=True)
     return batch
-

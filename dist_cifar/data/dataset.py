@@ -81,9 +81,7 @@ def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> D
     )
 
 
-def validation_split(
-    labels: npt.NDArray[np.int64], size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the training and of the `size` validation images among `labels`: int64 each.
 
     Each class gives its share of `size`, rounded up or down. The choice is a function of `labels` and `size`, not of

@@ -1,7 +1,7 @@
 """Ready batches of the training split, prepared in a thread while the device computes.
 
-Contract: the batch of a step is a function of (config, data set, step) and of this rank's slice, never of the time or of
-the batches before. An error of the thread is raised in the loop that waits for it; leaving the loop, also by an
+Contract: the batch of a step is a function of (config, data set, step) and of this rank's slice, never of the time or
+of the batches before. An error of the thread is raised in the loop that waits for it; leaving the loop, also by an
 error, ends the thread.
 """
 

@@ -161,5 +161,14 @@ def _dots(u: _Field, v: _Field, radius: _Field, width: _Field) -> _Field:
 
 
 _FORMS: tuple[_Inside, ...] = (
-    _disc, _outline(_disc), _square, _outline(_square), _triangle, _cross, _star, _stripes, _checkerboard, _dots,
+    _disc,
+    _outline(_disc),
+    _square,
+    _outline(_square),
+    _triangle,
+    _cross,
+    _star,
+    _stripes,
+    _checkerboard,
+    _dots,
 )

@@ -1,7 +1,7 @@
 """The collectives that the trainer uses beside those of the strategy.
 
-Contract: every method but the properties is a collective: all ranks call it, in the same order. With one rank each is the
-identity and no process group exists. Objects and small tensors go over a gloo group on the CPU, so no call waits
+Contract: every method but the properties is a collective: all ranks call it, in the same order. With one rank each is
+the identity and no process group exists. Objects and small tensors go over a gloo group on the CPU, so no call waits
 for a GPU unless it is given a GPU's tensor.
 """
 

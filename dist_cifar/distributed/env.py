@@ -51,7 +51,8 @@ def read_env(environ: Mapping[str, str]) -> DistEnv:
         # `accelerate launch --cpu --num_processes 2` starts one process and leaves only these two behind.
         raise LaunchError(
             "launch: MASTER_ADDR and MASTER_PORT are set but RANK and WORLD_SIZE are not: several ranks were asked for"
-            " and one process was started; use torchrun, or `accelerate launch --config_file launch/accelerate/cpu.yaml`"
+            " and one process was started; use torchrun, or accelerate launch with --config_file"
+            " launch/accelerate/cpu.yaml"
         )
     else:
         env = DistEnv()
@@ -87,12 +88,20 @@ def _from_torchrun(environ: Mapping[str, str]) -> DistEnv:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> DistEnv:
-    needed = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID",
-              "SLURM_JOB_ID"]
+    needed = [
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NODEID",
+        "SLURM_JOB_ID",
+    ]
     missing = [name for name in needed if name not in environ]
     if missing:
-        raise LaunchError(f"launch: this is a step of {environ['SLURM_STEP_NUM_TASKS']} SLURM tasks but"
-                          f" {', '.join(missing)} missing; start with srun, or with torchrun in one task a node")
+        raise LaunchError(
+            f"launch: this is a step of {environ['SLURM_STEP_NUM_TASKS']} SLURM tasks but"
+            f" {', '.join(missing)} missing; start with srun, or with torchrun in one task a node"
+        )
     tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
     return DistEnv(
         rank=_number(environ, "SLURM_PROCID"),
@@ -101,8 +110,10 @@ def _from_slurm(environ: Mapping[str, str]) -> DistEnv:
         local_world_size=tasks[_number(environ, "SLURM_NODEID")],
         master_addr=environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
         # Below the ephemeral ports, and another one for each job and step of a shared node.
-        master_port=int(environ.get("MASTER_PORT") or
-                        10000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID")) % 20000),
+        master_port=int(
+            environ.get("MASTER_PORT")
+            or 10000 + (_number(environ, "SLURM_JOB_ID") * 7 + _number(environ, "SLURM_STEP_ID")) % 20000
+        ),
         launcher="slurm",
     )
 

@@ -1,9 +1,9 @@
 """Strategy `ddp`: Accelerate's DistributedDataParallel.
 
-Contract: gradients are averaged over ranks, as views of their buckets, and no buffers are broadcast; each rank normalises
-its own micro-batch, and BatchNorm's running statistics are averaged when they are looked at. With one rank the model is
-not wrapped. Only the model is given to Accelerate: it would step a prepared ReduceLROnPlateau once for each rank, and
-shard again what our sampler has sharded.
+Contract: gradients are averaged over ranks, as views of their buckets, and no buffers are broadcast; each rank
+normalises its own micro-batch, and BatchNorm's running statistics are averaged when they are looked at. With one rank
+the model is not wrapped. Only the model is given to Accelerate: it would step a prepared ReduceLROnPlateau once for
+each rank, and shard again what our sampler has sharded.
 
 DDP's `static_graph` is not used: it fails when the first pass accumulates, orders its buckets at another time (see
 `_settle_buckets`) and gains nothing for a model without unused parameters.
@@ -70,9 +70,9 @@ class DdpStrategy:
     def _settle_buckets(self, micro_size: int) -> None:
         """Makes DDP order its buckets now, by one pass that changes nothing else.
 
-        It does so after its first backward pass, by the order in which the gradients arrived. The place of a gradient in
-        its bucket decides the order in which ranks are added up: without this, the first step after a resume would be
-        rounded in another way than the same step of a run that was not interrupted.
+        It does so after its first backward pass, by the order in which the gradients arrived. The place of a gradient
+        in its bucket decides the order in which ranks are added up: without this, the first step after a resume would
+        be rounded in another way than the same step of a run that was not interrupted.
         """
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         images = torch.zeros(micro_size, 3, 32, 32, device=self._communicator.device)
