@@ -79,9 +79,9 @@ def wait_for_step(directory: Path, step: int) -> None:
 
 @pytest.fixture
 def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
-    """A config file of eight epochs of five steps."""
+    """A config file of sixteen epochs of five steps."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(to_yaml(tiny("train.epochs=8", "run.log_every_steps=1", "checkpoint.every_steps=3")))
+    path.write_text(to_yaml(tiny("train.epochs=16", "run.log_every_steps=1", "checkpoint.every_steps=3")))
     return path
 
 
@@ -178,7 +178,7 @@ def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(config):
 def test_killed_at_a_random_step_and_started_again(config, golden_hash, tmp_path):
     directory = tmp_path / "run"
     command = f"torchrun --standalone --nproc-per-node 2 dist_cifar/train.py --config {config} run.dir={directory}"
-    step = random.Random(os.urandom(8)).randrange(1, 25)
+    step = random.Random(os.urandom(8)).randrange(1, 60)
     process = start(command)
     wait_for_step(directory, step)
     os.killpg(process.pid, signal.SIGKILL)  # the agent and the ranks, at once
