@@ -138,7 +138,7 @@ class _Run:
 
     def train(self) -> bool:
         config, plan, progress, strategy = self.config, self.plan, self.progress, self.strategy
-        if progress.step >= plan.total_steps and self.run_dir.status().get("status") == "done":
+        if self.communicator.on_first_rank(self._is_done):
             self.display.say(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
             self.display.say(result_table(self.run_dir.summary(), self.run_dir.path))
             return True
@@ -375,12 +375,18 @@ class _Run:
         )
         if self.saved_step is not None:
             say(f"resume     from the checkpoint of step {self.saved_step}")
-        if self.is_first:
-            self.run_dir.write_config(config)
-            self.run_dir.write_status("running", step=self.progress.step, world_size=communicator.world_size)
-            self.trackers = open_trackers(config, self.run_dir.path, resume_step=self.saved_step, say=say)
+        communicator.on_first_rank(self._open_records)
         self.logged = dataclasses.replace(self.progress)
         self.display.start(plan.total_steps, self.progress.step)
+
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.plan.total_steps and self.run_dir.status().get("status") == "done"
+
+    def _open_records(self) -> None:
+        world_size = self.communicator.world_size
+        self.run_dir.write_config(self.config)
+        self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
+        self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
 
     def _stop(self) -> bool:
         """Ends after a signal, everything saved."""
