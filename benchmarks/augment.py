@@ -7,7 +7,7 @@ them alike; a ratio is the median over rounds of the ratio within a round. Print
 
     python benchmarks/augment.py --out benchmarks/results/augment.json
 
-The libraries besides torchvision are optional (pip install kornia albumentations); one that is missing is left out.
+The libraries besides torchvision are optional (pip install -e '.[bench]'); one that is missing is left out.
 """
 
 from __future__ import annotations
