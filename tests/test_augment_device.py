@@ -286,7 +286,7 @@ for batch in prefetch(run.make_batch, range(20), device):
     copies = batch.inputs.clone(), batch.labels.clone()
     del batch
     digest = hashlib.sha256(b"".join(copy.cpu().numpy().tobytes() for copy in copies))
-    print("batch", digest.hexdigest())
+    print("sha256", digest.hexdigest())
 run.train()
 """
 
@@ -314,7 +314,7 @@ def batches(tmp_path: Path, device: str, place: str) -> list[str]:
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    return [line for line in process.stdout.splitlines() if line.startswith("batch ")]
+    return [line for line in process.stdout.splitlines() if line.startswith("sha256 ")]
 
 
 @pytest.mark.gpu
