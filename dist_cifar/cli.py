@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 import textwrap
@@ -20,8 +21,9 @@ from typing import Any, NoReturn
 from dist_cifar import __version__, signals
 from dist_cifar.config import Config, describe, load_config, to_yaml
 from dist_cifar.distributed.env import DistEnv, read_env
-from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, LaunchError, UserError
+from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _PATIENCE_SECONDS = 3.0
 """How long other ranks leave it to rank 0 to report an error that all ranks have."""
 
@@ -87,6 +89,8 @@ def _train(options: argparse.Namespace) -> int:
         raise
     except Exception as error:
         _note_failure(RunDir(config.run.dir or "."), env.rank, f"{type(error).__name__}: {error}")
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise DataError(f"run.dir={config.run.dir}: {error}; free space or mend it, and run again") from error
         print(f"dist_cifar: rank {env.rank} failed:", file=sys.stderr)
         traceback.print_exc()
         return EXIT_INTERNAL

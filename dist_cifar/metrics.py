@@ -13,17 +13,21 @@ import torch
 
 
 class TrainingSums:
-    """Loss, correct predictions and samples of this rank since the last log, kept on the device."""
+    """Loss, correct predictions, samples and gradient norms of this rank since the last log, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        """Sum of the losses, correct predictions, samples. Whole numbers are exact in float64 up to 2**53."""
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        """In this order. Whole numbers are exact in float64 up to 2**53."""
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Adds one micro-batch: its mean loss [], logits [n, classes], labels int64 [n]. No host sync."""
         correct = (logits.argmax(1) == labels).sum()
         count = len(labels)
-        self.sums += torch.stack((loss.detach().double() * count, correct.double(), correct.new_tensor(count).double()))
+        self.sums[:3] += torch.stack((loss.detach().double() * count, correct.double(), torch.full_like(loss, count)))
+
+    def add_norm(self, grad_norm: torch.Tensor) -> None:
+        """Adds the gradient norm [] of a step; on one rank only, since it is the same on every one. No host sync."""
+        self.sums[3] += grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,7 +146,7 @@ class _Run:
 
     def train(self) -> bool:
         config, plan, progress, strategy = self.config, self.plan, self.progress, self.strategy
-        if progress.step >= plan.total_steps and self.run_dir.status().get("status") == "done":
+        if self.communicator.on_first_rank(self._is_done):
             self.display.say(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
             self.display.say(result_table(self.run_dir.summary(), self.run_dir.path))
             return True
@@ -170,13 +170,15 @@ class _Run:
                         strategy.backward(loss / plan.micro_batches)
                     self.sums.add(loss, logits, labels[i])
                 grad_norm = strategy.step(lr)
+                if self.is_first:  # it is the same on every rank
+                    self.sums.add_norm(grad_norm)
                 progress.step += 1
 
                 logs = progress.step % config.run.log_every_steps == 0 or progress.step == plan.total_steps
                 totals = self._reduce_sums() if logs else None  # waits for the device
                 progress.train_seconds += time.perf_counter() - step_started
                 if totals is not None:
-                    self._log(totals, lr, float(grad_norm))
+                    self._log(totals, lr)
                 self.display.stepped()
                 if evaluation_due(plan, config.eval.every_epochs, progress.step):
                     self._save(best=self._evaluate())
@@ -243,6 +245,8 @@ class _Run:
         """Writes a checkpoint, unless this step has one. Raises if the replicas do not agree."""
         if self.saved_step == self.progress.step:
             return
+        sums = self.communicator.gather(self.sums.sums.tolist())
+        self._require_finite([sum(column) for column in zip(*sums, strict=True)])
         model = self.strategy.model_tensors()
         self.communicator.require_equal("the SHA-256 of the weights", weights_sha256(model))
         tensors = {
@@ -252,7 +256,7 @@ class _Run:
         }
         state = {
             "progress": dataclasses.asdict(self._timed_progress()),
-            "sums": self.communicator.gather(self.sums.sums.tolist()),
+            "sums": sums,
             "config": flatten(self.config),
             "data_sha256": self.dataset.content_sha256,
             "world_size": self.communicator.world_size,
@@ -271,19 +275,25 @@ class _Run:
     # --- what is due between steps -------------------------------------------------------------------------------
 
     def _reduce_sums(self) -> list[float]:
-        """Loss, correct predictions and samples of all ranks since the last log."""
+        """`TrainingSums` of all ranks since the last log; begins new ones."""
         totals = self.communicator.sum(self.sums.sums.clone()).tolist()
         self.sums.sums.zero_()
         return totals
 
-    def _log(self, totals: list[float], lr: float, grad_norm: float) -> None:
-        loss, correct, count = totals
-        progress, last = self.progress, self.logged
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    def _require_finite(self, totals: list[float]) -> None:
+        """Raises `TrainingError`, on every rank, if a loss or a gradient since the last log was not finite."""
+        loss, _, _, norms = totals
+        if not math.isfinite(loss + norms):
             raise TrainingError(
-                f"step {progress.step}: the loss is {loss / count:g} and the gradient norm {grad_norm:g}; lower"
-                f" optimizer.lr (now {lr:g}) or optimizer.clip_norm, or train in fp32"
+                f"step {self.progress.step}: a loss or a gradient was not finite (sum of the losses since the last log"
+                f" {loss:g}, of the gradient norms {norms:g}); lower optimizer.lr or optimizer.clip_norm, or set"
+                " train.precision=fp32"
             )
+
+    def _log(self, totals: list[float], lr: float) -> None:
+        self._require_finite(totals)
+        loss, correct, count, norms = totals
+        progress, last = self.progress, self.logged
         seconds = progress.train_seconds - last.train_seconds
         waited = self.communicator.sum(torch.tensor(progress.wait_seconds - last.wait_seconds, dtype=torch.float64))
         self._track(
@@ -291,7 +301,7 @@ class _Run:
             loss=loss / count,
             accuracy=correct / count,
             lr=lr,
-            grad_norm=grad_norm,
+            grad_norm=norms / (count / self.plan.global_size),
             images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
             data_wait_share=waited.item() / self.communicator.world_size / seconds,
         )
@@ -370,12 +380,18 @@ class _Run:
         )
         if self.saved_step is not None:
             say(f"resume     from the checkpoint of step {self.saved_step}")
-        if self.is_first:
-            self.run_dir.write_config(config)
-            self.run_dir.write_status("running", step=self.progress.step, world_size=communicator.world_size)
-            self.trackers = open_trackers(config, self.run_dir.path, resume_step=self.saved_step, say=say)
+        communicator.on_first_rank(self._open_records)
         self.logged = dataclasses.replace(self.progress)
         self.display.start(plan.total_steps, self.progress.step)
+
+    def _is_done(self) -> bool:
+        return self.progress.step >= self.plan.total_steps and self.run_dir.status().get("status") == "done"
+
+    def _open_records(self) -> None:
+        world_size = self.communicator.world_size
+        self.run_dir.write_config(self.config)
+        self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
+        self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
 
     def _stop(self) -> bool:
         """Ends after a signal, everything saved."""
@@ -431,10 +447,10 @@ class _Run:
 
     def _best_tensors(self) -> dict[str, torch.Tensor]:
         checkpoint = self.store.load_best()
-        if checkpoint is None:
+        if checkpoint is None or checkpoint.step != self.progress.best_step:
             raise CheckpointError(
                 f"{self.run_dir.checkpoints}: the best checkpoint (step {self.progress.best_step}) is gone; the last"
-                " one is whole: train.epochs=N goes on from it"
+                " one is whole: a larger train.epochs goes on from it"
             )
         return checkpoint.tensors["model"]
 

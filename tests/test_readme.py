@@ -1,0 +1,50 @@
+"""What the README tells a user to type is valid."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dist_cifar import cli
+from dist_cifar.config import Config, flatten, load_config
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text()
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+BLOCKS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+TRAINING = [line for line in BLOCKS if re.search(r"dist_cifar/train\.py|dist_cifar train|dist-cifar train", line)]
+
+
+def test_there_are_commands():
+    assert len(TRAINING) >= 9
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_training_commands_parse(line, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(line.replace("--config FILE key=value ...", "--config configs/quickstart.yaml train.epochs=3"))
+    launcher = words[words.index("--config_file") + 1] if "--config_file" in words else None
+    assert launcher is None or (REPOSITORY / launcher).is_file()
+    start = next(i for i, word in enumerate(words) if word in ("dist_cifar/train.py", "train"))
+    options = cli._parser().parse_args(["train", *words[start + 1 :]])
+    load_config(options.config, options.overrides)
+
+
+@pytest.mark.parametrize("target", re.findall(r"(?m)^make (\w+)", "\n".join(BLOCKS)))
+def test_make_targets_exist(target):
+    assert re.search(rf"(?m)^{target}:", MAKEFILE)
+
+
+def test_relative_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_fields_that_the_readme_names_exist():
+    known = flatten(Config())
+    sections = "|".join({key.partition(".")[0] for key in known})
+    named = set(re.findall(rf"`((?:{sections})\.(?!safetensors)[a-z_]+)(?:=[^`]*)?`", README))
+    assert len(named) >= 5 and named <= known.keys()
