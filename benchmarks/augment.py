@@ -7,7 +7,7 @@ them alike; a ratio is the median over rounds of the ratio within a round. Print
 
     python benchmarks/augment.py --out benchmarks/results/augment.json
 
-The libraries besides torchvision are optional (pip install kornia albumentations); one that is missing is left out.
+The libraries besides torchvision are optional (pip install -e '.[bench]'); one that is missing is left out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +30,9 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from dist_cifar.augment import kernel
-from dist_cifar.augment.policy import draw
+from dist_cifar.bench import BATCH, MEAN, STD, augmenter, hardware, images_per_second
 from dist_cifar.config import AugmentConfig
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-BATCH = 256
 CONFIG = AugmentConfig()
 OURS, PEER = "dist_cifar", "torchvision PIL"
 
@@ -45,13 +41,7 @@ Candidate = Callable[[np.ndarray], torch.Tensor]
 
 def ours(images: np.ndarray) -> Candidate:
     kernel.warm_up(print)
-    out = torch.empty((BATCH, 3, 32, 32), memory_format=torch.channels_last)
-
-    def batch(indices: np.ndarray) -> torch.Tensor:
-        params = draw(CONFIG, seed=0, epoch=0, indices=indices)
-        return kernel.augment(images, indices, params, MEAN, STD, out)
-
-    return batch
+    return augmenter(images, torch.float32)
 
 
 def torchvision_pil(images: np.ndarray) -> Candidate:
@@ -143,15 +133,6 @@ CANDIDATES: dict[str, Callable[[np.ndarray], Candidate]] = {
 PACKAGES = ("torch", "torchvision", "pillow", "numba", "numpy", "kornia", "albumentations")
 
 
-def images_per_second(candidate: Candidate, batches: np.ndarray, seconds: float) -> float:
-    """`batches`: int [any, BATCH]; taken in turn until the time is up."""
-    done, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        candidate(batches[done % len(batches)])
-        done += 1
-    return done * BATCH / elapsed
-
-
 def measure(rounds: int, seconds: float) -> dict[str, list[float]]:
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (10_000, 32, 32, 3), dtype=np.uint8)
@@ -184,12 +165,6 @@ def summary(rates: dict[str, list[float]]) -> list[dict[str, str | float]]:
         }
         for name, values in rates.items()
     ]
-
-
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

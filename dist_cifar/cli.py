@@ -98,6 +98,13 @@ def _train(options: argparse.Namespace) -> int:
     return EXIT_DONE if done else EXIT_SAVED
 
 
+def _bench_augment(options: argparse.Namespace) -> int:
+    from dist_cifar.bench import bench_augment
+
+    bench_augment()
+    return EXIT_DONE
+
+
 def _note_failure(run_dir: Any, rank: int, reason: str) -> None:
     with contextlib.suppress(OSError):  # the disk may be what has failed; the error itself is reported
         run_dir.write_failure(rank, reason)
@@ -162,6 +169,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
+
+    bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
+    benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    augment = benchmarks.add_parser(
+        "augment",
+        help="images/s of the training augmentation on one core",
+        description="Measure, in less than ten seconds, how many images one core augments, and say how many GPUs that"
+        " feeds.",
+    )
+    augment.set_defaults(command=_bench_augment)
     return parser
 
 

@@ -100,10 +100,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Strengths of the training augmentation, applied in the order of the fields; zero switches an operation off."""
+    """The training augmentation: a policy, and the strengths of its operations in the order in which they are applied.
+    Zero switches an operation off. All fields below `flip_probability` belong to the policy `seed`."""
 
+    policy: Literal["seed", "flip_crop", "none"] = "seed"
+    """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after padding by 4 in reflection,
+    then the flip, and no other field counts; `none`: the images as they are, and no field counts."""
     flip_probability: Probability = 0.5
-    """Horizontal flip."""
+    """Horizontal flip; policies `seed` and `flip_crop`."""
     rotation_degrees: Annotated[float, Range(minimum=0, maximum=180)] = 20.0
     """Rotation by an angle drawn from [-rotation_degrees, rotation_degrees]; nearest neighbour, corners black."""
     brightness: NonNegativeFloat = 0.2

@@ -98,8 +98,10 @@ class _Run:
         self.run_dir = RunDir(config.run.dir)
         communicator.on_first_rank(self.run_dir.open)
 
-        self.dataset = load_dataset(config.data, say=self.display.say)
+        # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
+        communicator.on_first_rank(lambda: kernel.warm_up(self.display.say))
         kernel.warm_up(self.display.say)
+        self.dataset = load_dataset(config.data, say=self.display.say)
         communicator.wait_for_all()
         communicator.require_equal("the data set's hash", self.dataset.content_sha256)
         self.train_indices, validation_indices = validation_split(

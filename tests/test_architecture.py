@@ -29,6 +29,7 @@ ORDER = [
     "display",
     "rundir",
     "train",
+    "bench",
     "cli",
     "__main__",
 ]

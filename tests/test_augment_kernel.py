@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import RandomCrop
 from torchvision.transforms import functional as F
 
 from dist_cifar import jit
 from dist_cifar.augment import kernel, reference
-from dist_cifar.augment.policy import AugmentParams, draw
+from dist_cifar.augment.policy import CROP_PADDING, AugmentParams, draw
 from dist_cifar.config import AugmentConfig
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -84,6 +85,7 @@ def images() -> np.ndarray:
 
 def identity(n: int) -> AugmentParams:
     return AugmentParams(
+        shift=np.zeros((n, 2), np.int16),
         flip=np.zeros(n, np.bool_),
         angle=np.zeros(n),
         order=np.tile(np.arange(3, dtype=np.uint8), (n, 1)),
@@ -130,6 +132,7 @@ def test_whole_chain_equals_the_reference(images, config, rounds):
 
 
 ALONE = {
+    "crop": lambda random, n: {"shift": random.integers(-4, 5, (n, 2)).astype(np.int16)},
     "flip": lambda random, n: {"flip": random.random(n) < 0.5},
     "rotation": lambda random, n: {"angle": random.uniform(-360, 360, n)},
     "brightness": lambda random, n: {"factors": np.column_stack([random.uniform(0, 3, n), np.ones((n, 2))])},
@@ -149,6 +152,32 @@ def test_each_operation_alone_equals_the_reference(images, operation):
     n = len(images)
     params = dataclasses.replace(identity(n), **ALONE[operation](np.random.default_rng(5), n))
     assert compare(images, np.arange(n), params) == {}
+
+
+def test_flip_crop_equals_torchvision_at_every_place(images, monkeypatch):
+    """All 81 crops, with and without flip, against torchvision's own transform."""
+    places = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+    indices = np.random.default_rng(6).choice(len(images), len(places), replace=False)
+    crop, expected = RandomCrop(32, padding=4, padding_mode="reflect"), []
+    for index, (top, left, flip) in zip(indices, places, strict=True):
+        monkeypatch.setattr(crop, "get_params", lambda image, size, top=top, left=left: (top, left, *size))
+        image = crop(Image.fromarray(images[index]))
+        expected.append(np.asarray(F.hflip(image) if flip else image))
+    table = np.array(places)
+    params = dataclasses.replace(
+        identity(len(places)), shift=(table[:, :2] - CROP_PADDING).astype(np.int16), flip=table[:, 2].astype(np.bool_)
+    )
+    assert np.array_equal(kernel.augment_pixels(images, indices, params), expected)
+    assert compare(images, indices, params) == {}
+
+
+@pytest.mark.parametrize("policy", ["flip_crop", "none"])
+def test_other_policies_equal_the_reference(images, policy):
+    indices = np.arange(len(images))
+    params = draw(AugmentConfig(policy=policy), seed=1, epoch=0, indices=indices)
+    assert compare(images, indices, params) == {}
+    if policy == "none":
+        assert np.array_equal(kernel.augment_pixels(images, indices, params), images)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 0.5, 1 - 2**-25, 1.0, 1 + 2**-23, 2.0, 3.0, 255.0, 1e6])
@@ -256,6 +285,9 @@ def test_refuses_what_the_compiled_code_cannot_check(images):
 # --- mutants: the comparison above catches each ------------------------------------------------------------------
 
 MUTANTS = {
+    "crop moved the other way": ("_I(_I(y) + down)", "_I(_I(y) - down)"),
+    "crop repeats the edge": ("abs(_I(_I(x) + right))", "max(_I(0), _I(_I(x) + right))"),
+    "crop reflects the edge too": ("abs(_I(_I(x) + right))", "max(_I(_I(x) + right), ~_I(_I(x) + right))"),
     "flip inverted": ("if flip else 0", "if not flip else 0"),
     "rotation centre shifted": ("centre = _SIDE / 2", "centre = (_SIDE - 1) / 2"),
     "rounded, not truncated": ("return np.float32(_I(number))", "return np.float32(_I(number + _HALF))"),
@@ -275,7 +307,12 @@ SEEN_IN = {"box one row too high": {"float32", "bfloat16"}, "bfloat16 truncated"
 def mutant_case(images):
     indices = np.arange(0, len(images), 8)
     params = draw(WILD, seed=2, epoch=0, indices=indices)
-    params = dataclasses.replace(params, angle=params.angle / 9, factors=0.7 + 0.2 * params.factors)
+    params = dataclasses.replace(
+        params,
+        shift=draw(AugmentConfig(policy="flip_crop"), seed=2, epoch=0, indices=indices).shift,
+        angle=params.angle / 9,
+        factors=0.7 + 0.2 * params.factors,
+    )
     return indices, params, outputs(reference, images, indices, params)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
-from dist_cifar.augment.policy import BRIGHTNESS, CONTRAST, SATURATION, SIDE, AugmentParams, draw
+from dist_cifar.augment.policy import BRIGHTNESS, CONTRAST, CROP_PADDING, SATURATION, SIDE, AugmentParams, draw
 from dist_cifar.config import AugmentConfig
 from dist_cifar.rng import STREAM_AUGMENT, uniform
 
@@ -48,9 +48,12 @@ def plain_box(config: AugmentConfig, u: list[float]) -> list[int]:
     return [0, 0, 0, 0]
 
 
-def test_types_and_shapes(params):
+@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
+def test_types_and_shapes(policy):
+    params = draw(AugmentConfig(policy=policy), seed=0, epoch=0, indices=np.arange(N))
     shapes = {name: (getattr(params, name).dtype.name, getattr(params, name).shape) for name in FIELDS}
     assert shapes == {
+        "shift": ("int16", (N, 2)),
         "flip": ("bool", (N,)),
         "angle": ("float64", (N,)),
         "order": ("uint8", (N, 3)),
@@ -82,7 +85,8 @@ def test_every_order_is_as_likely(params):
 
 
 def test_draws_are_independent(params):
-    table = np.column_stack([getattr(params, name).reshape(N, -1).astype(float) for name in FIELDS if name != "box"])
+    drawn = [name for name in FIELDS if name not in ("shift", "box")]
+    table = np.column_stack([getattr(params, name).reshape(N, -1).astype(float) for name in drawn])
     table = np.column_stack([table, params.box[:, 2] > 0])
     others = np.corrcoef(table.T) - np.eye(table.shape[1])
     others[2:5, 2:5] = 0  # the three places of one order
@@ -147,16 +151,82 @@ def test_factors_never_fall_below_zero():
     assert 3.9 < params.factors[:, BRIGHTNESS].max() <= 4
 
 
+# --- policies ----------------------------------------------------------------------------------------------------
+
+NOTHING = {"shift": 0, "flip": False, "angle": 0, "factors": 1, "sharpness": 1, "box": 0}
+
+
+def changed(params: AugmentParams) -> set[str]:
+    """The operations that change any image."""
+    return {name for name, value in NOTHING.items() if (getattr(params, name) != value).any()}
+
+
+@pytest.mark.parametrize(
+    ("policy", "operations"),
+    [("seed", NOTHING.keys() - {"shift"}), ("flip_crop", {"shift", "flip"}), ("none", set())],
+)
+def test_a_policy_has_its_own_operations_only(policy, operations):
+    """Every strength stands at its default, so each operation would show."""
+    assert changed(draw(AugmentConfig(policy=policy), seed=0, epoch=0, indices=np.arange(500))) == operations
+
+
+def test_the_words_of_the_policy_seed_stay():
+    """Other words, or another use of them, would change the runs that are resumed or repeated."""
+    params = draw(CONFIG, seed=7, epoch=3, indices=[0, 49_999])
+    found = {name: getattr(params, name).tolist() for name in FIELDS}
+    assert found == {
+        "shift": [[0, 0], [0, 0]],
+        "flip": [False, True],
+        "angle": [-10.822834949940443, 15.10293422266841],
+        "order": [[1, 0, 2], [2, 0, 1]],
+        "factors": [
+            [0.9452593392692507, 0.9035560780204833, 0.9444576649926603],
+            [0.8786101590842009, 0.8468150295317174, 0.9105728046037257],
+        ],
+        "sharpness": [1.0, 1.0],
+        "box": [[19, 13, 11, 15], [10, 7, 17, 19]],
+    }
+
+
+def test_flip_crop_is_distributed_as_torchvision_draws_it():
+    """Flip and the 81 places of the crop, all independent and evenly filled."""
+    params = draw(AugmentConfig(policy="flip_crop"), seed=0, epoch=0, indices=np.arange(N))
+    assert_rate(params.flip, 0.5)
+    distances = range(-CROP_PADDING, CROP_PADDING + 1)
+    for place in product(distances, distances):
+        hits = (params.shift == place).all(axis=1)
+        assert_rate(hits, 1 / 81)
+        assert_rate(hits & params.flip, 1 / 162)
+    for axis in (0, 1):
+        for distance in distances:
+            assert_rate(params.shift[:, axis] == distance, 1 / 9)
+
+
+def test_flip_crop_reads_the_flip_probability_alone():
+    plain, other = (
+        draw(config, seed=1, epoch=2, indices=np.arange(200))
+        for config in (
+            AugmentConfig(policy="flip_crop"),
+            AugmentConfig(policy="flip_crop", rotation_degrees=90.0, brightness=1.0, erasing_probability=1.0),
+        )
+    )
+    assert all(np.array_equal(getattr(plain, name), getattr(other, name)) for name in FIELDS)
+    never = draw(AugmentConfig(policy="flip_crop", flip_probability=0.0), seed=1, epoch=2, indices=np.arange(200))
+    assert not never.flip.any() and np.array_equal(never.shift, plain.shift)
+
+
+@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
 @settings(max_examples=30, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20),
     seed=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**32 - 1),
 )
-def test_a_row_depends_on_seed_epoch_and_index_alone(indices, seed, epoch):
-    together = draw(CONFIG, seed=seed, epoch=epoch, indices=indices)
-    backwards = draw(CONFIG, seed=seed, epoch=epoch, indices=indices[::-1])
-    alone = draw(CONFIG, seed=seed, epoch=epoch, indices=indices[:1])
+def test_a_row_depends_on_seed_epoch_and_index_alone(policy, indices, seed, epoch):
+    config = AugmentConfig(policy=policy)
+    together = draw(config, seed=seed, epoch=epoch, indices=indices)
+    backwards = draw(config, seed=seed, epoch=epoch, indices=indices[::-1])
+    alone = draw(config, seed=seed, epoch=epoch, indices=indices[:1])
     for name in FIELDS:
         assert np.array_equal(getattr(together, name)[::-1], getattr(backwards, name))
         assert np.array_equal(getattr(together, name)[:1], getattr(alone, name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 
 from dist_cifar import signals
 from dist_cifar import train as train_module
-from dist_cifar.augment import policy
+from dist_cifar.augment import kernel, policy
 from dist_cifar.config import Config, load_config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
@@ -150,6 +151,36 @@ def test_pixels_do_not_depend_on_the_batch_size(ranks, tiny):
 
 def test_augmentation_from_a_generator_with_a_state_is_caught(ranks, tiny):
     assert samples(ranks, 2, tiny(), [0], mutant=True) != samples(ranks, 1, tiny(), [0], mutant=True)
+
+
+@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
+def test_each_policy_trains(ranks, tiny, policy):
+    config = tiny(f"augment.policy={policy}", "train.max_steps=2")
+    assert ranks.run(2, train, config) == [True, True]
+    assert summary(config)["steps"] == 2
+
+
+def warm_ups(communicator: Communicator, config: Config) -> list[tuple[float, float]]:
+    """When each warm-up of the kernel began and ended; the one of rank 0 takes long, as with a cold cache."""
+    times = []
+
+    def warm_up(say: Any) -> None:
+        began = time.monotonic()
+        time.sleep(0.3 if communicator.rank == 0 and not times else 0)
+        times.append((began, time.monotonic()))
+
+    original, kernel.warm_up = kernel.warm_up, warm_up
+    try:
+        train_module._Run(config, communicator, must_resume=False)
+    finally:
+        kernel.warm_up = original
+    return times
+
+
+def test_the_rank_that_speaks_is_the_one_that_compiles(ranks, tiny):
+    first, *others = ranks.run(4, warm_ups, tiny())
+    assert all(began >= first[0][1] for times in others for began, _ in times)
+    assert all(others)
 
 
 # --- resume ------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Applies augmentation parameters to a batch in one compiled pass over each image.
 
-Contract: the result equals `reference` bit for bit: `augment_pixels` the uint8 image after flip, rotation, jitter and
-sharpness, `augment` the normalised tensor with its box erased. Nothing depends on the batch that an image is in. The
-compiled code releases the GIL, runs in the calling thread and is cached on disk.
+Contract: the result equals `reference` bit for bit: `augment_pixels` the uint8 image after crop, flip, rotation,
+jitter and sharpness, `augment` the normalised tensor with its box erased. Nothing depends on the batch that an image
+is in. The compiled code releases the GIL, runs in the calling thread and is cached on disk.
 
 Every operation of PIL on uint8 is a real formula that is clipped and truncated. Its terms are whole numbers below
 2**24, which float32 holds exactly, so the pass keeps each channel as a plane of whole float32 numbers; where PIL's
@@ -64,7 +64,7 @@ def augment(
 def augment_pixels(
     images: npt.NDArray[np.uint8], indices: npt.ArrayLike, params: AugmentParams
 ) -> npt.NDArray[np.uint8]:
-    """What `augment` normalises: the images `indices` after flip, rotation, jitter and sharpness, uint8 [n, 32, 32, 3].
+    """What `augment` normalises: the images `indices` after all operations but erasing, uint8 [n, 32, 32, 3].
 
     The same compiled pass; with mean 0 and deviation 1 each value v comes out as v / 255.
     """
@@ -133,6 +133,7 @@ def _run(
         raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
     _augment_batch(
         *_gathered(images, indices),
+        params.shift,
         params.flip,
         params.angle,
         params.order,
@@ -248,6 +249,19 @@ def _unpack(words, packed):
 
 
 @inlined
+def _crop(packed, down, right, cropped):
+    """Moves the image up and left by `down` and `right` pixels; what comes in is the image reflected at its border."""
+    last = _I(_SIDE - 1)
+    for y in range(_SIDE):
+        row = _I(last - abs(_I(last - abs(_I(_I(y) + down)))))
+        for x in range(_SIDE):
+            column = _I(last - abs(_I(last - abs(_I(_I(x) + right)))))
+            cropped[_SIDE * y + x] = packed[_SIDE * row + column]
+    for p in range(_PIXELS):
+        packed[p] = cropped[p]
+
+
+@inlined
 def _locate(flip, angle, source):
     """For each pixel the number of the pixel it comes from, _PIXELS if that lies outside.
 
@@ -359,7 +373,7 @@ def _round(row, out):
 
 
 @compiled
-def _augment_batch(images, rows, flip, angle, order, factors, sharpness, box, scales, out, rounded):
+def _augment_batch(images, rows, shift, flip, angle, order, factors, sharpness, box, scales, out, rounded):
     packed = np.empty(_PIXELS + 1, np.uint32)
     source = np.empty(_PIXELS, np.uint16)
     moved = np.empty(_PIXELS, np.uint32)
@@ -367,6 +381,8 @@ def _augment_batch(images, rows, flip, angle, order, factors, sharpness, box, sc
     sums = np.empty(3 * _PIXELS, np.float32)
     for i in range(len(rows)):
         _unpack(images[rows[i]], packed)
+        if shift[i, 0] != 0 or shift[i, 1] != 0:
+            _crop(packed, _I(shift[i, 0]), _I(shift[i, 1]), moved)
         _locate(flip[i], angle[i], source)
         for p in range(_PIXELS):  # apart from `_split`, which has a faster vector form while this has none
             moved[p] = packed[source[p]]

@@ -1,14 +1,15 @@
 """Draws the parameters of the augmentation of a batch in one vectorised call.
 
 Contract: row i of the result is a function of (config, seed, epoch, indices[i]) alone. The distributions are those of
-torchvision's RandomHorizontalFlip, RandomRotation, ColorJitter (its order drawn for each image), RandomAdjustSharpness
-and RandomErasing.
+torchvision's transforms. Policy `seed`: RandomHorizontalFlip, RandomRotation, ColorJitter (its order drawn for each
+image), RandomAdjustSharpness and RandomErasing. Policy `flip_crop`: RandomCrop(32, padding=4, padding_mode="reflect")
+and RandomHorizontalFlip, of the config it reads `flip_probability` alone. Policy `none`: nothing, it reads nothing.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -20,6 +21,8 @@ from dist_cifar.rng import STREAM_AUGMENT, uniform
 
 SIDE = 32
 """Height and width of an image in pixels."""
+CROP_PADDING = 4
+"""Pixels by which `flip_crop` pads an image on each side before it crops."""
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
 _ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), np.uint8)
@@ -31,6 +34,9 @@ _DRAWS = 8 + 4 * _ERASING_ATTEMPTS
 class AugmentParams:
     """Parameters of n images; a value that changes nothing stands where an operation was not drawn."""
 
+    shift: npt.NDArray[np.int16]
+    """[n, 2]: rows and columns, each in [-CROP_PADDING, CROP_PADDING], by which the crop from the padded image lies
+    below and right of the middle."""
     flip: npt.NDArray[np.bool_]
     """[n]: mirror left and right."""
     angle: npt.NDArray[np.float64]
@@ -47,10 +53,20 @@ class AugmentParams:
 
 def draw(config: AugmentConfig, *, seed: int, epoch: int, indices: npt.ArrayLike) -> AugmentParams:
     """The parameters of the images `indices` (int [n], positions in the data set) in `epoch`."""
+    if config.policy == "none":
+        return _nothing(np.size(indices))
+    if config.policy == "flip_crop":
+        u = uniform(seed, STREAM_AUGMENT, epoch, indices, 3)
+        return replace(
+            _nothing(len(u)),
+            shift=(u[:, 1:] * (2 * CROP_PADDING + 1)).astype(np.int16) - CROP_PADDING,
+            flip=u[:, 0] < config.flip_probability,
+        )
     u = uniform(seed, STREAM_AUGMENT, epoch, indices, _DRAWS)
     jitter = np.array([config.brightness, config.contrast, config.saturation])
     low, high = np.maximum(0.0, 1.0 - jitter), 1.0 + jitter
     return AugmentParams(
+        shift=np.zeros((len(u), 2), np.int16),
         flip=u[:, 0] < config.flip_probability,
         angle=(2.0 * u[:, 1] - 1.0) * config.rotation_degrees,
         order=_ORDERS[(u[:, 2] * len(_ORDERS)).astype(np.intp)],
@@ -62,6 +78,19 @@ def draw(config: AugmentConfig, *, seed: int, epoch: int, indices: npt.ArrayLike
             *config.erasing_area,
             *np.log(config.erasing_aspect),
         ),
+    )
+
+
+def _nothing(n: int) -> AugmentParams:
+    """Parameters of `n` images that change nothing."""
+    return AugmentParams(
+        shift=np.zeros((n, 2), np.int16),
+        flip=np.zeros(n, np.bool_),
+        angle=np.zeros(n),
+        order=np.tile(_ORDERS[0], (n, 1)),
+        factors=np.ones((n, 3)),
+        sharpness=np.ones(n),
+        box=np.zeros((n, 4), np.int16),
     )
 
 

@@ -1,7 +1,7 @@
 """Applies augmentation parameters through torchvision's functional operations on PIL images.
 
 Contract: this is the meaning of the augmentation. Every operation works on uint8 and rounds as PIL rounds, in the order
-flip, rotation, jitter, sharpness; then ToTensor, Normalize and a box set to zero.
+crop, flip, rotation, jitter, sharpness; then ToTensor, Normalize and a box set to zero.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from dist_cifar.augment.policy import AugmentParams
+from dist_cifar.augment.policy import CROP_PADDING, SIDE, AugmentParams
 
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 
 
 def augment_pixels(images: npt.NDArray[np.uint8], params: AugmentParams) -> npt.NDArray[np.uint8]:
-    """The images after flip, rotation, jitter and sharpness: uint8 [n, 32, 32, 3] to the same shape."""
+    """The images after crop, flip, rotation, jitter and sharpness: uint8 [n, 32, 32, 3] to the same shape."""
     out = np.empty_like(images)
     for i, pixels in enumerate(images):
         image = Image.fromarray(pixels)
+        down, right = params.shift[i].tolist()
+        image = F.pad(image, CROP_PADDING, padding_mode="reflect")
+        image = F.crop(image, CROP_PADDING + down, CROP_PADDING + right, SIDE, SIDE)
         if params.flip[i]:
             image = F.hflip(image)
         image = F.rotate(image, float(params.angle[i]))
