@@ -93,6 +93,9 @@ class DataConfig:
     """Training images of `source: synthetic`, the validation images included."""
     synthetic_test_size: PositiveInt = 1000
     """Test images of `source: synthetic`."""
+    device_augment: Literal["auto", "cpu", "device"] = "auto"
+    """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
+    `cpu` in a thread of the rank; `auto` on the GPU where the rank has one and triton can be imported, else `cpu`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +277,7 @@ CHANGEABLE_AT_RESUME = frozenset(
         "data.root",
         "data.url",
         "data.cache_dir",
+        "data.device_augment",
         "train.epochs",
         "train.max_steps",
         "checkpoint.every_steps",

@@ -34,6 +34,7 @@ from torch.nn.functional import cross_entropy
 import dist_cifar
 from dist_cifar import signals
 from dist_cifar.augment import kernel, policy
+from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
 from dist_cifar.config import Config, flatten
 from dist_cifar.data.dataset import Split, load_dataset, validation_split
@@ -92,6 +93,7 @@ class _Run:
         self.config, self.communicator = config, communicator
         self.is_first = communicator.rank == 0
         self.display = Display(speaks=self.is_first)
+        on_device = augments_on_device(config.data.device_augment, communicator.device)
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
         communicator.on_first_rank(self.run_dir.open)
@@ -104,6 +106,12 @@ class _Run:
         communicator.require_equal("the data set's hash", self.dataset.content_sha256)
         self.train_indices, validation_indices = validation_split(
             self.dataset.train.labels, config.data.validation_size
+        )
+        self.augment = augmenter(
+            self.dataset.train.images,
+            self.dataset.mean,
+            self.dataset.std,
+            on_device=communicator.device if on_device else None,
         )
         self.test_indices = np.arange(len(self.dataset.test.labels))
         self.watches_test = len(validation_indices) == 0
@@ -148,7 +156,7 @@ class _Run:
         device = self.communicator.device
         vote = StopVote(self.communicator)
         strategy.module.train()
-        with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps))) as batches:
+        with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
                 vote.cast(signals.stop_requested())
                 step_started = time.perf_counter()
@@ -156,8 +164,7 @@ class _Run:
                 progress.wait_seconds += time.perf_counter() - step_started
 
                 lr = progress.plateau.lr * warmup_factor(config.optimizer, plan, progress.step)
-                inputs = batch.inputs.to(device, non_blocking=True).split(plan.micro_size)
-                labels = batch.labels.to(device, non_blocking=True).split(plan.micro_size)
+                inputs, labels = batch.inputs.split(plan.micro_size), batch.labels.split(plan.micro_size)
                 for i in range(plan.micro_batches):
                     with strategy.accumulate(last=i == plan.micro_batches - 1):
                         logits = strategy.forward(inputs[i])
@@ -194,10 +201,8 @@ class _Run:
             epoch=step // self.plan.steps_per_epoch,
             indices=indices,
         )
-        train = self.dataset.train
-        inputs = kernel.augment(train.images, indices, params, self.dataset.mean, self.dataset.std)
-        batch = Batch(inputs=inputs, labels=torch.from_numpy(train.labels[indices]))
-        return batch.pinned() if self.communicator.device.type == "cuda" else batch
+        labels = torch.from_numpy(self.dataset.train.labels[indices])
+        return Batch(inputs=self.augment(indices, params), labels=labels)
 
     # --- restoring and saving ------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Ready batches of the training split, prepared in a thread while the device computes.
 
 Contract: the batch of a step is a function of (config, data set, step) and of this rank's slice, never of the time or
-of the batches before. An error of the thread is raised in the loop that waits for it; leaving the loop, also by an
-error, ends the thread.
+of the batches before. The loop gets it on its device. A GPU fills it on a stream beside the loop's; the loop's stream
+waits for that, the loop does not. An error of the thread is raised in the loop that waits for it; leaving the loop,
+also by an error, ends the thread.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from dataclasses import dataclass
 import torch
 
 _PREFETCHED_BATCHES = 2
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's share of the global batch of a step, on the CPU."""
+    """One rank's share of the global batch of a step."""
 
     inputs: torch.Tensor
     """float32 [n, 3, 32, 32], channels-last, normalised."""
     labels: torch.Tensor
     """int64 [n]."""
-
-    def pinned(self) -> Batch:
-        """The same in page-locked memory, from which a GPU copies while it computes."""
-        return Batch(inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory())
+    filled: torch.cuda.Event | None = None
+    """On a GPU: the point of the side stream after which both may be read."""
 
 
-def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
-    """`make(step)` for each of `steps`, in order, a bounded number of batches ahead of the caller.
+def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = _CPU) -> Iterator[Batch]:
+    """`make(step)` for each of `steps`, in order, on `device`, a bounded number of batches ahead of the caller.
 
-    Close the generator (`contextlib.closing`) to end its thread before the steps are over.
+    For a GPU, `make` may leave a tensor on the CPU or fill it there on the current stream. Close the generator
+    (`contextlib.closing`) to end its thread before the steps are over.
     """
+    if device.type == "cuda":
+        make = _on_side_stream(make, device)
     ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED_BATCHES)
     stop = threading.Event()
 
@@ -63,7 +66,35 @@ def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
+            if item.filled is not None:
+                _hand_over(item, torch.cuda.current_stream(device))
             yield item
     finally:
         stop.set()
         thread.join()
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU through page-locked memory, on the current stream and without waiting."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _on_side_stream(make: Callable[[int], Batch], device: torch.device) -> Callable[[int], Batch]:
+    stream = torch.cuda.Stream(device)
+
+    def make_there(step: int) -> Batch:
+        with torch.cuda.stream(stream):  # also makes the device the thread's current one
+            batch = make(step)
+            inputs, labels = upload(batch.inputs, device), upload(batch.labels, device)
+            return Batch(inputs=inputs, labels=labels, filled=stream.record_event())
+
+    return make_there
+
+
+def _hand_over(batch: Batch, stream: torch.cuda.Stream) -> None:
+    """Lets `stream` read the batch once it is filled, and keeps its memory from the side stream until it has."""
+    stream.wait_event(batch.filled)
+    for tensor in (batch.inputs, batch.labels):
+        tensor.record_stream(stream)
