@@ -69,6 +69,8 @@ def _train(options: argparse.Namespace) -> int:
         return EXIT_DONE
     env = read_env(os.environ)
     signals.install()  # before torch is imported, which takes seconds
+    if env.launcher == "torchrun":
+        signals.die_with_launcher()
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
     threads = config.run.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // env.local_world_size)
