@@ -27,6 +27,7 @@ from test_augment_kernel import ALONE, DEFAULT, MEAN, STD, WILD, generated_image
 
 from dist_cifar.augment import kernel
 from dist_cifar.augment.policy import AugmentParams, draw
+from dist_cifar.config import AugmentConfig
 
 pytest.importorskip("triton")
 from dist_cifar.augment import device
@@ -91,8 +92,9 @@ def round_factors(images: np.ndarray, n: int) -> Case:
     indices, params = chain(images, WILD, n)
     generator = np.random.default_rng(6)
     tenths = generator.choice([0.6, 0.7, 0.9, 1.1, 1.3, 1.7], (n, 4))
-    still = dataclasses.replace(params, angle=params.angle / 9, factors=tenths[:, :3], sharpness=tenths[:, 3])
-    return indices, still
+    shift = draw(AugmentConfig(policy="flip_crop"), seed=2, epoch=0, indices=indices).shift
+    changes = {"shift": shift, "angle": params.angle / 9, "factors": tenths[:, :3], "sharpness": tenths[:, 3]}
+    return indices, dataclasses.replace(params, **changes)
 
 
 # --- through the interpreter -------------------------------------------------------------------------------------
@@ -107,6 +109,8 @@ CASES = {
     "no image": lambda images: chain(images, DEFAULT, 0),
 }
 MUTANTS = {
+    "crop moved the other way": ("+ tl.load(row + _SHIFT_DOWN)", "- tl.load(row + _SHIFT_DOWN)"),
+    "crop repeats the edge": ("tl.abs(place))", "tl.maximum(place, 0))"),
     "flip inverted": ("np.where(params.flip, 31, 0)", "np.where(params.flip, 0, 31)"),
     "rotation shifted": ("left + cos * 0.5", "left + cos"),
     "rounded, not truncated": ("tl.maximum(mixed, 0.0)", "tl.maximum(mixed + 0.5, 0.0)"),

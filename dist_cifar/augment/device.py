@@ -35,10 +35,11 @@ from dist_cifar.data.loader import upload
 _SIDE, _PIXELS = tl.constexpr(32), tl.constexpr(1024)
 _BRIGHTNESS, _CONTRAST = tl.constexpr(0), tl.constexpr(1)
 # Columns of what `pack` gives.
-_INDEX, _MIRROR, _X_START, _Y_START, _COS, _SIN, _BACK = (tl.constexpr(column) for column in range(7))
-_OPERATIONS, _ALPHAS, _SHARPNESS = tl.constexpr(7), tl.constexpr(10), tl.constexpr(13)
-_TOP, _LEFT, _BOTTOM, _RIGHT = (tl.constexpr(column) for column in range(14, 18))
-_COLUMNS = tl.constexpr(18)
+_INDEX, _SHIFT_DOWN, _SHIFT_RIGHT, _MIRROR = (tl.constexpr(column) for column in range(4))
+_X_START, _Y_START, _COS, _SIN, _BACK = (tl.constexpr(column) for column in range(4, 9))
+_OPERATIONS, _ALPHAS, _SHARPNESS = tl.constexpr(9), tl.constexpr(12), tl.constexpr(15)
+_TOP, _LEFT, _BOTTOM, _RIGHT = (tl.constexpr(column) for column in range(16, 20))
+_COLUMNS = tl.constexpr(20)
 
 
 class DeviceAugmenter:
@@ -86,12 +87,13 @@ def normalized_values(mean: npt.ArrayLike, std: npt.ArrayLike, dtype: torch.dtyp
 
 
 def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[np.int32]:
-    """The parameters as the kernel reads them, a row an image: int32 [n, 18], factors as the bits of a float32."""
+    """The parameters as the kernel reads them, a row an image: int32 [n, 20], factors as the bits of a float32."""
     n = len(indices)
     if len(params.flip) != n:
         raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
     packed = np.empty((n, _COLUMNS.value), np.int32)
     packed[:, _INDEX.value] = indices
+    packed[:, _SHIFT_DOWN.value : _MIRROR.value] = params.shift
     packed[:, _MIRROR.value] = np.where(params.flip, 31, 0)  # 31 - x is x ^ 31
     packed[:, _X_START.value : _OPERATIONS.value] = _rotation(params.angle)
     packed[:, _OPERATIONS.value : _ALPHAS.value] = params.order
@@ -121,6 +123,12 @@ def _rotation(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 @triton.jit
+def _reflect(place):
+    """A row or column beyond the border is the one as far on this side of the outermost."""
+    return 31 - tl.abs(31 - tl.abs(place))
+
+
+@triton.jit
 def _blend(degenerate, value, alpha):
     """PIL's blend: from `degenerate` (alpha 0) over `value` (alpha 1) and beyond, clipped, then truncated."""
     mixed = degenerate.to(tl.float32) + alpha * (value - degenerate).to(tl.float32)
@@ -140,7 +148,7 @@ def _sharpen(plane, p, alpha):
 
 @triton.jit
 def _augment_images(images, packed, table, out):
-    """`images`: uint8 [N, 32, 32, 3]; `packed`: int32 [n, 18]; `table`: [256, 3]; `out`: [n, 32, 32, 3] like it."""
+    """`images`: uint8 [N, 32, 32, 3]; `packed`: int32 [n, 20]; `table`: [256, 3]; `out`: [n, 32, 32, 3] like it."""
     image = tl.program_id(0).to(tl.int64)
     row = packed + image * _COLUMNS
     p = tl.arange(0, _PIXELS)
@@ -149,8 +157,9 @@ def _augment_images(images, packed, table, out):
     from_x = (tl.load(row + _X_START) + x * tl.load(row + _COS) + y * tl.load(row + _SIN)) >> 16
     from_y = (tl.load(row + _Y_START) + x * tl.load(row + _BACK) + y * tl.load(row + _COS)) >> 16
     inside = (from_x >= 0) & (from_x < _SIDE) & (from_y >= 0) & (from_y < _SIDE)
-    first = images + tl.load(row + _INDEX).to(tl.int64) * (3 * _PIXELS)
-    source = first + 3 * (from_y * _SIDE + (from_x ^ tl.load(row + _MIRROR)))
+    from_x = _reflect((from_x ^ tl.load(row + _MIRROR)) + tl.load(row + _SHIFT_RIGHT))
+    from_y = _reflect(from_y + tl.load(row + _SHIFT_DOWN))
+    source = images + tl.load(row + _INDEX).to(tl.int64) * (3 * _PIXELS) + 3 * (from_y * _SIDE + from_x)
     red = tl.load(source, mask=inside, other=0).to(tl.int32)
     green = tl.load(source + 1, mask=inside, other=0).to(tl.int32)
     blue = tl.load(source + 2, mask=inside, other=0).to(tl.int32)
