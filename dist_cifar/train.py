@@ -93,7 +93,7 @@ class _Run:
         self.config, self.communicator = config, communicator
         self.is_first = communicator.rank == 0
         self.display = Display(speaks=self.is_first)
-        on_device = augments_on_device(config.data.device_augment, communicator.device)
+        augments_on_device(config.data.device_augment, communicator.device)  # or an error, before anything takes long
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
         communicator.on_first_rank(self.run_dir.open)
@@ -108,10 +108,12 @@ class _Run:
             self.dataset.train.labels, config.data.validation_size
         )
         self.augment = augmenter(
+            config.data.device_augment,
             self.dataset.train.images,
             self.dataset.mean,
             self.dataset.std,
-            on_device=communicator.device if on_device else None,
+            device=communicator.device,
+            say=self.display.say,
         )
         self.test_indices = np.arange(len(self.dataset.test.labels))
         self.watches_test = len(validation_indices) == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from dist_cifar import signals
 from dist_cifar.augment import kernel, place
 from dist_cifar.augment.policy import draw
 from dist_cifar.cli import main
@@ -43,15 +45,77 @@ def test_device_without_triton_is_an_error(triton_is_missing):
         place.augments_on_device("device", GPU)
 
 
-def test_device_on_a_cpu_run_is_one_line_and_exit_code_2(tmp_path, capsys):
+def test_device_on_a_cpu_run_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signals, "install", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main sets it: this puts it back
     assert main(["train", f"run.dir={tmp_path}/run", "run.device=cpu", "data.device_augment=device"]) == 2
     error = capsys.readouterr().err
     assert "data.device_augment: device was set and this run is on the CPU" in error and error.count("\n") == 1
 
 
-def test_the_cpu_augmenter_is_the_kernel():
-    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-    mean, std, indices = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), np.array([3, 19, 3])
+IMAGES = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def made(setting: str, said: list[str]) -> place.Augmenter:
+    return place.augmenter(setting, IMAGES, MEAN, STD, device=CPU, say=said.append)
+
+
+def is_the_kernel(augment: place.Augmenter) -> bool:
+    indices = np.array([3, 19, 3])
     params = draw(AugmentConfig(), seed=0, epoch=0, indices=indices)
-    found = place.augmenter(images, mean, std, on_device=None)(indices, params)
-    assert torch.equal(found, kernel.augment(images, indices, params, mean, std))
+    return torch.equal(augment(indices, params), kernel.augment(IMAGES, indices, params, MEAN, STD))
+
+
+def test_the_cpu_augmenter_is_the_kernel():
+    said: list[str] = []
+    assert is_the_kernel(made("auto", said)) and said == []
+
+
+def right(images, mean, std, device):
+    return lambda indices, params: kernel.augment(images, indices, params, mean, std)
+
+
+def one_bit_off(images, mean, std, device):
+    def augment(indices, params):
+        out = kernel.augment(images, indices, params, mean, std)
+        out[-1, 2, 31, 31] = torch.nextafter(out[-1, 2, 31, 31], torch.tensor(9.0))
+        return out
+
+    return augment
+
+
+def broken(images, mean, std, device):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A device augmenter of ours in the place of the real one, on a machine that has a GPU and triton."""
+
+    def use(augmenter):
+        module = types.SimpleNamespace(DeviceAugmenter=augmenter)
+        monkeypatch.setitem(sys.modules, "dist_cifar.augment.device", module)
+        monkeypatch.setattr(place, "augments_on_device", lambda setting, device: True)
+
+    return use
+
+
+def test_a_device_that_gives_the_bits_of_the_cpu_is_used(fake):
+    fake(right)
+    said: list[str] = []
+    assert made("auto", said).__qualname__.startswith("right") and said == []
+    assert made("device", said).__qualname__.startswith("right")
+
+
+@pytest.mark.parametrize(
+    ("augmenter", "reason"),
+    [(one_bit_off, "it does not give the bits of the CPU"), (broken, "RuntimeError: no kernel image is available")],
+)
+def test_a_device_that_does_not_is_found_out(fake, augmenter, reason):
+    fake(augmenter)
+    said: list[str] = []
+    assert is_the_kernel(made("auto", said))
+    assert len(said) == 1 and reason in said[0]
+    with pytest.raises(ConfigError, match=reason):
+        made("device", said)

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import kernel
-from dist_cifar.augment.policy import AugmentParams
+from dist_cifar.augment.policy import AugmentParams, draw
+from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import ConfigError
 
+_CHECKED_IMAGES = 128
 Augmenter = Callable[[npt.NDArray[np.int64], AugmentParams], torch.Tensor]
 """Indices and the parameters of each to the network's input, float32 [n, 3, 32, 32] in channels-last memory format."""
 
@@ -42,11 +44,48 @@ def augments_on_device(setting: str, device: torch.device) -> bool:
 
 
 def augmenter(
-    images: npt.NDArray[np.uint8], mean: npt.ArrayLike, std: npt.ArrayLike, *, on_device: torch.device | None
+    setting: str,
+    images: npt.NDArray[np.uint8],
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    *,
+    device: torch.device,
+    say: Callable[[str], None],
 ) -> Augmenter:
-    """Augments `images`, uint8 [N, 32, 32, 3], as `kernel.augment`: on the device `on_device`, on the CPU if None."""
-    if on_device is None:
-        return lambda indices, params: kernel.augment(images, indices, params, mean, std)
-    from dist_cifar.augment.device import DeviceAugmenter
+    """Augments `images`, uint8 [N, 32, 32, 3], as `kernel.augment` does, where `data.device_augment` says.
 
-    return DeviceAugmenter(images, mean, std, on_device)
+    Before a GPU augments, it shows on a few images that it gives the CPU's bits. If it does not, `auto` falls back to
+    the CPU and says so, and `device` raises `ConfigError`.
+    """
+
+    def on_cpu(indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:
+        return kernel.augment(images, indices, params, mean, std)
+
+    if not augments_on_device(setting, device):
+        return on_cpu
+    try:
+        from dist_cifar.augment.device import DeviceAugmenter
+
+        on_device = DeviceAugmenter(images, mean, std, device)
+        reason = None if gives_same_bits(on_device, on_cpu, len(images)) else "it does not give the bits of the CPU"
+    except Exception as error:  # a compiler and a driver stand behind this: anything may come
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if reason is None:
+        return on_device
+    if setting == "auto":
+        say(f"augmentation on the CPU, for its kernel on {device} fails: {reason}")
+        return on_cpu
+    raise ConfigError(
+        f"data.device_augment: device was set and its kernel fails: {reason}; set data.device_augment=cpu"
+    )
+
+
+def gives_same_bits(first: Augmenter, second: Augmenter, count: int) -> bool:
+    """Whether two augmenters of `count` images agree on some of them, under every policy."""
+    indices = np.arange(min(count, _CHECKED_IMAGES))
+    for name in ("seed", "flip_crop"):
+        params = draw(AugmentConfig(policy=name), seed=0, epoch=0, indices=indices)
+        found, expected = (augment(indices, params).cpu().view(torch.int32) for augment in (first, second))
+        if not torch.equal(found, expected):
+            return False
+    return True
