@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from dist_cifar.bench import hardware
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -50,11 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder or zip of train/<class>/* and test/<class>/*")
     data = parser.parse_args().data.resolve()
+    load = os.getloadavg()[0]
     rows = [run("accelerate", data, seed) for seed in SEEDS] + [run("torchrun", data, 0)]
     same = rows[0]["weights_sha256"] == rows[-1]["weights_sha256"]
     by_seed = rows[: len(SEEDS)]
     result = {
-        "hardware": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware(),
+        "load_average_before": round(load, 2),
         "data": data.name,
         "n": len(SEEDS),
         "versions": rows[0].pop("versions"),
@@ -75,13 +78,6 @@ def main() -> None:
         print(f"{name:<20} median {spread['median']:.4f}  min {spread['min']:.4f}  max {spread['max']:.4f}")
     print(f"same weights through torchrun: {same}")
     sys.exit(0 if same else 1)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":
