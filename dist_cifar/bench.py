@@ -7,7 +7,6 @@ machine hits all alike; the spread is shown with the median.
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -21,6 +20,7 @@ import torch
 from dist_cifar.augment import kernel, policy
 from dist_cifar.config import AugmentConfig
 from dist_cifar.data.synthetic import synthetic_split
+from dist_cifar.distributed.env import available_cores
 
 BATCH = 256
 """Images of one call."""
@@ -98,4 +98,4 @@ def hardware() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+    return f"{name}, {available_cores()} cores"

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from dist_cifar import __version__, signals
 from dist_cifar.config import Config, describe, load_config, to_yaml
-from dist_cifar.distributed.env import DistEnv, read_env
+from dist_cifar.distributed.env import DistEnv, available_cores, read_env
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -73,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
         signals.die_with_launcher()
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
-    threads = config.run.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // env.local_world_size)
+    threads = config.run.threads_per_rank or max(1, available_cores() // env.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

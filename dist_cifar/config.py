@@ -269,6 +269,7 @@ _HINTS: dict[str, dict[str, Any]] = {
 
 CHANGEABLE_AT_RESUME = frozenset(
     {
+        "run.name",
         "run.dir",
         "run.device",
         "run.threads_per_rank",

@@ -145,14 +145,16 @@ class _Run:
             self.run_dir.checkpoints, keep_last=config.checkpoint.keep_last, say=self.display.say
         )
         self.saved_step = self._restore(must_resume)
-        self.logged = self.progress
+        self.logged = dataclasses.replace(self.progress)
+        """The progress at the last log."""
         self.trackers: list[Tracker] = []
 
     def train(self) -> bool:
         config, plan, progress, strategy = self.config, self.plan, self.progress, self.strategy
         if self.communicator.on_first_rank(self._is_done):
-            self.display.say(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
-            self.display.say(result_table(self.run_dir.summary(), self.run_dir.path))
+            if self.is_first:
+                self.display.say(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
+                self.display.say(result_table(self.run_dir.summary(), self.run_dir.path))
             return True
         self._begin()
         device = self.communicator.device
@@ -385,7 +387,6 @@ class _Run:
         if self.saved_step is not None:
             say(f"resume     from the checkpoint of step {self.saved_step}")
         communicator.on_first_rank(self._open_records)
-        self.logged = dataclasses.replace(self.progress)
         self.display.start(plan.total_steps, self.progress.step)
 
     def _is_done(self) -> bool:
@@ -485,7 +486,7 @@ def result_table(summary: Mapping[str, Any], path: Path) -> str:
             ),
             (
                 "speed",
-                f"{summary['images_per_second']:,.0f} images/s on {summary['world_size']} ranks,"
+                f"{summary['images_per_second']:,.0f} images/s, world size {summary['world_size']},"
                 f" data wait {summary['data_wait_share']:.1%}",
             ),
             ("weights", f"sha256 {summary['weights_sha256'][:16]}"),

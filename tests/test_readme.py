@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_make_targets_exist(target):
 def test_relative_links_lead_somewhere():
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (REPOSITORY / link).exists(), link
+
+
+def test_figures_are_those_of_the_committed_results():
+    specification = importlib.util.spec_from_file_location("readme", REPOSITORY / "benchmarks/readme.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert module.updated(README) == README
+    assert module.updated(README.replace("images/s, one core", "images/s on a core")) == README
 
 
 def test_fields_that_the_readme_names_exist():

@@ -149,6 +149,13 @@ def test_pixels_do_not_depend_on_the_batch_size(ranks, tiny):
     assert samples(ranks, 2, tiny("batch.global_size=32"), [0]) == whole
 
 
+def test_pixels_are_the_same_after_a_resume(ranks, tiny, tmp_path):
+    config = tiny()
+    expected = samples(ranks, 2, at(config, tmp_path / "new"), [3, 4])
+    ranks.run(2, disturbed, config, 1, 0, False)
+    assert samples(ranks, 2, config, [3, 4]) == expected
+
+
 def test_augmentation_from_a_generator_with_a_state_is_caught(ranks, tiny):
     assert samples(ranks, 2, tiny(), [0], mutant=True) != samples(ranks, 1, tiny(), [0], mutant=True)
 

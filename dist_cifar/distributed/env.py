@@ -6,6 +6,7 @@ part or contradict each other raise `LaunchError` with their names.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -116,6 +117,13 @@ def _from_slurm(environ: Mapping[str, str]) -> DistEnv:
         ),
         launcher="slurm",
     )
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def first_host(nodelist: str) -> str:
