@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py
 
-Each block of the README between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name makes
-of `results/NAME.json`. A test runs it and finds nothing to change.
+Each block of the README between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name
+makes of `results/NAME.json`. A test runs it and finds nothing to change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def real_job(result: dict[str, Any]) -> str:
     return (
         f"On two cores ({result['hardware']}), with {result['data']} as the images: test accuracy"
         f" {accuracy['median']:.1%} ({accuracy['min']:.1%} to {accuracy['max']:.1%}),"
-        f" {speed['median']:,.0f} images/s ({speed['min']:,.0f} to {speed['max']:,.0f}) and {wall['median']:.0f} s a run;"
+        f" {speed['median']:,.0f} images/s ({speed['min']:,.0f} to {speed['max']:,.0f}), {wall['median']:.0f} s a run;"
         f" median and range of n = {result['n']} seeds. The same run through torchrun {same}."
     )
 
@@ -45,8 +45,8 @@ def augment(result: dict[str, Any]) -> str:
 def epoch(result: dict[str, Any]) -> str:
     """How much of a step the loop waits for data."""
     parts = [
-        f"{row['precision']}: {row['ratio_median']:.1%} ({row['ratio_min']:.1%} to {row['ratio_max']:.1%}) of the images/s"
-        f" of the same loop with one constant batch, data wait {row['data_wait_share_median']:.2%} of a step"
+        f"{row['precision']}: {row['ratio_median']:.1%} ({row['ratio_min']:.1%} to {row['ratio_max']:.1%}) of the"
+        f" images/s of the same loop with one constant batch, data wait {row['data_wait_share_median']:.2%} of a step"
         for row in result["results"]
     ]
     return (
@@ -63,12 +63,8 @@ def updated(readme: str) -> str:
     """The README with its figures as the results say."""
     for name, make in BLOCKS.items():
         text = make(json.loads((RESULTS / f"{name}.json").read_text()))
-        readme, count = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
-            lambda m, text=text: m[1] + text + m[2],
-            readme,
-            flags=re.DOTALL,
-        )
+        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        readme, count = block.subn(lambda match, text=text: match[1] + text + match[2], readme)
         assert count == 1, f"README.md has {count} blocks {name}"
     return readme
 
