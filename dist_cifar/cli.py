@@ -68,8 +68,9 @@ def _train(options: argparse.Namespace) -> int:
             print(to_yaml(config), end="")
         return EXIT_DONE
     env = read_env(os.environ)
+    _refuse_what_accelerate_would_do(config)
     signals.install()  # before torch is imported, which takes seconds
-    if env.launcher == "torchrun":
+    if env.launcher == "torchrun" or _started_by_accelerate():
         signals.die_with_launcher()
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
@@ -105,6 +106,25 @@ def _bench_augment(options: argparse.Namespace) -> int:
 
     bench_augment()
     return EXIT_DONE
+
+
+def _started_by_accelerate() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ  # it always says one
+
+
+def _refuse_what_accelerate_would_do(config: Config) -> None:
+    """Raises `LaunchError` for options of `accelerate launch` that contradict the config."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.train.precision):
+        raise LaunchError(
+            f"launch: accelerate was given mixed_precision={precision} and train.precision is"
+            f" {config.train.precision}; leave the former out and set train.precision"
+        )
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+            raise LaunchError(
+                f"launch: accelerate was told to use {name} and train.strategy is {config.train.strategy}; leave it out"
+            )
 
 
 def _note_failure(run_dir: Any, rank: int, reason: str) -> None:

@@ -302,7 +302,12 @@ def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
 
 @pytest.mark.parametrize(
     "environ",
-    [{"WORLD_SIZE": "2"}, {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "MASTER_ADDR": "x", "MASTER_PORT": "1"}],
+    [
+        {"ACCELERATE_MIXED_PRECISION": "fp16"},
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+    ],
 )
 def test_a_broken_launch_is_refused(environ, config):
     code, _, err = run(f"python dist_cifar/train.py --config {config}", **environ)
