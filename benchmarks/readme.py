@@ -23,7 +23,7 @@ def real_job(result: dict[str, Any]) -> str:
     accuracy, speed, wall = (result["spread"][name] for name in ("test_accuracy", "images_per_second", "wall_seconds"))
     same = "ends with the same weights" if result["same_weights_through_torchrun"] else "ENDS WITH OTHER WEIGHTS"
     return (
-        f"On two cores ({result['hardware']}), with {result['data']} as the images: test accuracy"
+        f"On an {result['hardware']}, with {result['data']} as the images: test accuracy"
         f" {accuracy['median']:.1%} ({accuracy['min']:.1%} to {accuracy['max']:.1%}),"
         f" {speed['median']:,.0f} images/s ({speed['min']:,.0f} to {speed['max']:,.0f}), {wall['median']:.0f} s a run;"
         f" median and range of n = {result['n']} seeds. The same run through torchrun {same}."
