@@ -116,8 +116,8 @@ MUTANTS = {
     "rounded, not truncated": ("tl.maximum(mixed, 0.0)", "tl.maximum(mixed + 0.5, 0.0)"),
     "product and sum fused": (
         "degenerate.to(tl.float32) + alpha * (value - degenerate).to(tl.float32)",
-        "tl.fma(tl.zeros_like(value).to(tl.float32) + alpha, (value - degenerate).to(tl.float32),"
-        " (tl.zeros_like(value) + degenerate).to(tl.float32))",
+        # One rounding, of a sum that float64 holds exactly; the fma of an older interpreter rounds twice.
+        "(degenerate.to(tl.float64) + alpha.to(tl.float64) * (value - degenerate).to(tl.float64)).to(tl.float32)",
     ),
     "order swapped": ("] = params.order", "] = params.order[:, ::-1]"),
     "mean of contrast not rounded": ("(tl.sum(grey) + _PIXELS // 2) // _PIXELS", "tl.sum(grey).to(tl.float32) / 1024"),
@@ -174,7 +174,10 @@ def test_the_comparison_catches_a_mutant(interpreted, name):
 
 
 def float_instructions(capability: int, fusion: bool) -> set[str]:
-    """The kinds of float instructions of the kernel, compiled for a GPU that need not be there."""
+    """The kinds of float instructions of the kernel, compiled for a GPU that need not be there.
+
+    Comparisons are left out: they round nothing, and compilers word them differently.
+    """
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -185,14 +188,15 @@ def float_instructions(capability: int, fusion: bool) -> set[str]:
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": 4, "enable_fp_fusion": fusion},
     )
-    return set(re.findall(r"^\s*(?:@\S+ )?(\w[\w.]*\.f\d\w+(?:\.\w+)*)\s", compiled.asm["ptx"], re.MULTILINE))
+    found = re.findall(r"^\s*(?:@\S+ )?(\w[\w.]*\.f\d\w+(?:\.\w+)*)\s", compiled.asm["ptx"], re.MULTILINE)
+    return {instruction for instruction in found if not instruction.startswith("setp.")}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_gpu_rounds_product_and_sum(capability, monkeypatch, tmp_path):
     """`.rn` is a rounding to nearest that no later stage may merge with another."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    exact = {"cvt.rn.f32.s32", "mul.rn.f32", "add.rn.f32", "max.f32", "min.f32", "cvt.rzi.s32.f32", "setp.eq.f32"}
+    exact = {"cvt.rn.f32.s32", "mul.rn.f32", "add.rn.f32", "max.f32", "min.f32", "cvt.rzi.s32.f32"}
     assert float_instructions(capability, fusion=False) == exact
     assert "fma.rn.f32" in float_instructions(capability, fusion=True)
 
