@@ -10,8 +10,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import re
 import types
@@ -334,12 +332,6 @@ def to_yaml(config: Config) -> str:
             lines.append(f"{section}:")
         lines.append(f"  {name}: {_show(value)}")
     return "\n".join(lines) + "\n"
-
-
-def config_digest(config: Config) -> str:
-    """SHA-256 over everything that decides the result: all keys but `CHANGEABLE_AT_RESUME`."""
-    decisive = {key: value for key, value in flatten(config).items() if key not in CHANGEABLE_AT_RESUME}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Mapping[str, Any], config: Config) -> list[str]:

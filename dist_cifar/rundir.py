@@ -27,7 +27,6 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
         self._config, self._status, self._summary = (
             self.path / name for name in ("config.yaml", "status.json", "summary.json")
         )

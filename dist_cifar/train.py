@@ -100,7 +100,8 @@ class _Run:
 
         # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
         communicator.on_first_rank(lambda: kernel.warm_up(self.display.say))
-        kernel.warm_up(self.display.say)
+        if not self.is_first:
+            kernel.warm_up(self.display.say)
         self.dataset = load_dataset(config.data, say=self.display.say)
         communicator.wait_for_all()
         communicator.require_equal("the data set's hash", self.dataset.content_sha256)
