@@ -74,7 +74,9 @@ def _train(options: argparse.Namespace) -> int:
         signals.die_with_launcher()
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
-    threads = config.run.threads_per_rank or max(1, available_cores() // env.local_world_size)
+    # Strategy `exact` has one thread on every machine: their number changes how sums are rounded.
+    share = 1 if config.train.strategy == "exact" else max(1, available_cores() // env.local_world_size)
+    threads = config.run.threads_per_rank or share
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
@@ -86,7 +88,7 @@ def _train(options: argparse.Namespace) -> int:
     device = _device(config, env)
     communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
     try:
-        done = train(config, communicator, must_resume=options.resume)
+        done = train(config, communicator, must_resume=options.resume, resume_anyway=options.resume_anyway)
     except UserError as error:
         _note_failure(RunDir(config.run.dir or "."), env.rank, str(error))
         raise
@@ -188,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--help", "-h", action=_TrainHelp, nargs=0, help="show this and all config fields, and exit")
     train.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
     train.add_argument("--resume", action="store_true", help="fail if there is nothing to go on with")
+    train.add_argument(
+        "--resume-anyway", action="store_true", help="go on even with what changes the result; the log says what does"
+    )
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)

@@ -64,11 +64,19 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of every rank; `auto` takes a GPU where there is one."""
     threads_per_rank: PositiveInt | None = None
-    """CPU threads of one rank; by default the cores of the node divided by its ranks."""
+    """CPU threads of one rank; by default the cores of the node divided by its ranks, and 1 in strategy `exact`: there
+    the number must stay the same, because it changes how sums are rounded."""
     timeout_seconds: PositiveFloat = 60.0
     """How long a collective waits for the slowest rank before the job ends with an error."""
     log_every_steps: PositiveInt = 50
     """Steps between two rows of the log and of `metrics.jsonl`."""
+    log_digests: bool = False
+    """Write the SHA-256 of every tensor of the state after every step to `digests.jsonl`. Slow."""
+    straggler_factor: Annotated[float, Range(above=1)] = 1.5
+    """The log names a rank that takes this many times the median rank's time before it can be waited for."""
+    time_limit_seconds: PositiveFloat | None = None
+    """Seconds after its start at which this job will be ended: it saves and stops before. SLURM's end time counts
+    too, where the job is told it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +154,11 @@ class BatchConfig:
     per_rank_size: PositiveInt | None = None
     """Samples of one step on each rank: the global batch then grows with the world size."""
     max_micro_batch: PositiveInt | None = None
-    """Most samples of one forward and backward pass; a rank's share of the batch that is larger is accumulated over
-    passes of equal size."""
+    """Most samples of one forward and backward pass; a rank's share of the batch that is larger, or a virtual rank's
+    in strategy `exact`, is accumulated over passes of equal size."""
+    virtual_ranks: PositiveInt = 8
+    """Strategy `exact`: how many slices of the global batch are computed each by itself, a power of two that divides
+    it. It decides the result, with the batch size; the world size divides it and decides nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +209,18 @@ class TrainConfig:
     """Passes over the training split."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps even if the epochs are not complete."""
-    strategy: Literal["ddp"] = "ddp"
-    """How replicas are kept in step: `ddp` is Accelerate's DistributedDataParallel."""
+    strategy: Literal["exact", "ddp"] = "ddp"
+    """How replicas are kept in step: `exact` gives the same weights, to the last bit, for every world size; `ddp` is
+    Accelerate's DistributedDataParallel."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` is autocast with fp32 weights and fp32 gradients."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
     """Label smoothing of the training loss; evaluation has none."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """What a step with a gradient that is not finite does: `raise` ends the run, before anything of it is saved;
+    `skip` leaves out the step, on every rank."""
+    max_skipped_steps: PositiveInt = 10
+    """With `non_finite: skip`, more skipped steps than this end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +290,9 @@ CHANGEABLE_AT_RESUME = frozenset(
         "run.threads_per_rank",
         "run.timeout_seconds",
         "run.log_every_steps",
+        "run.log_digests",
+        "run.straggler_factor",
+        "run.time_limit_seconds",
         "data.root",
         "data.url",
         "data.cache_dir",
@@ -516,7 +536,7 @@ def _type_name(hint: Any) -> str:
             else ", ".join(_type_name(argument) for argument in arguments)
         )
         return f"[{inside}]"
-    return {int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
+    return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
 
 
 def _show(value: Any) -> str:
@@ -534,6 +554,19 @@ def _check(config: Config) -> None:
             f"batch: {both} of global_size and per_rank_size set ({_show(batch.global_size)},"
             f" {_show(batch.per_rank_size)}); set exactly one, the other null"
         )
+    if config.train.strategy == "exact":
+        if batch.global_size is None:
+            raise ConfigError(
+                "batch.per_rank_size: in train.strategy=exact nothing depends on the world size, the batch neither;"
+                " set batch.global_size"
+            )
+        if batch.virtual_ranks & (batch.virtual_ranks - 1):
+            raise ConfigError(f"batch.virtual_ranks: must be a power of two, found {batch.virtual_ranks}; write 8")
+        if batch.global_size % batch.virtual_ranks:
+            raise ConfigError(
+                f"batch.global_size: {batch.global_size} samples cannot be shared equally by"
+                f" batch.virtual_ranks={batch.virtual_ranks}; set a multiple of it"
+            )
     for name in ("erasing_area", "erasing_aspect"):
         low, high = getattr(augment, name)
         if low > high:

@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError, DataError
+from dist_cifar.errors import DataError
 from dist_cifar.files import write_atomic
 
 
@@ -60,6 +60,11 @@ class RunDir:
         """Saves the result of the run."""
         write_atomic(self._summary, json.dumps(summary, indent=2) + "\n")
 
+    def append_digests(self, row: Mapping[str, Any]) -> None:
+        """Adds one line to `digests.jsonl`."""
+        with open(self.path / "digests.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
     def status(self) -> dict[str, Any]:
         """What `status.json` says; empty if there is none."""
         return json.loads(self._status.read_text()) if self._status.exists() else {}
@@ -67,13 +72,3 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; empty if there is none."""
         return json.loads(self._summary.read_text()) if self._summary.exists() else {}
-
-
-def refuse_another_run(saved: Mapping[str, Any], config: Config, path: Path) -> None:
-    """Raises `ConfigError` if the flattened config `saved` trains something else than `config`."""
-    differences = configuration.differences(saved, config)
-    if differences:
-        raise ConfigError(
-            f"run.dir={path} holds a run with another config ({'; '.join(differences)});"
-            " give the old values to go on with it, or another run.dir to start a new one"
-        )

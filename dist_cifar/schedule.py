@@ -25,8 +25,12 @@ class BatchPlan:
     """Samples of one step over all ranks."""
     per_rank_size: int
     """Samples of one step on one rank."""
+    virtual_ranks: int
+    """Slices of the global batch that are computed each by itself; without strategy `exact`, one on each rank."""
     micro_batches: int
     """Forward and backward passes of one step on one rank."""
+    passes: int
+    """Forward and backward passes of one virtual rank."""
     steps_per_epoch: int
     """Whole global batches in the training split; the samples left over are dropped, others each epoch."""
     total_steps: int
@@ -38,35 +42,45 @@ class BatchPlan:
         return self.per_rank_size // self.micro_batches
 
 
+def require_shareable(batch: BatchConfig, train: TrainConfig, *, world_size: int) -> None:
+    """Raises `ConfigError` where `world_size` ranks cannot share a global batch equally."""
+    if train.strategy == "exact":
+        if batch.virtual_ranks % world_size:
+            allowed = ", ".join(str(2**i) for i in range(batch.virtual_ranks.bit_length()))
+            raise ConfigError(
+                f"batch.virtual_ranks: {batch.virtual_ranks} virtual ranks cannot be shared equally by {world_size}"
+                f" ranks; start {allowed} ranks, or choose train.strategy=ddp"
+            )
+    elif batch.global_size is not None and batch.global_size % world_size:
+        lower = batch.global_size // world_size * world_size
+        near = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
+        raise ConfigError(
+            f"batch.global_size: {batch.global_size} samples cannot be shared equally by {world_size} ranks;"
+            f" set batch.global_size={near}, or start another number of ranks"
+        )
+
+
 def plan_batches(batch: BatchConfig, train: TrainConfig, *, world_size: int, train_size: int) -> BatchPlan:
     """The plan for `train_size` samples on `world_size` ranks. Raises `ConfigError` where the numbers do not divide."""
-    if batch.per_rank_size is not None:
-        per_rank_size, global_size = batch.per_rank_size, batch.per_rank_size * world_size
-    else:
-        assert batch.global_size is not None  # the config holds exactly one of the two
-        global_size = batch.global_size
-        per_rank_size, rest = divmod(global_size, world_size)
-        if rest:
-            lower, upper = per_rank_size * world_size, (per_rank_size + 1) * world_size
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ConfigError(
-                f"batch.global_size: {global_size} samples cannot be shared equally by {world_size} ranks;"
-                f" set batch.global_size={near}, or start another number of ranks"
-            )
+    require_shareable(batch, train, world_size=world_size)
+    global_size = batch.global_size or (batch.per_rank_size or 0) * world_size
+    per_rank_size = global_size // world_size
     steps_per_epoch = train_size // global_size
     if steps_per_epoch == 0:
         raise ConfigError(
             f"batch: one global batch is {global_size} samples, the training split has {train_size}; make it smaller"
         )
-    micro_limit = min(batch.max_micro_batch or per_rank_size, per_rank_size)
-    micro_batches = next(
-        n for n in range(1, per_rank_size + 1) if per_rank_size % n == 0 and per_rank_size // n <= micro_limit
-    )
+    virtual_ranks = batch.virtual_ranks if train.strategy == "exact" else world_size
+    virtual_size = global_size // virtual_ranks
+    limit = min(batch.max_micro_batch or virtual_size, virtual_size)
+    passes = next(n for n in range(1, virtual_size + 1) if virtual_size % n == 0 and virtual_size // n <= limit)
     total_steps = steps_per_epoch * train.epochs
     return BatchPlan(
         global_size=global_size,
         per_rank_size=per_rank_size,
-        micro_batches=micro_batches,
+        virtual_ranks=virtual_ranks,
+        micro_batches=virtual_ranks // world_size * passes,
+        passes=passes,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, train.max_steps or total_steps),
     )

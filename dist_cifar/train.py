@@ -1,8 +1,8 @@
 """The training loop, and the front door of `accelerate launch`, `torchrun` and `python`.
 
 Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what
-the run directory holds. The weights after a step depend on the config, the data set and the world size, not on how
-often the run was interrupted.
+the run directory holds. The weights after a step depend on the config, the data set and the numerics of the machine,
+and but for strategy `exact` on the world size; not on how often the run was interrupted.
 """
 
 if __name__ == "__main__":
@@ -18,7 +18,10 @@ if __name__ == "__main__":
 import dataclasses
 import importlib.metadata
 import math
+import os
 import platform
+import socket
+import statistics
 import subprocess
 import time
 from collections.abc import Mapping
@@ -36,28 +39,30 @@ from dist_cifar import signals
 from dist_cifar.augment import kernel, policy
 from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
-from dist_cifar.config import Config, flatten
+from dist_cifar.config import Config, differences, flatten
 from dist_cifar.data.dataset import Split, load_dataset, validation_split
 from dist_cifar.data.loader import Batch, prefetch
 from dist_cifar.data.sampler import GlobalBatchSampler
+from dist_cifar.deadline import Deadline, seconds_left
 from dist_cifar.display import Display, table
-from dist_cifar.distributed.communicator import Communicator, StopVote
+from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.errors import EXIT_SAVED, CheckpointError, ConfigError, TrainingError
 from dist_cifar.evaluate import evaluate
-from dist_cifar.metrics import Evaluation, TrainingSums
+from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums
 from dist_cifar.model import build_model
-from dist_cifar.rundir import RunDir, refuse_another_run
+from dist_cifar.numerics import numerics, pin
+from dist_cifar.rundir import RunDir
 from dist_cifar.schedule import (
     Plateau,
     evaluation_due,
     plan_batches,
+    require_shareable,
     scaled_lr,
     start_plateau,
     step_plateau,
     warmup_factor,
 )
-from dist_cifar.strategy import Strategy
-from dist_cifar.strategy.ddp import DdpStrategy
+from dist_cifar.strategy import build_strategy
 from dist_cifar.tracking import Tracker, open_trackers
 
 
@@ -70,6 +75,10 @@ class Progress:
     best_accuracy: float | None = None
     """Best accuracy on the watched split so far, at an evaluation."""
     best_step: int | None = None
+    skipped_steps: int = 0
+    """Steps that were left out because a gradient was not finite, up to the last log."""
+    inexact_since_step: int | None = None
+    """Where a resume first went on with something else than what the run had begun with."""
     train_seconds: float = 0.0
     """Time in steps, the wait for data included; evaluation and checkpoints excluded."""
     wait_seconds: float = 0.0
@@ -78,21 +87,30 @@ class Progress:
     """Time since the first start; the time between a stop and a restart is not counted."""
 
 
-def train(config: Config, communicator: Communicator, *, must_resume: bool = False) -> bool:
+def train(
+    config: Config, communicator: Communicator, *, must_resume: bool = False, resume_anyway: bool = False
+) -> bool:
     """Trains, evaluates and writes the run directory. A collective.
 
-    Returns True when the run is done, False when a signal stopped it and it was saved. Raises a `UserError` for what a
-    person can mend.
+    Returns True when the run is done, False when a signal or its time limit stopped it and it was saved. Raises a
+    `UserError` for what a person can mend. `must_resume` makes it an error that there is nothing to go on with,
+    `resume_anyway` lets a run go on with what would change its result.
     """
-    return _Run(config, communicator, must_resume=must_resume).train()
+    return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
 
 
 class _Run:
-    def __init__(self, config: Config, communicator: Communicator, *, must_resume: bool) -> None:
+    def __init__(
+        self, config: Config, communicator: Communicator, *, must_resume: bool = False, resume_anyway: bool = False
+    ) -> None:
         self.started = time.perf_counter()
         self.config, self.communicator = config, communicator
         self.is_first = communicator.rank == 0
         self.display = Display(speaks=self.is_first)
+        self.deadline = Deadline(seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time()))
+        require_shareable(config.batch, config.train, world_size=communicator.world_size)
+        if config.train.strategy == "exact":
+            pin(communicator.device)
         augments_on_device(config.data.device_augment, communicator.device)  # or an error, before anything takes long
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
@@ -132,20 +150,15 @@ class _Run:
             seed=config.run.seed,
         )
         model = build_model(config.model, num_classes=len(self.dataset.classes), seed=config.run.seed)
-        self.strategy: Strategy = DdpStrategy(
-            model,
-            config.optimizer,
-            communicator=communicator,
-            precision=config.train.precision,
-            plan=self.plan,
-        )
+        self.strategy = build_strategy(model, config, communicator=communicator, plan=self.plan)
         lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)
         self.progress = Progress(plateau=start_plateau(config.plateau, lr))
-        self.sums = TrainingSums(communicator.device)
+        self.sums = TrainingSums(communicator.device, may_skip=config.train.non_finite == "skip")
+        self.own_time = OwnTime(communicator.device)
         self.store = CheckpointStore(
             self.run_dir.checkpoints, keep_last=config.checkpoint.keep_last, say=self.display.say
         )
-        self.saved_step = self._restore(must_resume)
+        self.saved_step = self._restore(must_resume, resume_anyway)
         self.logged = dataclasses.replace(self.progress)
         """The progress at the last log."""
         self.trackers: list[Tracker] = []
@@ -159,26 +172,28 @@ class _Run:
             return True
         self._begin()
         device = self.communicator.device
-        vote = StopVote(self.communicator)
+        vote = Vote(self.communicator, 1)
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                vote.cast(signals.stop_requested())
+                vote.cast(signals.stop_requested() or self.deadline.is_near())
                 step_started = time.perf_counter()
+                self.own_time.start()
                 batch = next(batches)
                 progress.wait_seconds += time.perf_counter() - step_started
 
                 lr = progress.plateau.lr * warmup_factor(config.optimizer, plan, progress.step)
                 inputs, labels = batch.inputs.split(plan.micro_size), batch.labels.split(plan.micro_size)
                 for i in range(plan.micro_batches):
-                    with strategy.accumulate(last=i == plan.micro_batches - 1):
-                        logits = strategy.forward(inputs[i])
-                        loss = cross_entropy(logits, labels[i], label_smoothing=config.train.label_smoothing)
-                        strategy.backward(loss / plan.micro_batches)
+                    logits = strategy.forward(inputs[i])
+                    loss = cross_entropy(logits, labels[i], label_smoothing=config.train.label_smoothing)
+                    if i == plan.micro_batches - 1:
+                        self.own_time.stop()
+                    strategy.backward(loss)
                     self.sums.add(loss, logits, labels[i])
                 grad_norm = strategy.step(lr)
                 if self.is_first:  # it is the same on every rank
-                    self.sums.add_norm(grad_norm)
+                    self.sums.add_step(grad_norm)
                 progress.step += 1
 
                 logs = progress.step % config.run.log_every_steps == 0 or progress.step == plan.total_steps
@@ -187,9 +202,11 @@ class _Run:
                 if totals is not None:
                     self._log(totals, lr)
                 self.display.stepped()
+                if config.run.log_digests:
+                    self._log_digests()
                 if evaluation_due(plan, config.eval.every_epochs, progress.step):
                     self._save(best=self._evaluate())
-                if vote.result():
+                if vote.result() == [True]:
                     self._save()
                     return self._stop()
                 if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
@@ -211,7 +228,7 @@ class _Run:
 
     # --- restoring and saving ------------------------------------------------------------------------------------
 
-    def _restore(self, must_resume: bool) -> int | None:
+    def _restore(self, must_resume: bool, resume_anyway: bool) -> int | None:
         """Loads the newest checkpoint on every rank; returns its step, or None if there is none."""
         tensors: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -223,13 +240,17 @@ class _Run:
                         f"--resume: {self.run_dir.path} holds no checkpoint; leave --resume out to start a new run"
                     )
                 return None
-            refuse_another_run(checkpoint.state["config"], self.config, self.run_dir.path)
-            if checkpoint.state["data_sha256"] != self.dataset.content_sha256:
+            changes = self._changes(checkpoint.state)
+            if changes and not resume_anyway:
                 raise ConfigError(
-                    f"run.dir={self.run_dir.path} was trained on other data (hash"
-                    f" {checkpoint.state['data_sha256'][:12]}, found {self.dataset.content_sha256[:12]}); give the old"
-                    " data.root to go on with it, or another run.dir to start a new one"
+                    f"run.dir={self.run_dir.path} holds a run whose result would change ({'; '.join(changes)}); give"
+                    " the old values to go on with it, another run.dir to start a new one, or --resume-anyway"
                 )
+            if changes:
+                say = self.display.say
+                say(f"--resume-anyway: exactness ends at step {checkpoint.step}; changed: {'; '.join(changes)}")
+                progress = checkpoint.state["progress"]
+                progress["inexact_since_step"] = progress["inexact_since_step"] or checkpoint.step
             tensors.update(checkpoint.tensors)
             return checkpoint.state
 
@@ -238,22 +259,38 @@ class _Run:
             model, optimizer, ranks = (
                 self.communicator.broadcast_tensors(tensors.get(name)) for name in ("model", "optimizer", "ranks")
             )
-            self.strategy.load(model, optimizer, ranks)
+            try:
+                self.strategy.load(model, optimizer, ranks)
+            except RuntimeError as error:  # only after --resume-anyway
+                raise ConfigError(
+                    f"run.dir={self.run_dir.path}: its weights are not those of model.name={self.config.model.name}"
+                    f" ({' '.join(str(error).split())[:200]}); give another run.dir"
+                ) from None
             progress = state["progress"]
             self.progress = Progress(**progress | {"plateau": Plateau(**progress["plateau"])})
-            rows = torch.tensor(state["sums"], dtype=torch.float64, device=self.communicator.device)
-            if len(rows) == self.communicator.world_size:
-                self.sums.sums.copy_(rows[self.communicator.rank])
-            elif self.is_first:
-                self.sums.sums.copy_(rows.sum(0))
+            if self.is_first:
+                self.sums.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         return None if state is None else self.progress.step
+
+    def _changes(self, state: Mapping[str, Any]) -> list[str]:
+        """One `name: old -> new` for each thing that the result depends on and that is not as in the checkpoint."""
+        old = {"data": state["data_sha256"][:12]}
+        new = {"data": self.dataset.content_sha256[:12]}
+        if self.config.train.strategy == "exact":  # the others promise nothing across machines and world sizes
+            old |= state["numerics"]
+            new |= numerics(self.communicator.device)
+        return differences(state["config"], self.config) + [
+            f"{name}: {old.get(name)} -> {new.get(name)}"
+            for name in dict.fromkeys([*old, *new])
+            if old.get(name) != new.get(name)
+        ]
 
     def _save(self, *, best: bool = False) -> None:
         """Writes a checkpoint, unless this step has one. Raises if the replicas do not agree."""
         if self.saved_step == self.progress.step:
             return
-        sums = self.communicator.gather(self.sums.sums.tolist())
-        self._require_finite([sum(column) for column in zip(*sums, strict=True)])
+        rows = self.communicator.gather(self.sums.sums.tolist())
+        self._require_finite(rows)
         model = self.strategy.model_tensors()
         self.communicator.require_equal("the SHA-256 of the weights", weights_sha256(model))
         tensors = {
@@ -263,10 +300,11 @@ class _Run:
         }
         state = {
             "progress": dataclasses.asdict(self._timed_progress()),
-            "sums": sums,
+            "sums": [sum(column) for column in zip(*rows, strict=True)],
             "config": flatten(self.config),
             "data_sha256": self.dataset.content_sha256,
             "world_size": self.communicator.world_size,
+            "numerics": numerics(self.communicator.device),
             "versions": versions(),
         }
         step = self.progress.step
@@ -281,38 +319,70 @@ class _Run:
 
     # --- what is due between steps -------------------------------------------------------------------------------
 
-    def _reduce_sums(self) -> list[float]:
-        """`TrainingSums` of all ranks since the last log; begins new ones."""
-        totals = self.communicator.sum(self.sums.sums.clone()).tolist()
+    def _reduce_sums(self) -> list[list[float]]:
+        """Every rank's `TrainingSums` since the last log; begins new ones. Waits for the device."""
+        rows = self.communicator.gather(self.sums.sums.tolist())
         self.sums.sums.zero_()
-        return totals
+        return rows
 
-    def _require_finite(self, totals: list[float]) -> None:
+    def _require_finite(self, rows: list[list[float]]) -> None:
         """Raises `TrainingError`, on every rank, if a loss or a gradient since the last log was not finite."""
-        loss, _, _, norms = totals
-        if not math.isfinite(loss + norms):
-            raise TrainingError(
-                f"step {self.progress.step}: a loss or a gradient was not finite (sum of the losses since the last log"
-                f" {loss:g}, of the gradient norms {norms:g}); lower optimizer.lr or optimizer.clip_norm, or set"
-                " train.precision=fp32"
-            )
+        if all(math.isfinite(loss + norms) for loss, _, _, norms, _, _ in rows):
+            return
+        ranks = [rank for rank, row in enumerate(rows) if not math.isfinite(row[0])]
+        where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, and no loss,"
+        raise TrainingError(
+            f"step {self.progress.step}: {where} was not finite in a step since the last log; lower optimizer.lr or"
+            " optimizer.clip_norm, set train.precision=fp32, or leave such steps out with train.non_finite=skip"
+        )
 
-    def _log(self, totals: list[float], lr: float) -> None:
-        self._require_finite(totals)
-        loss, correct, count, norms = totals
+    def _log(self, rows: list[list[float]], lr: float) -> None:
+        self._require_finite(rows)
+        loss, correct, count, norms, steps, skipped = (sum(column) for column in zip(*rows, strict=True))
         progress, last = self.progress, self.logged
         seconds = progress.train_seconds - last.train_seconds
-        waited = self.communicator.sum(torch.tensor(progress.wait_seconds - last.wait_seconds, dtype=torch.float64))
+        waited, own, hosts = zip(
+            *self.communicator.gather(
+                (progress.wait_seconds - last.wait_seconds, self.own_time.take(), socket.gethostname())
+            ),
+            strict=True,
+        )
+        skips: dict[str, int] = {}
+        if self.config.train.non_finite == "skip":
+            progress.skipped_steps += int(skipped)
+            skips["skipped_steps"] = progress.skipped_steps
         self._track(
             "train",
-            loss=loss / count,
-            accuracy=correct / count,
+            loss=loss / count if count else None,
+            accuracy=correct / count if count else None,
             lr=lr,
-            grad_norm=norms / (count / self.plan.global_size),
+            grad_norm=norms / steps if steps else None,
             images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
-            data_wait_share=waited.item() / self.communicator.world_size / seconds,
+            data_wait_share=sum(waited) / self.communicator.world_size / seconds,
+            **skips,
         )
         self.logged = dataclasses.replace(progress)
+        if progress.skipped_steps > self.config.train.max_skipped_steps:
+            raise TrainingError(
+                f"step {progress.step}: {progress.skipped_steps} steps had gradients that were not finite, more than"
+                f" train.max_skipped_steps={self.config.train.max_skipped_steps}; lower optimizer.lr"
+            )
+        slowest, median = max(range(len(own)), key=own.__getitem__), statistics.median_low(own)
+        if own[slowest] > self.config.run.straggler_factor * median:
+            self.display.say(
+                f"straggler: rank {slowest} on {hosts[slowest]} worked {own[slowest] / median:.1f}x as long as the"
+                f" median rank since the last log ({own[slowest]:.2f} s, {median:.2f} s); the others waited for it"
+            )
+
+    def _log_digests(self) -> None:
+        """Writes the digest of every tensor, and the sums since the last log: exact, so they can be compared too."""
+        tensors = self.strategy.model_tensors() | self.strategy.optimizer_tensors()
+        digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
+        self.communicator.require_equal("the state of the training", digests)
+        rows = self.communicator.gather(self.sums.sums.tolist())
+        if self.is_first:
+            sums = [sum(column) for column in zip(*rows, strict=True)]
+            self.run_dir.append_digests({"step": self.progress.step, "sums": sums, "digests": digests})
 
     def _evaluate(self) -> bool:
         """Evaluates on the watched split and steps the plateau; returns whether this is the best model so far."""
@@ -367,6 +437,7 @@ class _Run:
         config, plan, communicator, say = self.config, self.plan, self.communicator, self.display.say
         parameters = sum(parameter.numel() for parameter in self.strategy.module.parameters())
         validation = "none: the test set is watched" if self.watches_test else f"{len(self.watched[1]):,} images"
+        virtual = f" ({plan.virtual_ranks} virtual ranks)" if config.train.strategy == "exact" else ""
         say(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
         say(
             f"ranks      {communicator.world_size} x {communicator.device.type},"
@@ -379,7 +450,7 @@ class _Run:
         say(f"model      {config.model.name}, {config.model.norm} norm, {parameters:,} parameters")
         say(
             f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
-            f" {plan.micro_size}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
+            f" {plan.micro_size}{virtual}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
         )
         say(
             f"schedule   {self.lr_reason}; warm-up {config.optimizer.warmup_epochs:g} epochs; plateau on"
@@ -400,7 +471,7 @@ class _Run:
         self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
 
     def _stop(self) -> bool:
-        """Ends after a signal, everything saved."""
+        """Ends after a signal or before the time limit, everything saved."""
         self.display.stop()
         if self.is_first:
             for tracker in self.trackers:
@@ -440,7 +511,9 @@ class _Run:
             "strategy": self.config.train.strategy,
             "precision": self.config.train.precision,
             "weights_sha256": final_sha256,
+            "inexact_since_step": progress.inexact_since_step,
             "data_sha256": self.dataset.content_sha256,
+            "numerics": numerics(communicator.device),
             "versions": versions(),
             "git_revision": git_revision(),
         }

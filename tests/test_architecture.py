@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dist_cifar"
 ORDER = [
     "errors",
     "signals",
+    "deadline",
     "files",
     "config",
     "schedule",
@@ -20,6 +21,7 @@ ORDER = [
     "data",
     "augment",
     "model",
+    "numerics",
     "metrics",
     "distributed",
     "strategy",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cifar.config import ModelConfig, OptimizerConfig
+from dist_cifar.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.model import build_model
 from dist_cifar.schedule import BatchPlan
@@ -15,6 +15,7 @@ from dist_cifar.strategy.ddp import DdpStrategy
 STEPS, BATCH, LR = 5, 8, 3e-4
 # With Adam's usual epsilon the first steps are the signs of the gradients, and a sign turns rounding into a step.
 OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, clip_norm=0.5)
+CONFIG = Config(optimizer=OPTIMIZER, train=TrainConfig(strategy="ddp", precision="fp32"))
 
 
 def data(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +28,9 @@ def plan(world_size: int, micro_batches: int) -> BatchPlan:
     return BatchPlan(
         global_size=BATCH,
         per_rank_size=BATCH // world_size,
+        virtual_ranks=world_size,
         micro_batches=micro_batches,
+        passes=micro_batches,
         steps_per_epoch=STEPS,
         total_steps=STEPS,
     )
@@ -38,13 +41,7 @@ def by_strategy(
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Parameters and buffers after `steps`, and the gradient norms."""
     model = build_model(ModelConfig(name="resnet20", norm=norm), num_classes=10, seed=1).to(dtype)
-    strategy = DdpStrategy(
-        model,
-        OPTIMIZER,
-        communicator=communicator,
-        precision="fp32",
-        plan=plan(communicator.world_size, micro_batches),
-    )
+    strategy = DdpStrategy(model, CONFIG, communicator=communicator, plan=plan(communicator.world_size, micro_batches))
     assert communicator.world_size == 1 or not strategy._replica.broadcast_buffers
     norms = []
     for step in range(steps):
@@ -52,9 +49,7 @@ def by_strategy(
             part.chunk(communicator.world_size)[communicator.rank].chunk(micro_batches) for part in data(step, dtype)
         )
         for i in range(micro_batches):
-            with strategy.accumulate(last=i == micro_batches - 1):
-                loss = torch.nn.functional.cross_entropy(strategy.forward(images[i]), labels[i])
-                strategy.backward(loss / micro_batches)
+            strategy.backward(torch.nn.functional.cross_entropy(strategy.forward(images[i]), labels[i]))
         norms.append(strategy.step(LR).item())
     return {name: tensor.numpy() for name, tensor in strategy.model_tensors().items()}, norms
 
@@ -104,9 +99,7 @@ def test_ranks_hold_the_same_weights_bit_for_bit(ranks):
 def buffers(communicator: Communicator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A running mean as it was, as it is saved, as it is after saving, and after averaging."""
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1)
-    strategy = DdpStrategy(
-        model, OPTIMIZER, communicator=communicator, precision="fp32", plan=plan(communicator.world_size, 1)
-    )
+    strategy = DdpStrategy(model, CONFIG, communicator=communicator, plan=plan(communicator.world_size, 1))
     images = data(0, torch.float32)[0].chunk(communicator.world_size)[communicator.rank]
     strategy.forward(images)
     before = model.bn1.running_mean.numpy().copy()

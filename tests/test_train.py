@@ -21,6 +21,7 @@ from dist_cifar.config import Config, load_config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.schedule import Plateau
+from dist_cifar.strategy.ddp import DdpStrategy
 
 
 def rows(config: Config, kind: str) -> list[dict[str, Any]]:
@@ -242,12 +243,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
 
 def unsettled(communicator: Communicator, config: Config, at_step: int | None) -> Any:
     """The mutant: DDP orders its buckets after the first step of each process."""
-    settle = train_module.DdpStrategy._settle_buckets
-    train_module.DdpStrategy._settle_buckets = lambda self, micro_size: None
+    settle = DdpStrategy._settle_buckets
+    DdpStrategy._settle_buckets = lambda self, micro_size: None
     try:
         return train(communicator, config) if at_step is None else disturbed(communicator, config, at_step, 0, False)
     finally:
-        train_module.DdpStrategy._settle_buckets = settle
+        DdpStrategy._settle_buckets = settle
 
 
 def test_buckets_that_change_with_a_resume_are_caught(ranks, tiny, tmp_path):
@@ -282,12 +283,12 @@ def test_a_resume_without_the_ranks_own_buffers_is_caught(ranks, tiny, tmp_path)
 
 
 def forgetful(communicator: Communicator, config: Config) -> bool:
-    load = train_module.DdpStrategy.load
-    train_module.DdpStrategy.load = lambda self, model, optimizer, ranks: load(self, model, {}, {})
+    load = DdpStrategy.load
+    DdpStrategy.load = lambda self, model, optimizer, ranks: load(self, model, {}, {})
     try:
         return train(communicator, config)
     finally:
-        train_module.DdpStrategy.load = load
+        DdpStrategy.load = load
 
 
 def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):

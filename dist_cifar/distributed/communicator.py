@@ -67,6 +67,14 @@ class Communicator:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
 
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Part r of `sent` goes to rank r; part r of `received` is what rank r sent here. Both flat, in equal parts."""
+        dist.all_to_all_single(received, sent)
+
+    def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
+        """Every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""
+        dist.all_gather_into_tensor(gathered, part)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything that pickles), in the order of the ranks, on every rank."""
         if self._control is None:
@@ -126,22 +134,22 @@ class Communicator:
             dist.destroy_process_group()
 
 
-class StopVote:
-    """Ranks agree to stop: `cast` before a step, `result` after it, so that the exchange hides behind the step."""
+class Vote:
+    """Ranks agree on yes-or-no questions: `cast` before a step, `result` after it: the exchange hides behind it."""
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(self, communicator: Communicator, questions: int) -> None:
         self._group = communicator._control
-        self._flag = torch.zeros(1)
+        self._flags = torch.zeros(questions)
         self._work: dist.Work | None = None
 
-    def cast(self, stop: bool) -> None:
-        """This rank's vote."""
-        self._flag.fill_(float(stop))
+    def cast(self, *answers: bool) -> None:
+        """This rank's answers."""
+        self._flags.copy_(torch.tensor(answers))
         if self._group is not None:
-            self._work = dist.all_reduce(self._flag, group=self._group, async_op=True)
+            self._work = dist.all_reduce(self._flags, group=self._group, async_op=True)
 
-    def result(self) -> bool:
-        """Whether any rank voted to stop; the same on every rank."""
+    def result(self) -> list[bool]:
+        """For each question, whether any rank says yes; the same on every rank."""
         if self._work is not None:
             self._work.wait()
-        return bool(self._flag.item() > 0)
+        return (self._flags > 0).tolist()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import nn
+
+from dist_cifar.config import Config
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.schedule import BatchPlan
 
 
 class Strategy(Protocol):
@@ -16,19 +19,21 @@ class Strategy(Protocol):
     """The model itself, for evaluation and saving; its forward has the strategy's precision."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Training forward pass: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
-        ...
-
-    def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch: gradients are reduced over the ranks in the last."""
+        """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss` []; over the ranks they are averaged."""
+        """Adds the gradients of `loss` [], the mean over the micro-batch of the last `forward`.
+
+        The gradient of the step is the mean over all micro-batches of all ranks; it is reduced during the last one.
+        """
         ...
 
     def step(self, lr: float) -> torch.Tensor:
-        """Clips, takes one optimizer step at `lr`, clears the gradients; returns their norm before clipping, []."""
+        """Clips, takes one optimizer step at `lr`, clears the gradients; returns their norm before clipping, [].
+
+        The norm is the same on every rank. With `train.non_finite=skip` nothing is changed where it is not finite.
+        """
         ...
 
     def average_buffers(self) -> None:
@@ -55,3 +60,14 @@ class Strategy(Protocol):
     ) -> None:
         """Restores what the three methods above returned, on any number of ranks."""
         ...
+
+
+def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
+    """The strategy that `train.strategy` names. What only another one needs is not imported."""
+    if config.train.strategy == "exact":
+        from dist_cifar.strategy.exact import ExactStrategy
+
+        return ExactStrategy(module, config, communicator=communicator, plan=plan)
+    from dist_cifar.strategy.ddp import DdpStrategy
+
+    return DdpStrategy(module, config, communicator=communicator, plan=plan)

@@ -1,0 +1,203 @@
+"""Strategy `exact`: the same bits for every world size.
+
+Contract: weights, buffers, optimizer state and gradient norms after a step depend on the config, the data and the
+numerics of the machine (`dist_cifar.numerics`), not on the number of ranks. A global batch is cut into V virtual
+ranks; each is computed by itself, whoever computes it, in forward and backward passes of the same shape. What they
+give is summed in one balanced binary tree (`dist_cifar.distributed.tree`) and divided once by the number of passes.
+BatchNorm normalises within a pass and starts every pass from the running statistics of the step's beginning; the mean
+of what the passes make of them, through the same tree, is the one update of the step. Passes of one virtual rank
+(`batch.max_micro_batch`) are added up in their order, before the tree.
+
+The tree is reduced bucket by bucket while the last virtual rank's backward pass still runs: on a GPU on a stream of its
+own, on a CPU in a thread. Buckets go in one order on every rank, so collectives cannot be confused.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import nn
+
+from dist_cifar.config import Config
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.tree import Bucket, LocalTree
+from dist_cifar.schedule import BatchPlan
+from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.strategy.statistics import RunningStatistics
+
+_BUCKET_BYTES = 8 * 2**20
+"""Gradients of one bucket, at least (but for the last): enough to use the bandwidth, few enough to overlap."""
+
+
+class ExactStrategy:
+    """See `dist_cifar.strategy.Strategy`."""
+
+    def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
+        """`module` is moved to the communicator's device in channels-last."""
+        device = communicator.device
+        self._clip_norm = config.optimizer.clip_norm
+        self._skips = config.train.non_finite == "skip"
+        self._leaves = plan.virtual_ranks * plan.passes
+        self._local_passes, self._passes = plan.micro_batches, plan.passes
+        self.module = module.to(device, memory_format=torch.channels_last)
+        if config.train.precision == "bf16":
+            in_bf16 = torch.autocast(device.type, torch.bfloat16)(module.forward)
+            module.forward = lambda images: in_bf16(images).float()
+        self._statistics = RunningStatistics(module)
+        self._optimizer = build_adam(module, config.optimizer)
+
+        # The order in which the backward pass ends with them, but for the last ones of a residual block.
+        self._parameters = list(reversed(list(module.parameters())))
+        self._gradients, self._statistics_tree = LocalTree(), LocalTree()
+        self._seen = self._statistics.values
+        """Sum of the running statistics that the passes of the current virtual rank have left."""
+        self._pass = 0
+        self._statistics_bucket = Bucket([self._statistics.values], communicator)
+        self._buckets: list[Bucket] = []
+        self._places: list[slice] = []
+        """Where the tensors of a bucket are in `_parameters`."""
+        for place in _cut(self._parameters):
+            self._buckets.append(Bucket(self._parameters[place], communicator))
+            self._places.append(place)
+            for parameter in self._parameters[place]:
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self._buckets) - 1))
+        self._missing: list[int] = []
+        """For each bucket, how many gradients of the last pass have not come."""
+        self._next_bucket = 0
+        self._reductions = _Reductions(communicator)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        statistics = self._statistics
+        statistics.rewind()
+        logits = self.module(images)
+        seen = statistics.values.clone()
+        self._seen = seen if self._pass % self._passes == 0 else self._seen.add_(seen)
+        if self._is_last_pass:
+            self._missing = [len(bucket.views) for bucket in self._buckets]
+            self._next_bucket = 0
+            if statistics.names:
+                root = self._statistics_tree.root([self._seen])
+                self._reductions.submit(partial(self._statistics_bucket.reduce, root, self._leaves))
+        elif self._ends_virtual_rank:
+            self._statistics_tree.add([self._seen])
+        return logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        if self._ends_virtual_rank and not self._is_last_pass:
+            self._gradients.add([parameter.grad for parameter in self._parameters])
+            self._optimizer.zero_grad()
+        self._pass += 1
+
+    def step(self, lr: float) -> torch.Tensor:
+        assert self._pass == self._local_passes and self._next_bucket == len(self._buckets)
+        self._reductions.wait()
+        for bucket, place in zip(self._buckets, self._places, strict=True):
+            for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
+                parameter.grad = view
+        parameters = list(self.module.parameters())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        adam_step(self._optimizer, lr, norm, skip_non_finite=self._skips)
+
+        statistics = self._statistics
+        if statistics.names:
+            statistics.values.copy_(self._statistics_bucket.views[0])
+        statistics.counts.copy_(statistics.start_counts + 1)
+        if self._skips:
+            statistics.rewind_where(~norm.isfinite())
+        statistics.mark()
+        self._gradients.clear()
+        self._statistics_tree.clear()
+        self._pass = 0
+        return norm
+
+    def average_buffers(self) -> None:
+        """Nothing to do: they are the same on every rank."""
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+
+    def rank_tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.cpu() for name, tensor in adam_tensors(self.module, self._optimizer).items()}
+
+    def load(
+        self,
+        model: dict[str, torch.Tensor],
+        optimizer: dict[str, torch.Tensor],
+        ranks: dict[str, torch.Tensor],
+    ) -> None:
+        self.module.load_state_dict(model)
+        self._statistics.mark()
+        load_adam(self.module, self._optimizer, optimizer)
+
+    @property
+    def _ends_virtual_rank(self) -> bool:
+        return self._pass % self._passes == self._passes - 1
+
+    @property
+    def _is_last_pass(self) -> bool:
+        return self._pass == self._local_passes - 1
+
+    def _arrived(self, index: int, _: torch.Tensor) -> None:
+        """A gradient of a bucket is complete. In the last pass the bucket may be due, and those that waited for it."""
+        if not self._is_last_pass:
+            return
+        self._missing[index] -= 1
+        while self._next_bucket < len(self._buckets) and self._missing[self._next_bucket] == 0:
+            bucket, place = self._buckets[self._next_bucket], self._places[self._next_bucket]
+            gradients = [parameter.grad for parameter in self._parameters[place]]
+            self._reductions.submit(partial(self._reduce, bucket, gradients, place))
+            self._next_bucket += 1
+
+    def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
+        bucket.reduce(self._gradients.root(gradients, place), self._leaves)
+
+
+class _Reductions:
+    """Runs what is submitted, in order, beside the computation that submits it."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
+        # With one rank there is nothing to wait for, so nothing to hide.
+        threads = self._stream is None and communicator.world_size > 1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce") if threads else None
+        self._futures: list[Future[None]] = []
+
+    def submit(self, function: partial[None]) -> None:
+        """Runs `function` once everything that the current stream holds by now is done."""
+        if self._thread is not None:
+            self._futures.append(self._thread.submit(function))
+        elif self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                function()
+        else:
+            function()
+
+    def wait(self) -> None:
+        """What follows sees the results. Raises what a function raised."""
+        for future in self._futures:
+            future.result()
+        self._futures.clear()
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _cut(parameters: list[nn.Parameter]) -> list[slice]:
+    """Slices of at least `_BUCKET_BYTES`, the last but one taking what is too little for one of its own."""
+    cuts, start, size = [], 0, 0
+    for end, parameter in enumerate(parameters, 1):
+        size += parameter.nbytes
+        if size >= _BUCKET_BYTES:
+            cuts.append(slice(start, end))
+            start, size = end, 0
+    if start < len(parameters):
+        cuts.append(slice(start, len(parameters)))
+    return cuts

@@ -1,0 +1,63 @@
+"""BatchNorm's running statistics as one flat tensor, so that saving, restoring and reducing them is one operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class RunningStatistics:
+    """All buffers of a module. From construction on they are views: write to `values` and the module has it.
+
+    Make it when the module is on its device for good. Loading a state dict writes through the views.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        device = next(module.parameters()).device
+        owners = _buffers(module)
+        floating = [entry for entry in owners if getattr(entry[1], entry[2]).is_floating_point()]
+        self.names = [name for name, _, _ in floating]
+        """Names of the floating-point buffers, in the order of `values`."""
+        self.values = _flatten(floating, device)
+        """float32 [n]: running means and variances."""
+        self.counts = _flatten([entry for entry in owners if entry not in floating], device)
+        """int64 [m]: how many batches each layer has seen."""
+        self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
+        """Both as they were at the last `mark`."""
+
+    def mark(self) -> None:
+        """Remembers what is now."""
+        self.start_values.copy_(self.values)
+        self.start_counts.copy_(self.counts)
+
+    def rewind(self) -> None:
+        """Goes back to the mark."""
+        self.values.copy_(self.start_values)
+        self.counts.copy_(self.start_counts)
+
+    def rewind_where(self, condition: torch.Tensor) -> None:
+        """Goes back to the mark if `condition` (bool []) holds. The device decides: nothing waits for it."""
+        self.values.copy_(torch.where(condition, self.start_values, self.values))
+        self.counts.copy_(torch.where(condition, self.start_counts, self.counts))
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(full name, the module that has it, its name there) of every buffer."""
+    return [
+        (f"{path}.{name}" if path else name, owner, name)
+        for path, owner in module.named_modules()
+        for name, _ in owner.named_buffers(recurse=False)
+    ]
+
+
+def _flatten(buffers: list[tuple[str, nn.Module, str]], device: torch.device) -> torch.Tensor:
+    """One tensor with the values of these buffers, which become views of it."""
+    if not buffers:
+        return torch.empty(0, device=device)
+    tensors = [getattr(owner, name) for _, owner, name in buffers]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    for (_, owner, name), tensor, part in zip(
+        buffers, tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
+        setattr(owner, name, part.view_as(tensor))
+    return flat
