@@ -217,8 +217,8 @@ class TrainConfig:
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
     """Label smoothing of the training loss; evaluation has none."""
     non_finite: Literal["raise", "skip"] = "raise"
-    """What a step with a gradient that is not finite does: `raise` ends the run, before anything of it is saved;
-    `skip` leaves out the step, on every rank."""
+    """A step with a gradient that is not finite changes nothing, on any rank. Then `raise` ends the run at the next
+    log or checkpoint, and `skip` goes on."""
     max_skipped_steps: PositiveInt = 10
     """With `non_finite: skip`, more skipped steps than this end the run."""
 

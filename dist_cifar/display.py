@@ -48,14 +48,17 @@ class Display:
 def format_row(row: Mapping[str, Any]) -> str:
     """A row of `metrics.jsonl` as one line."""
     line = f"{row['kind']:>5}  step {row['step']:>6}  epoch {row['epoch']:>7.2f}"
-    if row["loss"] is None:
-        return f"{line}  every step skipped: no gradient was finite"
-    line += f"  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}"
+    line += f"  loss {_number(row['loss'], '.4f')}  accuracy {_number(row['accuracy'], '.4f')}"
     if row["kind"] == "train":
-        line += f"  lr {row['lr']:.3e}  grad norm {row['grad_norm']:.3f}  {row['images_per_second']:,.0f} images/s"
-        line += f"  data wait {row['data_wait_share']:.1%}"
+        line += f"  lr {row['lr']:.3e}  grad norm {_number(row['grad_norm'], '.3f')}"
+        line += f"  {row['images_per_second']:,.0f} images/s  data wait {row['data_wait_share']:.1%}"
         line += f"  skipped {row['skipped_steps']}" if row.get("skipped_steps") else ""
     return line
+
+
+def _number(value: float | None, form: str) -> str:
+    """A value that may be missing: of steps that were all skipped there is none."""
+    return "-" if value is None else format(value, form)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

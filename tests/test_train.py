@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from rank_pool import RankError
 
 from dist_cifar import signals
 from dist_cifar import train as train_module
 from dist_cifar.augment import kernel, policy
 from dist_cifar.config import Config, load_config
+from dist_cifar.display import Display
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.schedule import Plateau
@@ -298,6 +300,107 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):
     assert summary(config)["world_size"] == 1 and summary(config)["steps"] == 10
 
 
+# --- strategy exact ----------------------------------------------------------------------------------------------
+
+EXACT = (
+    "train.strategy=exact",
+    "batch.virtual_ranks=4",
+    "plateau.patience_evaluations=0",
+    "plateau.threshold=0.9",
+    "run.log_every_steps=3",
+    "run.log_digests=true",
+    "train.epochs=3",
+)
+VOLATILE = {"seconds", "images_per_second", "data_wait_share"}
+
+
+def result(config: Config) -> tuple[Any, ...]:
+    """All of a run that may not depend on how it was computed: rows, summary, and the digests of every step."""
+    kept = {kind: [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows(config, kind)] for kind in KINDS}
+    names = ("weights_sha256", "test_accuracy", "test_loss", "best_step", "best_val_accuracy", "inexact_since_step")
+    lines = (Path(config.run.dir) / "digests.jsonl").read_text().splitlines()
+    return kept, {name: summary(config)[name] for name in names}, sorted(set(lines))
+
+
+KINDS = ("train", "eval", "test")
+
+
+def test_exact_gives_the_same_run_on_every_world_size_and_through_a_chain_of_them(ranks, tiny, tmp_path):
+    golden = at(tiny(*EXACT), tmp_path / "golden")
+    ranks.run(1, train, golden)
+    expected = result(golden)
+    assert len(expected[2]) == 15 and len({row["lr"] for row in rows(golden, "train")}) > 2
+    for world_size in (2, 4):
+        config = at(tiny(*EXACT), tmp_path / str(world_size))
+        assert ranks.run(world_size, train, config) == [True] * world_size
+        assert result(config) == expected
+    config = tiny(*EXACT, "checkpoint.every_steps=1")
+    for world_size, crash in ((4, False), (2, True), (1, False)):
+        ranks.run(world_size, disturbed, config, 2, 0, crash)
+    assert ranks.run(4, train, config) == [True] * 4
+    assert result(config) == expected
+
+
+def test_ddp_does_not(ranks, tiny, tmp_path):
+    """What the test above compares can differ."""
+    results = []
+    for world_size in (1, 2):
+        config = at(tiny(*EXACT, "train.strategy=ddp"), tmp_path / str(world_size))
+        ranks.run(world_size, train, config)
+        results.append(result(config))
+    assert all(first != second for first, second in zip(*results, strict=True))
+
+
+def test_world_sizes_that_do_not_divide_the_virtual_ranks_are_refused_before_the_data_is_read(ranks, tiny):
+    messages = ranks.run(3, failing, tiny(*EXACT, "data.source=folder", "data.root=/nowhere"), ConfigError)
+    assert all("start 1, 2, 4 ranks" in message for message in messages)
+
+
+def elsewhere(communicator: Communicator, config: Config, resume_anyway: bool) -> bool:
+    """A run on a machine with another processor."""
+    original = train_module.numerics
+    train_module.numerics = lambda device: original(device) | {"threads": 64, "extensions": "avx1024"}
+    try:
+        return train_module.train(config, communicator, resume_anyway=resume_anyway)
+    finally:
+        train_module.numerics = original
+
+
+def refused(communicator: Communicator, config: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        elsewhere(communicator, config, False)
+    return str(caught.value)
+
+
+def test_exact_is_not_resumed_where_it_would_be_rounded_in_another_way(ranks, tiny):
+    config = tiny(*EXACT)
+    ranks.run(2, disturbed, config, 2, 0, False)
+    for message in ranks.run(2, refused, config):
+        assert "threads: 1 -> 64" in message and "-> avx1024" in message and "--resume-anyway" in message
+        assert "torch" not in message  # only what differs
+    assert ranks.run(2, elsewhere, config, True) == [True, True]
+    assert summary(config)["inexact_since_step"] == 3
+
+
+def test_ddp_may_be(ranks, tiny):
+    config = tiny()
+    ranks.run(2, disturbed, config, 2, 0, False)
+    assert ranks.run(2, elsewhere, config, False) == [True, True]
+
+
+def anyway(communicator: Communicator, config: Config) -> bool:
+    return train_module.train(config, communicator, resume_anyway=True)
+
+
+def test_resume_anyway_takes_another_config_and_refuses_another_model(ranks, tiny):
+    ranks.run(1, disturbed, tiny(), 2, 0, False)
+    assert "optimizer.lr: 0.001 -> 0.002" in ranks.run(1, failing, tiny("optimizer.lr=2e-3"), ConfigError)[0]
+    with pytest.raises(RankError, match=r"its weights are not those of model\.name=resnet32"):
+        ranks.run(1, anyway, tiny("model.name=resnet32"))
+    assert ranks.run(1, anyway, tiny("optimizer.lr=2e-3")) == [True]
+    assert summary(tiny())["inexact_since_step"] == 3
+
+
 def test_a_run_that_is_done_is_not_trained_again(ranks, tiny):
     config = tiny("train.epochs=1")
     ranks.run(1, train, config)
@@ -366,3 +469,77 @@ def test_weights_of_the_best_checkpoint_are_those_that_are_tested(ranks, tiny):
     evaluations = {row["step"]: row["accuracy"] for row in rows(config, "eval")}
     result = summary(config)
     assert result["best_val_accuracy"] == evaluations[result["best_step"]] == max(evaluations.values())
+
+
+def poisoned(communicator: Communicator, config: Config, steps: list[int], rank: int) -> Any:
+    """A run in which the images of `rank` are NaN in `steps`; the message if it is refused."""
+    make_batch = train_module._Run.make_batch
+
+    def make(self: Any, step: int) -> Any:
+        batch = make_batch(self, step)
+        if step in steps and communicator.rank == rank:
+            batch.inputs.fill_(float("nan"))
+        return batch
+
+    train_module._Run.make_batch = make
+    try:
+        return train(communicator, config)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        train_module._Run.make_batch = make_batch
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "exact"])
+def test_a_loss_that_is_not_finite_on_one_rank_names_the_rank_on_all(ranks, tiny, strategy):
+    for message in ranks.run(2, poisoned, tiny(f"train.strategy={strategy}"), [2], 1):
+        assert "step 4: the loss of rank 1 was not finite" in message
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "exact"])
+def test_steps_that_are_not_finite_are_skipped_on_all_ranks_and_counted(ranks, tiny, strategy):
+    config = tiny(f"train.strategy={strategy}", "train.non_finite=skip", "train.max_skipped_steps=2")
+    assert ranks.run(2, poisoned, config, [2, 3], 1) == [True, True]
+    train_rows = rows(config, "train")
+    assert [row["skipped_steps"] for row in train_rows] == [0, 2, 2, 2, 2]
+    assert all(row["grad_norm"] is not None for row in train_rows if row["step"] != 4)
+    assert train_rows[1]["grad_norm"] is None  # both of its steps were skipped
+    assert np.isfinite(summary(config)["test_loss"])
+
+
+def test_too_many_skipped_steps_end_the_run(ranks, tiny):
+    config = tiny("train.non_finite=skip", "train.max_skipped_steps=2")
+    for message in ranks.run(2, poisoned, config, [2, 4, 5], 1):
+        assert "3 steps had gradients that were not finite, more than train.max_skipped_steps=2" in message
+
+
+# --- stragglers and deadlines ------------------------------------------------------------------------------------
+
+
+def slow(communicator: Communicator, config: Config, rank: int) -> list[str]:
+    """What is said of stragglers in a run in which `rank` computes slowly."""
+    forward, say, said = DdpStrategy.forward, Display.say, []
+
+    def slower(self: DdpStrategy, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2 if communicator.rank == rank else 0)
+        return forward(self, images)
+
+    DdpStrategy.forward = slower
+    Display.say = lambda self, line: said.append(line)
+    try:
+        train(communicator, config)
+    finally:
+        DdpStrategy.forward, Display.say = forward, say
+    return [line for line in said if line.startswith("straggler")]
+
+
+def test_the_log_names_a_rank_for_which_the_others_wait(ranks, tiny):
+    lines = ranks.run(3, slow, tiny("batch.global_size=12", "train.max_steps=4", "run.straggler_factor=2"), 2)[0]
+    assert lines and all(line.startswith("straggler: rank 2 on ") for line in lines)
+
+
+def test_a_time_limit_that_is_near_saves_and_stops(ranks, tiny):
+    config = tiny("run.time_limit_seconds=1")  # less than is always left in reserve
+    assert ranks.run(2, train, config) == [False, False]
+    assert status(config) == "saved"
+    assert ranks.run(2, train, tiny()) == [True, True]

@@ -32,7 +32,7 @@ class Strategy(Protocol):
     def step(self, lr: float) -> torch.Tensor:
         """Clips, takes one optimizer step at `lr`, clears the gradients; returns their norm before clipping, [].
 
-        The norm is the same on every rank. With `train.non_finite=skip` nothing is changed where it is not finite.
+        The norm is the same on every rank. Where it is not finite, the step changes nothing.
         """
         ...
 

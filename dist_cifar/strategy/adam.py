@@ -23,15 +23,14 @@ def build_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
     )
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor, *, skip_non_finite: bool) -> None:
-    """One step at `lr`, and no gradients left. With `skip_non_finite` nothing changes where the norm [] is not finite.
+def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor) -> None:
+    """One step at `lr`, and no gradients left. Where the norm [] is not finite nothing changes.
 
     The device decides: nothing waits for it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if skip_non_finite:  # what torch's GradScaler gives to fused optimizers
-        optimizer.grad_scale, optimizer.found_inf = None, (~grad_norm.isfinite()).to(torch.float32)
+    optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # what torch's GradScaler gives to fused optimizers
     optimizer.step()
     optimizer.zero_grad()
 

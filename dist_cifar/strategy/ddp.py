@@ -33,7 +33,6 @@ class DdpStrategy:
         device = communicator.device
         self._communicator = communicator
         self._clip_norm = config.optimizer.clip_norm
-        self._skips = config.train.non_finite == "skip"
         self._micro_batches, self._pass = plan.micro_batches, 0
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
@@ -68,7 +67,7 @@ class DdpStrategy:
         self._statistics.rewind()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self._skips and self._pass == 0:
+        if self._pass == 0:
             self._statistics.mark()
         is_last = self._pass == self._micro_batches - 1
         with nullcontext() if is_last else self._accelerator.no_sync(self._replica):
@@ -86,9 +85,8 @@ class DdpStrategy:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
             norm = self._accelerator.clip_grad_norm_(parameters, self._clip_norm)
-        adam_step(self._optimizer, lr, norm, skip_non_finite=self._skips)
-        if self._skips:
-            self._statistics.rewind_where(~norm.isfinite())
+        adam_step(self._optimizer, lr, norm)
+        self._statistics.rewind_where(~norm.isfinite())
         return norm
 
     def average_buffers(self) -> None:

@@ -38,7 +38,6 @@ class ExactStrategy:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
         self._clip_norm = config.optimizer.clip_norm
-        self._skips = config.train.non_finite == "skip"
         self._leaves = plan.virtual_ranks * plan.passes
         self._local_passes, self._passes = plan.micro_batches, plan.passes
         self.module = module.to(device, memory_format=torch.channels_last)
@@ -101,14 +100,13 @@ class ExactStrategy:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-        adam_step(self._optimizer, lr, norm, skip_non_finite=self._skips)
+        adam_step(self._optimizer, lr, norm)
 
         statistics = self._statistics
         if statistics.names:
             statistics.values.copy_(self._statistics_bucket.views[0])
         statistics.counts.copy_(statistics.start_counts + 1)
-        if self._skips:
-            statistics.rewind_where(~norm.isfinite())
+        statistics.rewind_where(~norm.isfinite())
         statistics.mark()
         self._gradients.clear()
         self._statistics_tree.clear()
