@@ -240,15 +240,14 @@ class _Run:
                         f"--resume: {self.run_dir.path} holds no checkpoint; leave --resume out to start a new run"
                     )
                 return None
-            changes = self._changes(checkpoint.state)
-            if changes and not resume_anyway:
+            refused, noted = self._changes(checkpoint.state)
+            if refused and not resume_anyway:
                 raise ConfigError(
-                    f"run.dir={self.run_dir.path} holds a run whose result would change ({'; '.join(changes)}); give"
+                    f"run.dir={self.run_dir.path} holds a run whose result would change ({'; '.join(refused)}); give"
                     " the old values to go on with it, another run.dir to start a new one, or --resume-anyway"
                 )
-            if changes:
-                say = self.display.say
-                say(f"--resume-anyway: exactness ends at step {checkpoint.step}; changed: {'; '.join(changes)}")
+            if refused or noted:
+                self.display.say(f"exactness  ends at step {checkpoint.step}; changed: {'; '.join(refused + noted)}")
                 progress = checkpoint.state["progress"]
                 progress["inexact_since_step"] = progress["inexact_since_step"] or checkpoint.step
             tensors.update(checkpoint.tensors)
@@ -272,18 +271,23 @@ class _Run:
                 self.sums.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         return None if state is None else self.progress.step
 
-    def _changes(self, state: Mapping[str, Any]) -> list[str]:
-        """One `name: old -> new` for each thing that the result depends on and that is not as in the checkpoint."""
-        old = {"data": state["data_sha256"][:12]}
-        new = {"data": self.dataset.content_sha256[:12]}
-        if self.config.train.strategy == "exact":  # the others promise nothing across machines and world sizes
-            old |= state["numerics"]
-            new |= numerics(self.communicator.device)
-        return differences(state["config"], self.config) + [
-            f"{name}: {old.get(name)} -> {new.get(name)}"
-            for name in dict.fromkeys([*old, *new])
-            if old.get(name) != new.get(name)
-        ]
+    def _changes(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """One `name: old -> new` for each thing that the result depends on and that is not as in the checkpoint.
+
+        The first list is refused. The second one is what strategies other than `exact` cannot keep the same: it only
+        changes how they round.
+        """
+
+        def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+            names = dict.fromkeys([*old, *new])
+            return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+        refused = differences(state["config"], self.config)
+        refused += changed({"data": state["data_sha256"][:12]}, {"data": self.dataset.content_sha256[:12]})
+        rounding = changed(state["numerics"], numerics(self.communicator.device))
+        if self.config.train.strategy == "exact":
+            return refused + rounding, []
+        return refused, changed({"ranks": state["world_size"]}, {"ranks": self.communicator.world_size}) + rounding
 
     def _save(self, *, best: bool = False) -> None:
         """Writes a checkpoint, unless this step has one. Raises if the replicas do not agree."""

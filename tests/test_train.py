@@ -298,6 +298,7 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):
     assert ranks.run(2, disturbed, config, 2, 0, False) == [False, False]
     assert ranks.run(1, train, config) == [True]
     assert summary(config)["world_size"] == 1 and summary(config)["steps"] == 10
+    assert summary(config)["inexact_since_step"] == 3
 
 
 # --- strategy exact ----------------------------------------------------------------------------------------------
@@ -382,10 +383,11 @@ def test_exact_is_not_resumed_where_it_would_be_rounded_in_another_way(ranks, ti
     assert summary(config)["inexact_since_step"] == 3
 
 
-def test_ddp_may_be(ranks, tiny):
+def test_ddp_may_be_and_says_that_it_is(ranks, tiny):
     config = tiny()
     ranks.run(2, disturbed, config, 2, 0, False)
     assert ranks.run(2, elsewhere, config, False) == [True, True]
+    assert summary(config)["inexact_since_step"] == 3
 
 
 def anyway(communicator: Communicator, config: Config) -> bool:
