@@ -66,7 +66,21 @@ def test_one_batch_size_replaces_the_other(tmp_path):
         load_config(None, ["batch.global_size=null"])
 
 
+def test_what_strategy_exact_cannot_keep_is_refused():
+    exact = "train.strategy=exact"
+    for overrides, message in (
+        (["batch.per_rank_size=16"], "batch.per_rank_size: in train.strategy=exact nothing depends on the world size"),
+        (["batch.virtual_ranks=6"], "batch.virtual_ranks: must be a power of two, found 6"),
+        (["batch.global_size=36"], "batch.global_size: 36 samples cannot be shared equally by batch.virtual_ranks=8"),
+    ):
+        load_config(None, [*overrides, "train.strategy=ddp"])
+        with pytest.raises(ConfigError, match=message):
+            load_config(None, [*overrides, exact])
+    load_config(None, ["batch.global_size=36", "batch.virtual_ranks=4", exact])
+
+
 BAD_OVERRIDES = [
+    ("run.log_digests=1", r"run\.log_digests: must be true or false, found 1"),
     ("optimzer.lr=1", r"optimzer\.lr: unknown key; did you mean optimizer\.lr\?"),
     ("lr=1", r"lr: unknown key; did you mean optimizer\.lr\?"),
     ("optimizer=1", r"optimizer: unknown key"),

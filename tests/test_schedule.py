@@ -85,17 +85,37 @@ def test_plateau_that_never_improves_cuts_after_its_patience():
     ],
 )
 def test_plan(batch, world_size, expected):
-    plan = plan_batches(batch, TrainConfig(epochs=3), world_size=world_size, train_size=1000)
+    plan = plan_batches(batch, TrainConfig(epochs=3, strategy="ddp"), world_size=world_size, train_size=1000)
     assert (plan.global_size, plan.per_rank_size, plan.micro_batches, plan.micro_size) == expected
     assert plan.steps_per_epoch == 1000 // plan.global_size
     assert plan.total_steps == 3 * plan.steps_per_epoch
 
 
+@pytest.mark.parametrize(
+    ("limit", "world_size", "expected"),
+    [
+        (None, 1, (128, 8, 1, 16)),
+        (None, 4, (32, 2, 1, 16)),
+        (None, 8, (16, 1, 1, 16)),
+        (100, 1, (128, 8, 1, 16)),
+        (8, 2, (64, 8, 2, 8)),
+        (5, 8, (16, 4, 4, 4)),
+    ],
+)
+def test_micro_batches_of_a_virtual_rank_do_not_depend_on_the_world_size(limit, world_size, expected):
+    """(samples of a rank, its passes, passes of a virtual rank, samples of a pass)"""
+    batch = BatchConfig(global_size=128, virtual_ranks=8, max_micro_batch=limit)
+    plan = plan_batches(batch, TrainConfig(strategy="exact"), world_size=world_size, train_size=1000)
+    assert (plan.per_rank_size, plan.micro_batches, plan.passes, plan.micro_size) == expected
+
+
 def test_plan_errors_name_what_would_work():
+    with pytest.raises(ConfigError, match=r"8 virtual ranks .* 3 ranks; start 1, 2, 4, 8 ranks"):
+        plan_batches(BatchConfig(), TrainConfig(strategy="exact"), world_size=3, train_size=1000)
     with pytest.raises(ConfigError, match=r"128 samples .* 3 ranks; set batch.global_size=126 or 129"):
-        plan_batches(BatchConfig(global_size=128), TrainConfig(), world_size=3, train_size=1000)
+        plan_batches(BatchConfig(global_size=128), TrainConfig(strategy="ddp"), world_size=3, train_size=1000)
     with pytest.raises(ConfigError, match=r"one global batch is 128 samples, the training split has 100"):
-        plan_batches(BatchConfig(global_size=128), TrainConfig(), world_size=2, train_size=100)
+        plan_batches(BatchConfig(global_size=128), TrainConfig(strategy="ddp"), world_size=2, train_size=100)
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("sqrt", 0.02), ("linear", 0.04), ("none", 0.01)])
@@ -106,12 +126,14 @@ def test_lr_rule(rule, lr):
 
 
 def test_warmup_reaches_the_full_rate_and_stays():
-    plan = plan_batches(BatchConfig(global_size=10), TrainConfig(), world_size=1, train_size=100)
+    plan = plan_batches(BatchConfig(global_size=10), TrainConfig(strategy="ddp"), world_size=1, train_size=100)
     config = OptimizerConfig(warmup_epochs=0.5)
     assert [warmup_factor(config, plan, step) for step in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
     assert warmup_factor(OptimizerConfig(warmup_epochs=0), plan, 0) == 1.0
 
 
 def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
-    plan = plan_batches(BatchConfig(global_size=10), TrainConfig(epochs=5, max_steps=43), world_size=1, train_size=100)
+    plan = plan_batches(
+        BatchConfig(global_size=10), TrainConfig(epochs=5, max_steps=43, strategy="ddp"), world_size=1, train_size=100
+    )
     assert [step for step in range(1, 44) if evaluation_due(plan, 2, step)] == [20, 40, 43]
