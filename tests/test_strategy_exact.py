@@ -13,7 +13,9 @@ import torch
 from dist_cifar.config import BatchConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
 from dist_cifar.distributed import tree
 from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.env import DistEnv
 from dist_cifar.model import build_model
+from dist_cifar.numerics import pin
 from dist_cifar.schedule import plan_batches
 from dist_cifar.strategy import exact
 from dist_cifar.strategy.exact import ExactStrategy
@@ -54,7 +56,8 @@ def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch
 
 def train_step(strategy: ExactStrategy, plan: Any, communicator: Communicator, step: int, poison: int = -1) -> float:
     """One step; the images of virtual rank `poison` are NaN."""
-    images, labels = data(step, next(strategy.module.parameters()).dtype)
+    parameter = next(strategy.module.parameters())
+    images, labels = (part.to(parameter.device) for part in data(step, parameter.dtype))
     if poison >= 0:
         images.chunk(VIRTUAL)[poison].fill_(float("nan"))
     images, labels = (part.chunk(communicator.world_size)[communicator.rank] for part in (images, labels))
@@ -246,3 +249,23 @@ def test_a_step_that_is_not_finite_on_one_virtual_rank_is_skipped_on_all(ranks, 
     assert np.isfinite(expected[1]).tolist() == [True, False, True] and expected[0] != expected[2]
     for result in ranks.run(4, skipping, poisoned):
         assert result[0] == expected[0] and result[2] == expected[2]
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_bits_every_time_and_with_every_bucket_size(precision, monkeypatch):
+    """The reduction on a stream of its own must wait for the gradients, and the step for the reduction."""
+    device = torch.device("cuda", 0)
+    pin(device)
+    communicator = Communicator(DistEnv(), device=device, timeout_seconds=60)
+    results = []
+    for bucket_bytes in (10_000, 10_000, exact._BUCKET_BYTES):
+        monkeypatch.setattr(exact, "_BUCKET_BYTES", bucket_bytes)
+        strategy, plan = build(communicator, config(precision=precision))
+        norms = [train_step(strategy, plan, communicator, step) for step in range(STEPS)]
+        results.append((state(strategy), norms))
+    assert results[0] == results[1] == results[2]
