@@ -413,6 +413,6 @@ def _explain(directory: Path, step: int, contents: Mapping[str, memoryview], err
         free = f", {shutil.disk_usage(directory).free / 1e6:.1f} MB free"
     return (
         f"{directory}: cannot save step {step} ({needed / 1e6:.1f} MB needed{free}): {error};"
-        " free space or make the directory writable: earlier checkpoints are kept, and the same command goes on from"
-        " the newest"
+        " free space or make the directory writable: earlier checkpoints are kept, and a run started again resumes from"
+        " them"
     )

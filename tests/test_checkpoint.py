@@ -27,7 +27,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from dist_cifar import checkpoint, files
@@ -161,7 +160,7 @@ def _find(root: Path, inode: int) -> Path:
 
 
 @contextlib.contextmanager
-def using(code: Code, disk: Disk) -> Iterator[Disk]:
+def using(code: Code, disk: Any) -> Iterator[Any]:
     before, code.files.os = code.files.os, disk
     try:
         yield disk
@@ -183,7 +182,9 @@ def save(store: CheckpointStore, step: int, mark: int, *, best: bool = False) ->
     """Saves in the background and waits; returns the directory."""
     store.begin_save(step, tensors_of(mark), {"mark": mark}, best=best)
     store.wait()
-    return max(store.directory.glob(f"step-{step:08d}*"), key=lambda path: checkpoint._position(path.name))
+    paths = sorted(store.directory.glob(f"step-{step:08d}*"), key=lambda path: checkpoint._position(path.name))
+    assert paths, f"nothing was saved for step {step}"
+    return paths[-1]
 
 
 def mark_of(loaded: checkpoint.Checkpoint | None) -> int | None:
@@ -285,6 +286,54 @@ def check_deaths_in_a_row(code: Code, root: Path) -> None:
         shutil.rmtree(directory)
 
 
+RULES = {"keep_last": 1, "keep_best": 2, "keep_every_steps": 20}
+EARLIER = {10: False, 20: False, 30: True, 40: False, 50: True}
+"""Step to whether it was the best. By `RULES` the save of 60, the best, lets go of 30; 10 went before."""
+
+
+def steps_kept(saved: Mapping[int, bool]) -> set[int]:
+    """What `RULES` keep of the steps saved one after the other, step to whether it was the best: the oracle."""
+    present: set[int] = set()
+    for step in saved:
+        present.add(step)
+        best = sorted(other for other in present if saved[other])[-2:]
+        present = {other for other in present if other == step or other in best or other % 20 == 0}
+    return present
+
+
+def steps_present(directory: Path) -> set[int]:
+    return {checkpoint._position(path.name)[0] for path in directory.glob("step-*")}
+
+
+def check_death_under_rules(code: Code, root: Path) -> int:
+    """Dies before each call of a save that deletes by every rule; returns how many calls that were."""
+    assert steps_kept(EARLIER) == {20, 30, 40, 50} and steps_kept(EARLIER | {60: True}) == {20, 40, 50, 60}
+    for die_at, loss in ((die_at, loss) for die_at in itertools.count() for loss in LOSSES):
+        directory = root / f"{die_at} {loss}"
+        with using(code, Disk()):
+            for step, best in EARLIER.items():
+                save(code.store(directory, **RULES)[0], step, step, best=best)
+        assert steps_present(directory) == steps_kept(EARLIER)
+        with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
+            save(code.store(directory, **RULES)[0], 60, 60, best=True)
+        if disk.died and LOSSES[loss]:
+            disk.lose_power(root, is_lost=LOSSES[loss])
+        check_state(code, directory, newest={50, 60} if disk.died else {60}, best={50, 60} if disk.died else {60})
+        present = steps_present(directory)
+        assert {20, 40, 50} <= present <= {20, 30, 40, 50, 60} and (30 in present or 60 in present)
+        with using(code, Disk()):
+            save(code.store(directory, **RULES)[0], 70, 70)
+        assert steps_present(directory) == steps_kept(EARLIER | ({60: True} if 60 in present else {}) | {70: False})
+        assert not list(directory.glob(".tmp-*"))
+        shutil.rmtree(directory)
+        if not disk.died:
+            return die_at
+
+
+def test_a_death_while_deleting_by_any_rule_loses_nothing_that_is_kept(tmp_path):
+    assert check_death_under_rules(REAL, tmp_path) > 30
+
+
 def test_a_death_at_any_call_leaves_a_good_checkpoint(tmp_path):
     assert check_death(REAL, tmp_path) > len(LOSSES) * len(SCENARIOS) * 25
 
@@ -306,7 +355,8 @@ for kill in range(25):
     if child == 0:
         store = CheckpointStore(directory, keep_last=1)
         for step in range(last + 1, last + 1000):
-            store.begin_save(step, {"model": {"weight": torch.full((50_000,), step)}}, {"step": step}, best=step % 2 == 0)
+            tensors = {"model": {"weight": torch.full((50_000,), step)}}
+            store.begin_save(step, tensors, {"step": step}, best=step % 2 == 0)
             begun[:] = step.to_bytes(8, "little")
         os._exit(1)
     time.sleep(dice.uniform(0.0, 0.05))
@@ -433,14 +483,13 @@ signal.alarm({seconds})
 """
 
 
-@pytest.mark.parametrize(
-    ("mutation", "seconds", "status"),
-    [
-        ("", 60, 0),
-        ("thread = checkpoint.threading.Thread\n"
-         "checkpoint.threading.Thread = lambda **options: thread(**options | {'daemon': False})", 1, -14),
-    ],
-)  # fmt: skip
+NO_DAEMON = """
+thread = checkpoint.threading.Thread
+checkpoint.threading.Thread = lambda **options: thread(**options | {"daemon": False})
+"""
+
+
+@pytest.mark.parametrize(("mutation", "seconds", "status"), [("", 60, 0), (NO_DAEMON, 1, -14)])
 def test_a_write_under_way_does_not_keep_the_process(tmp_path, mutation, seconds, status):
     """Death between the copy and the first call to the disk; a mutant is ended by the alarm (14)."""
     save(REAL.store(tmp_path)[0], 10, 0)
@@ -476,6 +525,41 @@ def check_full_disk(code: Code, root: Path) -> int:
             save(store, 30, 3)
         assert mark_of(store.load_newest()) == 3 and said == []
     return full_at
+
+
+def check_warning(code: Code, root: Path) -> None:
+    """`on_write_error="warn"`: the disk is full from each call on, the training goes on and can save again later."""
+    for full_at in itertools.count():
+        directory = root / f"warned {full_at}"
+        store, said = code.store(directory, keep_last=2, on_write_error="warn")
+        with using(code, Disk()):
+            save(store, 10, 0, best=True)
+            save(store, 20, 1)
+        with using(code, Disk(full_at=full_at)):
+            store.begin_save(30, tensors_of(2), {"mark": 2}, best=True)
+            store.wait()
+            if not said:
+                store.wait(must_succeed=True)
+                break
+            assert len(said) == 1 and "\n" not in said[0] and "on_write_error=warn" in said[0]
+            assert str(directory) in said[0] and "No space left" in said[0] and "free space" in said[0]
+            assert not store.failed
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match="cannot save step 30") as caught:
+                    store.wait(must_succeed=True)
+                assert caught.value.exit_code == 74
+        if "step-00000030" not in names(directory):
+            assert names(directory) == {"step-00000010", "step-00000020", "latest", "best"}
+        check_state(code, directory, newest={1, 2}, best={0, 2})
+        with using(code, Disk()):
+            save(store, 40, 3)
+            store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 3 and len(said) == 1
+    assert full_at > 20 or code is not REAL
+
+
+def test_a_full_disk_can_be_a_warning(tmp_path):
+    check_warning(REAL, tmp_path)
 
 
 def test_a_disk_full_at_any_call_is_an_error_and_loses_nothing(tmp_path):
@@ -773,6 +857,221 @@ def test_of_a_linked_checkpoint_only_the_link_is_deleted(tmp_path):
     assert mark_of(read_checkpoint(tmp_path / "elsewhere")) == 0
 
 
+def check_rules(code: Code, root: Path) -> None:
+    """Many saves, each rule in the way of the others, against the oracle."""
+    dice = random.Random(4)
+    saved: dict[int, bool] = {}
+    store, said = code.store(root / "rules", **RULES)
+    for step in range(0, 300, 5):
+        saved[step] = dice.random() < 0.4
+        save(store, step, step, best=saved[step])
+        assert steps_present(store.directory) == steps_kept(saved)
+    assert said == []
+
+
+def check_kept_best_are_steps(code: Code, root: Path) -> None:
+    """The best of a step that was saved twice is one of the best that are kept, not two."""
+    store, _ = code.store(root / "checkpoints", keep_best=2)
+    for mark, (step, best) in enumerate([(10, True), (20, True), (20, True), (30, False)]):
+        save(store, step, mark, best=best)
+    assert names(store.directory) == {"step-00000010", "step-00000020-2", "step-00000030", "latest", "best"}
+
+
+def check_clock(code: Code, root: Path) -> None:
+    """The clock was set back between saves, or forward: what is newer is told by the step."""
+    store, said = code.store(root / "checkpoints", keep_last=3)
+    for mark in range(5):
+        path = save(store, 10 * mark, mark, best=mark in (1, 3))
+        for file in (path, *path.iterdir(), store.directory / "latest"):
+            os.utime(file, (10**9 - 10**6 * mark,) * 2)
+        check_state(code, store.directory, newest={mark}, best={3 if mark >= 3 else 1 if mark else None})
+    assert steps_present(store.directory) == {20, 30, 40} and said == []
+
+
+def test_every_rule_keeps_its_own(tmp_path):
+    check_rules(REAL, tmp_path)
+
+
+def test_the_best_are_counted_by_steps(tmp_path):
+    check_kept_best_are_steps(REAL, tmp_path)
+
+
+def test_no_clock_decides(tmp_path):
+    check_clock(REAL, tmp_path)
+
+
+# --- the thread that writes --------------------------------------------------------------------------------------
+
+
+class Gate(Disk):
+    """A disk whose first call waits until the gate is opened; the caller of `begin_save` must never wait for it."""
+
+    def __init__(self, **faults: int) -> None:
+        super().__init__(**faults)
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def _call(self, grows: bool = False) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.reached.set()
+        self.opened.wait()
+        super()._call(grows)
+
+
+def check_own_copy(code: Code, root: Path) -> None:
+    """`begin_save` returns before the disk is asked for anything, and what the caller changes then is not saved."""
+    store, _ = code.store(root / "checkpoints")
+    weight = torch.randn(4, 3)
+    cl = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    expected = {"weight": weight.clone(), "channels_last": cl.clone()}
+    tensors, state = {"model": {"weight": weight, "channels_last": cl}}, {"progress": {"step": 1}}
+    with using(code, Gate()) as gate:
+        store.begin_save(1, tensors, state)
+        try:
+            assert not store.failed and names(store.directory) == set()
+            weight.zero_()
+            cl.add_(1)
+            state["progress"]["step"] = 2
+            tensors["model"]["late"] = torch.ones(1)
+        finally:
+            gate.opened.set()
+        store.wait()
+    loaded = store.load_newest()
+    assert loaded.state == {"progress": {"step": 1}}
+    assert weights_sha256(loaded.tensors["model"]) == weights_sha256(expected)
+
+
+class Late(Mapping):
+    """A mapping that notes what is on the disk when it is first read."""
+
+    def __init__(self, content: Mapping[str, Any], directory: Path) -> None:
+        self._content, self._directory, self.seen = content, directory, None
+
+    def __getitem__(self, key):
+        return self._content[key]
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __iter__(self):
+        if self.seen is None:
+            self.seen = names(self._directory)
+        return iter(self._content)
+
+
+def check_next_save_waits(code: Code, root: Path) -> None:
+    """The second save copies nothing before the first is on the disk: one copy at a time, one writer at a time."""
+
+    class Opening(code.checkpoint.CheckpointStore):
+        def wait(self, **options: bool) -> None:
+            gate.opened.set()  # only now: who does not wait finds the first save still at the gate
+            super().wait(**options)
+
+    for call in ("begin_save", "load_newest", "load_best"):
+        with using(code, Gate()) as gate:
+            store = code.checkpoint.CheckpointStore(root / call, keep_last=2)
+            store.begin_save(10, tensors_of(0), {"mark": 0}, best=True)
+            gate.reached.wait()
+            store.__class__ = Opening
+            tensors = Late(tensors_of(1), store.directory)
+            try:
+                if call == "begin_save":
+                    store.begin_save(20, tensors, {"mark": 1})
+                    assert tensors.seen == {"step-00000010", "latest", "best"}
+                else:
+                    assert mark_of(getattr(store, call)()) == 0
+            finally:
+                gate.opened.set()
+            store.wait()
+        assert mark_of(store.load_newest()) == (1 if call == "begin_save" else 0)
+
+
+NEXT_CALLS: dict[str, Callable[[CheckpointStore], Any]] = {
+    "begin_save": lambda store: store.begin_save(30, tensors_of(2), {"mark": 2}),
+    "wait": lambda store: store.wait(),
+    "wait for success": lambda store: store.wait(must_succeed=True),
+    "load_newest": lambda store: store.load_newest(),
+    "load_best": lambda store: store.load_best(),
+}
+
+
+class Defect(Disk):
+    """A disk with a bug."""
+
+    def _call(self, grows: bool = False) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+def check_failure_surfaces(code: Code, root: Path) -> None:
+    """What went wrong in the thread is raised by the next call, whichever it is, once, and `failed` tells it before."""
+    cases = [
+        (Disk(full_at=0), CheckpointError, "raise"),
+        *[(Defect(), ZeroDivisionError, p) for p in ("raise", "warn")],
+    ]
+    for (number, (disk, error, policy)), (name, call) in itertools.product(enumerate(cases), NEXT_CALLS.items()):
+        store, said = code.store(root / f"{number} {name}", on_write_error=policy)
+        save(store, 10, 0, best=True)
+        assert not store.failed
+        with using(code, disk):
+            store.begin_save(20, tensors_of(1), {"mark": 1})
+            store._thread.join()
+        assert store.failed
+        with pytest.raises(error):
+            call(store)
+        assert not store.failed
+        store.wait()
+        with pytest.raises(error):
+            store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 0 and said == []
+        save(store, 30, 2)
+        store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 2 and not store.failed
+
+
+def check_memory(code: Code, root: Path) -> None:
+    """A save takes the memory of one copy, and gives it back, also when it fails under the policy `warn`."""
+    tensors = {"model": {"a": torch.randn(1000, 1000)}, "optimizer": {"a": torch.randn(1000, 1000), "b": torch.ones(3)}}
+    store, _ = code.store(root / "checkpoints", on_write_error="warn")
+    tracemalloc.start()
+    try:
+        for step, disk in enumerate((os, Disk(full_at=0), os)):
+            with using(code, disk):
+                before = tracemalloc.get_traced_memory()[0]
+                tracemalloc.reset_peak()
+                store.begin_save(step, tensors, {})
+                store.wait()
+                after, peak = tracemalloc.get_traced_memory()
+            assert 8e6 < peak - before < 9e6 and after - before < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_saved_is_a_copy_of_its_own(tmp_path):
+    check_own_copy(REAL, tmp_path)
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path):
+    check_next_save_waits(REAL, tmp_path)
+
+
+def test_a_failure_in_the_thread_is_raised_by_the_next_call_once(tmp_path):
+    check_failure_surfaces(REAL, tmp_path)
+
+
+def test_a_line_that_cannot_be_said_is_no_silence(tmp_path):
+    def say(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    store = CheckpointStore(tmp_path, keep_last=1, on_write_error="warn", say=say)
+    with using(REAL, Disk(full_at=0)):
+        store.begin_save(10, tensors_of(0), {})
+        with pytest.raises(BrokenPipeError, match="No space left"):
+            store.wait()
+
+
+def test_one_copy_in_memory(tmp_path):
+    check_memory(REAL, tmp_path)
+
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 
@@ -915,6 +1214,22 @@ WRITE_MANIFEST = "            files.write_file(temporary / MANIFEST, _seal(manif
 FSYNC_TEMPORARY = "            files.fsync_dir(temporary)\n"
 MOVE = "            files.move(temporary, path)\n"
 
+COPY_STATE = """        contents = {STATE: memoryview((json.dumps(dict(state), indent=1) + "\\n").encode())}
+"""
+COPY_TENSORS = """        contents |= {stem + SUFFIX: _safetensors(group) for stem, group in tensors.items()}
+"""
+LATE = """
+        class Late(dict):
+            def items(self):
+                yield from super().items()
+                yield from {late}.items()
+        contents = Late({now})
+"""
+LATE_COPY_OF_STATE = LATE.format(late="{STATE: json.dumps(dict(state)).encode()}", now="{}")
+LATE_COPY_OF_TENSORS = LATE.format(
+    late="{stem + SUFFIX: _safetensors(group) for stem, group in tensors.items()}", now="contents"
+)
+
 MUTANTS = {
     "renamed before the manifest": (
         check_death,
@@ -945,11 +1260,11 @@ MUTANTS = {
     "old ones deleted first": (
         check_death,
         "checkpoint",
-        "            path = self._write(step, tensors, state, best)\n",
-        "            for path in self._paths():\n                self._delete(path)\n"
-        "            path = self._write(step, tensors, state, best)\n",
+        "        path = self._write(step, contents, best)\n",
+        "        for path in self._paths():\n            self._delete(path)\n"
+        "        path = self._write(step, contents, best)\n",
     ),
-    "nothing swept": (check_death, "checkpoint", "            self._sweep()\n", ""),
+    "nothing swept": (check_death, "checkpoint", "        self._sweep()\n", ""),
     "too much swept": (check_deaths_in_a_row, "checkpoint", '.glob(".tmp-*")', '.glob("*")'),
     "content not synced": (check_death, "files", "        os.fsync(descriptor)\n    finally", "    finally"),
     "names of the files not synced": (check_death, "checkpoint", FSYNC_TEMPORARY, ""),
@@ -970,8 +1285,8 @@ MUTANTS = {
     "a full disk not caught": (
         check_full_disk,
         "checkpoint",
-        "except OSError as error:\n            raise CheckpointError(_explain",
-        "except KeyError as error:\n            raise CheckpointError(_explain",
+        "except (OSError, CheckpointError) as error:",
+        "except KeyError as error:",
     ),
     "hashes not compared": (
         check_bit_flips,
@@ -1000,8 +1315,8 @@ MUTANTS = {
         "",
     ),
     "oldest loaded first": (check_retention, "checkpoint", "key=_position, reverse=True)", "key=_position)"),
-    "best not kept": (check_retention, "checkpoint", "if _says_best(path)][:1]", "if _says_best(path)][:0]"),
-    "every best kept": (check_retention, "checkpoint", "if _says_best(path)][:1]", "if _says_best(path)]"),
+    "best not kept": (check_retention, "checkpoint", "[: self._keep_best]", "[:0]"),
+    "every best kept": (check_retention, "checkpoint", "[: self._keep_best]", ""),
     "one kept too few": (check_retention, "checkpoint", "[: self._keep_last]", "[: self._keep_last - 1]"),
     "later steps count as kept": (
         check_fallback_is_not_pushed_out,
@@ -1009,6 +1324,87 @@ MUTANTS = {
         "if _position(path.name) <= _position(saved.name)]",
         "]",
     ),
+    "order from the clock": (
+        check_clock,
+        "checkpoint",
+        "sorted(names, key=_position, reverse=True)",
+        "sorted(names, key=lambda name: os.stat(self.directory / name).st_mtime, reverse=True)",
+    ),
+    "the oldest best kept": (
+        check_rules,
+        "checkpoint",
+        "list(best.values())[: self._keep_best]",
+        "list(best.values())[-self._keep_best :]",
+    ),
+    "multiples deleted": (check_rules, "checkpoint", "if step % self._keep_every_steps == 0", "if False"),
+    "multiples deleted while dying": (
+        check_death_under_rules,
+        "checkpoint",
+        "if step % self._keep_every_steps == 0",
+        "if step % self._keep_every_steps == 0 and step == _position(saved.name)[0]",
+    ),
+    "the best counted by directories": (
+        check_kept_best_are_steps,
+        "checkpoint",
+        "best = _by_step(good), _by_step(path for path in good if _says_best(path))",
+        "best = _by_step(good), {path: path for path in good if _says_best(path)}",
+    ),
+    "no copy of the tensors": (check_own_copy, "checkpoint", COPY_TENSORS, LATE_COPY_OF_TENSORS),
+    "no copy of the state": (check_own_copy, "checkpoint", COPY_STATE, LATE_COPY_OF_STATE),
+    "written by the caller": (check_own_copy, "checkpoint", "        thread.start()\n", "        thread.run()\n"),
+    "the next save does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        self._failure = None\n",
+        "        self._failure = None\n",
+    ),
+    "the next save waits with a copy in its hand": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        self._failure = None\n",
+        "        copy = {stem: _safetensors(group) for stem, group in tensors.items()}\n"
+        "        self.wait()\n        self._failure = None\n",
+    ),
+    "load_newest does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        return self._load",
+        "        return self._load",
+    ),
+    "load_best does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        candidates",
+        "        candidates",
+    ),
+    "a defect vanishes": (
+        check_failure_surfaces,
+        "checkpoint",
+        "            self._failure = self._unraised = error\n",
+        "            self._failure = self._unraised = error if isinstance(error, CheckpointError) else None\n",
+    ),
+    "raised twice": (check_failure_surfaces, "checkpoint", "        self._unraised = None\n", ""),
+    "failed is never told": (check_failure_surfaces, "checkpoint", "return self._unraised is not None", "return False"),
+    "a failure is forgotten": (
+        check_failure_surfaces,
+        "checkpoint",
+        "error = self._failure if must_succeed else self._unraised",
+        "error = self._unraised",
+    ),
+    "a failure sticks": (
+        check_failure_surfaces,
+        "checkpoint",
+        "        self._failure = None\n        contents",
+        "        contents",
+    ),
+    "warned and raised": (check_warning, "checkpoint", 'if self._on_write_error == "raise":', "if True:"),
+    "not warned": (
+        check_warning,
+        "checkpoint",
+        '                self._say(f"checkpoint.on_write_error=warn: {self._failure}")\n',
+        "",
+    ),
+    "two copies": (check_memory, "checkpoint", "memoryview(content)", "memoryview(content.tobytes())"),
     "a name used twice": (
         check_damaged_step_saved_again,
         "checkpoint",
@@ -1033,7 +1429,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(tmp_path, name):
     check, module, old, new = MUTANTS[name]
-    with pytest.raises((AssertionError, CheckpointError, OSError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, CheckpointError, OSError, ZeroDivisionError, pytest.fail.Exception)):
         check(mutant(module, old, new), tmp_path)
 
 
