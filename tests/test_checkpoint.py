@@ -1300,6 +1300,12 @@ MUTANTS = {
         'if hashlib.sha256(data).hexdigest() != entry["sha256"]:',
         "if False:",
     ),
+    "no fallback, random damage": (
+        check_random_damage,
+        "checkpoint",
+        "                continue\n",
+        "                raise\n",
+    ),
     "manifest not sealed": (check_bit_flips, "checkpoint", "if sealed != data:", "if sealed is None:"),
     "extra files let pass": (
         check_missing_and_extra_files,
