@@ -237,12 +237,14 @@ def check_death(code: Code, root: Path) -> int:
     """Dies before each call of each scenario; returns how many calls that were."""
     deaths = 0
     for (scenario, (before, (step, best))), loss in itertools.product(SCENARIOS.items(), LOSSES):
+        prepared, mark = root / f"{scenario} {loss}", len(before)
+        with using(code, Disk()):
+            for number, (earlier, was_best) in enumerate(before):
+                save(code.store(prepared)[0], earlier, number, best=was_best)
         for die_at in itertools.count():
             directory = root / scenario / loss / str(die_at)
-            with using(code, Disk()):
-                for mark, (earlier, was_best) in enumerate(before):
-                    save(code.store(directory)[0], earlier, mark, best=was_best)
-            mark = len(before)
+            if before:
+                shutil.copytree(prepared, directory)
             with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
                 save(code.store(directory)[0], step, mark, best=best)
             if disk.died and LOSSES[loss]:
@@ -308,12 +310,13 @@ def steps_present(directory: Path) -> set[int]:
 def check_death_under_rules(code: Code, root: Path) -> int:
     """Dies before each call of a save that deletes by every rule; returns how many calls that were."""
     assert steps_kept(EARLIER) == {20, 30, 40, 50} and steps_kept(EARLIER | {60: True}) == {20, 40, 50, 60}
+    prepared = root / "prepared"
+    with using(code, Disk()):
+        for step, best in EARLIER.items():
+            save(code.store(prepared, **RULES)[0], step, step, best=best)
+    assert steps_present(prepared) == steps_kept(EARLIER)
     for die_at, loss in ((die_at, loss) for die_at in itertools.count() for loss in LOSSES):
-        directory = root / f"{die_at} {loss}"
-        with using(code, Disk()):
-            for step, best in EARLIER.items():
-                save(code.store(directory, **RULES)[0], step, step, best=best)
-        assert steps_present(directory) == steps_kept(EARLIER)
+        directory = shutil.copytree(prepared, root / f"{die_at} {loss}")
         with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
             save(code.store(directory, **RULES)[0], 60, 60, best=True)
         if disk.died and LOSSES[loss]:
