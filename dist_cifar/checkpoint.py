@@ -1,9 +1,11 @@
 """Checkpoints on disk: written whole or not at all, verified to the last bit when read.
 
-Contract: `CheckpointStore.save` returns when the checkpoint is on the disk. Killed at any instant, or out of disk
-space, it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the next `save` sweeps.
-`load_newest` returns the newest checkpoint of which every byte is as it was written; it passes over damaged ones,
-saying so, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by accident.
+Contract: `CheckpointStore.begin_save` copies what is to be saved and returns; a thread writes the copy. Killed at any
+instant, or out of disk space, it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the
+next save sweeps. One write is under way at a time, and no failure of it is lost: every method waits for it and raises
+its error first. `load_newest` returns the newest checkpoint of which every byte is as it was written; it passes over
+damaged ones, saying so, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by
+accident.
 
     <directory>/step-00001234/model.safetensors    one file for each group of tensors
     <directory>/step-00001234/state.json           everything that is not a tensor
@@ -14,11 +16,12 @@ Three rules give the safety. A directory is written under a temporary name, mani
 is renamed back to a temporary name before anything of it is deleted. So whatever is called `step-...` is complete, or
 damaged. No name is overwritten: a step that is saved again becomes `step-00001234-2`, and only then is the first one
 deleted. The truth is in the directories alone: `latest` and `best` are written but never read, so that nothing depends
-on them.
+on them. Which checkpoint is newer is in the names: no clock is read, neither the machine's nor that of the files.
 
 Tensors are stored as safetensors and the rest as JSON; nothing is ever unpickled. Tensors are stored contiguous: their
-values return bit for bit, their memory format (channels_last) does not. This module knows nothing of ranks: one process
-writes to a directory at a time, others may read.
+values return bit for bit, their memory format (channels_last) does not. The copy that `begin_save` makes is laid out as
+the files are, so that it is the only one: writing takes no more memory than what is written. This module knows nothing
+of ranks: one process writes to a directory at a time, others may read.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 
@@ -46,6 +51,19 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SUFFIX = ".safetensors"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the types that can be saved."""
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -105,42 +123,86 @@ def read_checkpoint(path: Path) -> Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. Creating it touches no file."""
 
-    def __init__(self, directory: Path, *, keep_last: int, say: Callable[[str], None] = print) -> None:
-        """`keep_last` (at least 1) is the number of newest checkpoints kept; the best one is kept beside them."""
-        assert keep_last >= 1
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int,
+        keep_best: int = 1,
+        keep_every_steps: int | None = None,
+        on_write_error: Literal["raise", "warn"] = "raise",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """What is kept: the checkpoints of the `keep_last` newest steps, of the newest `keep_best` of those that were
+        saved as the best, and of every step that is a multiple of `keep_every_steps`.
+
+        With `on_write_error="warn"` a save that the disk refuses is said, not raised; the writing thread calls `say`.
+        """
+        assert keep_last >= 1 and keep_best >= 1 and (keep_every_steps is None or keep_every_steps >= 1)
         self.directory = directory
         self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._keep_every_steps = keep_every_steps
+        self._on_write_error = on_write_error
         self._say = say
         self._bad: set[str] = set()  # found damaged: these do not count as kept
+        self._thread: threading.Thread | None = None  # writes the save that was begun last
+        self._failure: BaseException | None = None  # of the save that was begun last
+        self._unraised: BaseException | None = None  # the same, until it is raised; never what was only to be said
 
-    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False) -> Path:
-        """Writes the checkpoint of `step` and deletes those that are no longer kept; returns its directory.
+    def begin_save(
+        self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False
+    ) -> None:
+        """Begins to write the checkpoint of `step`, and then to delete those that are no longer kept.
 
-        `tensors` maps file stems to tensors, which are only read, and must not change until this returns. `state` is
-        JSON. Raises `CheckpointError` when the disk is full or does not let itself be written; every earlier
-        checkpoint that is kept is then still there.
+        `tensors` maps file stems to tensors on any device, of the types in `DTYPES`; `state` is JSON. Both are copied
+        before this returns. Waits for the write before it, and raises its error instead, as `wait` does.
         """
-        try:
-            files.make_dirs(self.directory)
-            self._sweep()
-            path = self._write(step, tensors, state, best)
-            files.write_atomic(self.directory / "latest", path.name + "\n")
-            if best:
-                files.write_atomic(self.directory / "best", path.name + "\n")
-            self._retain(path)
-        except OSError as error:
-            raise CheckpointError(_explain(self.directory, step, tensors, error)) from error
-        return path
+        self.wait()
+        self._failure = None
+        contents = {STATE: memoryview((json.dumps(dict(state), indent=1) + "\n").encode())}
+        contents |= {stem + SUFFIX: _safetensors(group) for stem, group in tensors.items()}
+        thread = threading.Thread(target=self._run, args=(step, contents, best), name="checkpoint", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def wait(self, *, must_succeed: bool = False) -> None:
+        """Returns when no write is under way. What went wrong in the last one is raised, once.
+
+        `CheckpointError`: the disk is full or does not let itself be written, and every earlier checkpoint that is
+        kept is still there. `must_succeed` raises it whatever the policy, and also if it was raised before: when this
+        returns, the checkpoint that was begun last is on the disk.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error = self._failure if must_succeed else self._unraised
+        self._unraised = None
+        if error is not None:
+            raise error
+
+    @property
+    def failed(self) -> bool:
+        """Whether the next call will raise the error of a write. Never blocks."""
+        return self._unraised is not None
+
+    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False) -> None:
+        """`begin_save`, and the wait for it."""
+        self.begin_save(step, tensors, state, best=best)
+        self.wait()
 
     def load_newest(self) -> Checkpoint | None:
         """The newest good checkpoint, or None if there is no directory of one at all.
 
-        Says which damaged ones it passes over; raises `CheckpointError` if none is good.
+        Says which damaged ones it passes over; raises `CheckpointError` if none is good. Waits for the write under way,
+        as `wait` does.
         """
+        self.wait()
         return self._load(self._paths())
 
     def load_best(self) -> Checkpoint | None:
         """The newest good one of those that were saved as the best, or None if none was; otherwise as `load_newest`."""
+        self.wait()
         candidates = []
         for path in self._paths():
             try:
@@ -172,13 +234,35 @@ class CheckpointStore:
             )
         return None
 
-    def _write(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], best: bool) -> Path:
+    def _run(self, step: int, contents: Mapping[str, memoryview], best: bool) -> None:
+        """The thread's work: whatever is raised in it is kept for the caller."""
+        try:
+            try:
+                self._commit(step, contents, best)
+            except (OSError, CheckpointError) as error:
+                self._failure = CheckpointError(_explain(self.directory, step, contents, error))
+                if self._on_write_error == "raise":
+                    raise self._failure from error
+                self._say(f"checkpoint.on_write_error=warn: {self._failure}")
+        except BaseException as error:
+            self._failure = self._unraised = error
+
+    def _commit(self, step: int, contents: Mapping[str, memoryview], best: bool) -> None:
+        files.make_dirs(self.directory)
+        self._sweep()
+        path = self._write(step, contents, best)
+        files.write_atomic(self.directory / "latest", path.name + "\n")
+        if best:
+            files.write_atomic(self.directory / "best", path.name + "\n")
+        self._retain(path)
+
+    def _write(self, step: int, contents: Mapping[str, memoryview], best: bool) -> Path:
         path = self._free_path(step)
         temporary = self._temporary(path)
         try:
             files.make_dirs(temporary)
             entries = {}
-            for name, data in _serialised(tensors, state):
+            for name, data in contents.items():
                 files.write_file(temporary / name, data)
                 entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             manifest = {"format": FORMAT, "step": step, "best": best, "files": entries}
@@ -199,17 +283,17 @@ class CheckpointStore:
         return self.directory / (f"step-{step:08d}" + (f"-{revision}" if revision > 1 else ""))
 
     def _retain(self, saved: Path) -> None:
-        """Deletes all but the newest `keep_last` steps and the best one.
+        """Deletes what no rule keeps. Rules count steps: of a step that was saved twice the newest is meant.
 
         Later steps than the one just saved are from before a fallback. They are left alone until the run has passed
         them, and must not push out what it has saved since.
         """
         passed = [path for path in self._paths() if _position(path.name) <= _position(saved.name)]
         good = [path for path in passed if path.name not in self._bad]
-        newest: dict[int, Path] = {}
-        for path in good:
-            newest.setdefault(_position(path.name)[0], path)
-        kept = {*list(newest.values())[: self._keep_last], *[path for path in good if _says_best(path)][:1]}
+        newest, best = _by_step(good), _by_step(path for path in good if _says_best(path))
+        kept = {*list(newest.values())[: self._keep_last], *list(best.values())[: self._keep_best]}
+        if self._keep_every_steps is not None:
+            kept |= {path for step, path in newest.items() if step % self._keep_every_steps == 0}
         for path in reversed(passed):
             if path not in kept:
                 self._delete(path)
@@ -251,13 +335,35 @@ def _position(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 1)) if match else None
 
 
-def _serialised(tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of each file; a generator, so that only one is in memory at a time."""
-    yield STATE, (json.dumps(dict(state), indent=1) + "\n").encode()
-    for stem, group in tensors.items():
-        # safetensors refuses tensors that are not contiguous or share their memory.
-        own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in group.items()}
-        yield stem + SUFFIX, safetensors.torch.save(own)
+def _by_step(paths: Iterable[Path]) -> dict[int, Path]:
+    """The first path of each step, in the order of `paths`."""
+    first: dict[int, Path] = {}
+    for path in paths:
+        first.setdefault(_position(path.name)[0], path)
+    return first
+
+
+def _safetensors(tensors: Tensors) -> memoryview:
+    """The file with the values that the tensors have now, each with memory of its own, row-major.
+
+    8 bytes length of the header, the header as JSON padded to a multiple of 8, the data: as specified in
+    https://github.com/huggingface/safetensors#format. The library itself would hold three copies at a time.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so each one's place is aligned
+    places: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        places[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(places).encode()
+    header += b" " * (-len(header) % 8)
+    content = np.empty(8 + len(header) + end, dtype=np.uint8)
+    content[: 8 + len(header)] = np.frombuffer(len(header).to_bytes(8, "little") + header, dtype=np.uint8)
+    data = torch.from_numpy(content[8 + len(header) :])
+    for name, tensor in ordered:
+        start, end = places[name]["data_offsets"]
+        data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    return memoryview(content)
 
 
 def _parse(path: Path, name: str, data: bytes) -> Any:
@@ -300,12 +406,13 @@ def _says_best(path: Path) -> bool:
         return False
 
 
-def _explain(directory: Path, step: int, tensors: Mapping[str, Tensors], error: OSError) -> str:
-    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+def _explain(directory: Path, step: int, contents: Mapping[str, memoryview], error: Exception) -> str:
+    needed = sum(len(data) for data in contents.values())
     free = ""
     with contextlib.suppress(OSError):
         free = f", {shutil.disk_usage(directory).free / 1e6:.1f} MB free"
     return (
         f"{directory}: cannot save step {step} ({needed / 1e6:.1f} MB needed{free}): {error};"
-        " free space or make the directory writable, and run again: earlier checkpoints are kept"
+        " free space or make the directory writable: earlier checkpoints are kept, and a run started again resumes from"
+        " them"
     )

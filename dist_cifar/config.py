@@ -240,7 +240,15 @@ class CheckpointConfig:
     every_steps: PositiveInt | None = None
     """Steps between two checkpoints within an epoch; null writes none there."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints kept; the best one is kept beside them."""
+    """Newest checkpoints kept."""
+    keep_best: PositiveInt = 1
+    """Kept beside them: the newest of those that were the best so far when they were saved."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of steps that are a multiple of this are never deleted; null deletes them like the others. It makes
+    no checkpoint by itself."""
+    on_write_error: Literal["raise", "warn"] = "raise"
+    """When the disk is full or cannot be written: `raise` ends the run; `warn` says so and trains on, with the earlier
+    checkpoints. The save with which a signal stops the run must succeed all the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +309,9 @@ CHANGEABLE_AT_RESUME = frozenset(
         "train.max_steps",
         "checkpoint.every_steps",
         "checkpoint.keep_last",
+        "checkpoint.keep_best",
+        "checkpoint.keep_every_steps",
+        "checkpoint.on_write_error",
     }
     | {f"tracking.{name}" for name in _HINTS["tracking"]}
 )

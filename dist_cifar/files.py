@@ -25,7 +25,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Writes and syncs the content of a file. Its name lasts once `fsync_dir` has synced the directory."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:

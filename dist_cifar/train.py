@@ -156,7 +156,12 @@ class _Run:
         self.sums = TrainingSums(communicator.device, may_skip=config.train.non_finite == "skip")
         self.own_time = OwnTime(communicator.device)
         self.store = CheckpointStore(
-            self.run_dir.checkpoints, keep_last=config.checkpoint.keep_last, say=self.display.say
+            self.run_dir.checkpoints,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+            on_write_error=config.checkpoint.on_write_error,
+            say=self.display.say,
         )
         self.saved_step = self._restore(must_resume, resume_anyway)
         self.logged = dataclasses.replace(self.progress)

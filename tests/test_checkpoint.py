@@ -1,7 +1,8 @@
 """The checkpoint store against death, power loss, full disks and damage at every point where they can strike.
 
 The checks are functions of the code under test. Each is run on the store itself, where it must hold, and on mutants
-of it, where it must fail: a check that no mutant fails would prove nothing.
+of it, where it must fail: a check that no mutant fails would prove nothing. Where a check needs a write to be under
+way it holds the writing thread at a gate, and nothing depends on how long anything takes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -16,10 +18,13 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -36,9 +41,9 @@ class Code:
     checkpoint: ModuleType = checkpoint
     files: ModuleType = files
 
-    def store(self, directory: Path, keep_last: int = 1) -> tuple[CheckpointStore, list[str]]:
+    def store(self, directory: Path, keep_last: int = 1, **options: Any) -> tuple[CheckpointStore, list[str]]:
         said: list[str] = []
-        return self.checkpoint.CheckpointStore(directory, keep_last=keep_last, say=said.append), said
+        return self.checkpoint.CheckpointStore(directory, keep_last=keep_last, say=said.append, **options), said
 
 
 REAL = Code()
@@ -155,7 +160,7 @@ def _find(root: Path, inode: int) -> Path:
 
 
 @contextlib.contextmanager
-def using(code: Code, disk: Disk) -> Iterator[Disk]:
+def using(code: Code, disk: Any) -> Iterator[Any]:
     before, code.files.os = code.files.os, disk
     try:
         yield disk
@@ -174,7 +179,12 @@ def tensors_of(mark: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(store: CheckpointStore, step: int, mark: int, *, best: bool = False) -> Path:
-    return store.save(step, tensors_of(mark), {"mark": mark}, best=best)
+    """Saves in the background and waits; returns the directory."""
+    store.begin_save(step, tensors_of(mark), {"mark": mark}, best=best)
+    store.wait()
+    paths = sorted(store.directory.glob(f"step-{step:08d}*"), key=lambda path: checkpoint._position(path.name))
+    assert paths, f"nothing was saved for step {step}"
+    return paths[-1]
 
 
 def mark_of(loaded: checkpoint.Checkpoint | None) -> int | None:
@@ -227,12 +237,14 @@ def check_death(code: Code, root: Path) -> int:
     """Dies before each call of each scenario; returns how many calls that were."""
     deaths = 0
     for (scenario, (before, (step, best))), loss in itertools.product(SCENARIOS.items(), LOSSES):
+        prepared, mark = root / f"{scenario} {loss}", len(before)
+        with using(code, Disk()):
+            for number, (earlier, was_best) in enumerate(before):
+                save(code.store(prepared)[0], earlier, number, best=was_best)
         for die_at in itertools.count():
             directory = root / scenario / loss / str(die_at)
-            with using(code, Disk()):
-                for mark, (earlier, was_best) in enumerate(before):
-                    save(code.store(directory)[0], earlier, mark, best=was_best)
-            mark = len(before)
+            if before:
+                shutil.copytree(prepared, directory)
             with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
                 save(code.store(directory)[0], step, mark, best=best)
             if disk.died and LOSSES[loss]:
@@ -276,6 +288,55 @@ def check_deaths_in_a_row(code: Code, root: Path) -> None:
         shutil.rmtree(directory)
 
 
+RULES = {"keep_last": 1, "keep_best": 2, "keep_every_steps": 20}
+EARLIER = {10: False, 20: False, 30: True, 40: False, 50: True}
+"""Step to whether it was the best. By `RULES` the save of 60, the best, lets go of 30; 10 went before."""
+
+
+def steps_kept(saved: Mapping[int, bool]) -> set[int]:
+    """What `RULES` keep of the steps saved one after the other, step to whether it was the best: the oracle."""
+    present: set[int] = set()
+    for step in saved:
+        present.add(step)
+        best = sorted(other for other in present if saved[other])[-2:]
+        present = {other for other in present if other == step or other in best or other % 20 == 0}
+    return present
+
+
+def steps_present(directory: Path) -> set[int]:
+    return {checkpoint._position(path.name)[0] for path in directory.glob("step-*")}
+
+
+def check_death_under_rules(code: Code, root: Path) -> int:
+    """Dies before each call of a save that deletes by every rule; returns how many calls that were."""
+    assert steps_kept(EARLIER) == {20, 30, 40, 50} and steps_kept(EARLIER | {60: True}) == {20, 40, 50, 60}
+    prepared = root / "prepared"
+    with using(code, Disk()):
+        for step, best in EARLIER.items():
+            save(code.store(prepared, **RULES)[0], step, step, best=best)
+    assert steps_present(prepared) == steps_kept(EARLIER)
+    for die_at, loss in ((die_at, loss) for die_at in itertools.count() for loss in LOSSES):
+        directory = shutil.copytree(prepared, root / f"{die_at} {loss}")
+        with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
+            save(code.store(directory, **RULES)[0], 60, 60, best=True)
+        if disk.died and LOSSES[loss]:
+            disk.lose_power(root, is_lost=LOSSES[loss])
+        check_state(code, directory, newest={50, 60} if disk.died else {60}, best={50, 60} if disk.died else {60})
+        present = steps_present(directory)
+        assert {20, 40, 50} <= present <= {20, 30, 40, 50, 60} and (30 in present or 60 in present)
+        with using(code, Disk()):
+            save(code.store(directory, **RULES)[0], 70, 70)
+        assert steps_present(directory) == steps_kept(EARLIER | ({60: True} if 60 in present else {}) | {70: False})
+        assert not list(directory.glob(".tmp-*"))
+        shutil.rmtree(directory)
+        if not disk.died:
+            return die_at
+
+
+def test_a_death_while_deleting_by_any_rule_loses_nothing_that_is_kept(tmp_path):
+    assert check_death_under_rules(REAL, tmp_path) > 30
+
+
 def test_a_death_at_any_call_leaves_a_good_checkpoint(tmp_path):
     assert check_death(REAL, tmp_path) > len(LOSSES) * len(SCENARIOS) * 25
 
@@ -285,18 +346,21 @@ def test_deaths_in_a_row_leave_a_good_checkpoint(tmp_path):
 
 
 KILLED = """
-import os, random, signal, sys, time
+import mmap, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from dist_cifar.checkpoint import CheckpointStore
 
 directory, dice, last = Path(sys.argv[1]), random.Random(2), 0
+begun = mmap.mmap(-1, 8)  # shared with the children: the last step whose save began
 for kill in range(25):
     child = os.fork()
     if child == 0:
+        store = CheckpointStore(directory, keep_last=1)
         for step in range(last + 1, last + 1000):
             tensors = {"model": {"weight": torch.full((50_000,), step)}}
-            CheckpointStore(directory, keep_last=1).save(step, tensors, {"step": step}, best=step % 2 == 0)
+            store.begin_save(step, tensors, {"step": step}, best=step % 2 == 0)
+            begun[:] = step.to_bytes(8, "little")
         os._exit(1)
     time.sleep(dice.uniform(0.0, 0.05))
     os.kill(child, signal.SIGKILL)
@@ -308,7 +372,7 @@ for kill in range(25):
     if newest is None:
         assert last == 0
         continue
-    assert newest.step >= last and newest.state == {"step": newest.step}
+    assert newest.step >= max(last, int.from_bytes(begun[:], "little") - 1) and newest.state == {"step": newest.step}
     assert (newest.tensors["model"]["weight"] == newest.step).all()
     assert (best.step if best else 0) == newest.step // 2 * 2
     last = newest.step
@@ -316,16 +380,125 @@ print(last)
 """
 
 
-def test_a_killed_process_leaves_a_good_checkpoint(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints")],
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_a_process_killed_at_any_time_leaves_a_good_checkpoint(tmp_path):
+    result = run_script(KILLED, tmp_path / "checkpoints")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 0
+
+
+KILLED_AT_EACH_CALL = """
+import itertools, os, shutil, signal, sys, threading
+from pathlib import Path
+import torch
+from dist_cifar import files
+from dist_cifar.checkpoint import CheckpointStore
+
+class Killing:
+    def __init__(self, at):
+        self.at, self.calls = at, 0
+    def __getattr__(self, name):
+        function = getattr(os, name)
+        if name not in ("open", "write", "fsync", "mkdir", "rmdir", "unlink", "replace"):
+            return function
+        def call(*arguments):
+            assert threading.current_thread().name == "checkpoint"
+            if self.calls == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.calls += 1
+            return function(*arguments)
+        return call
+
+def store(said=None):
+    rules = {"keep_last": 1, "keep_best": 2, "keep_every_steps": 20}
+    return CheckpointStore(Path(sys.argv[1]), **rules, say=said.append if said is not None else print)
+
+def begin(store, step):
+    tensors = {"model": {"weight": torch.full((5000,), step)}}
+    store.begin_save(step, tensors, {"step": step}, best=step in (30, 50, 60))
+
+for at in itertools.count():
+    earlier = store()
+    for step in (10, 20, 30, 40, 50):
+        begin(earlier, step)
+    earlier.wait()
+    kept = {20, 30, 40, 50}
+    child = os.fork()
+    if child == 0:
+        files.os = Killing(at)
+        last = store()
+        begin(last, 60)
+        last.wait()
+        os._exit(0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    said = []
+    reader = store(said)
+    newest, best = reader.load_newest(), reader.load_best()
+    assert not said, said
+    assert newest.step == best.step and newest.step in ((50, 60) if killed else (60,)), newest.step
+    assert newest.state == {"step": newest.step} and (newest.tensors["model"]["weight"] == newest.step).all()
+    present = {int(path.name.split("-")[1]) for path in reader.directory.glob("step-*")}
+    assert present - {30, 60} == {20, 40, 50}, present
+    assert 30 in present or newest.step == 60
+    begin(reader, 70)
+    reader.wait()
+    present = {int(path.name.split("-")[1]) for path in reader.directory.glob("step-*")}
+    assert present == {20, 40, 50, 60, 70} - ({60} - {newest.step}) | ({30} if newest.step == 50 else set()), present
+    assert not list(reader.directory.glob(".tmp-*"))
+    shutil.rmtree(reader.directory)
+    if not killed:
+        break
+print(at)
+"""
+
+
+def test_a_process_killed_at_each_call_of_the_background_write_leaves_a_good_checkpoint(tmp_path):
+    result = run_script(KILLED_AT_EACH_CALL, tmp_path / "checkpoints")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 30
+
+
+EXITING = """
+import signal, sys, threading
+from pathlib import Path
+import torch
+from dist_cifar import checkpoint, files
+{mutation}
+class Gate:
+    def __getattr__(self, name):
+        blocked.set()
+        threading.Event().wait()
+files.os, blocked = Gate(), threading.Event()
+store = checkpoint.CheckpointStore(Path(sys.argv[1]), keep_last=1)
+store.begin_save(20, {{"model": {{"weight": torch.ones(3)}}}}, {{}})
+blocked.wait()
+signal.alarm({seconds})
+"""
+
+
+NO_DAEMON = """
+thread = checkpoint.threading.Thread
+checkpoint.threading.Thread = lambda **options: thread(**options | {"daemon": False})
+"""
+
+
+@pytest.mark.parametrize(("mutation", "seconds", "status"), [("", 60, 0), (NO_DAEMON, 1, -14)])
+def test_a_write_under_way_does_not_keep_the_process(tmp_path, mutation, seconds, status):
+    """Death between the copy and the first call to the disk; a mutant is ended by the alarm (14)."""
+    save(REAL.store(tmp_path)[0], 10, 0)
+    result = run_script(EXITING.format(mutation=mutation, seconds=seconds), tmp_path)
+    assert result.returncode == status, result.stderr
+    check_state(REAL, tmp_path, newest={0}, best={None})
 
 
 # --- disks that are full or cannot be written --------------------------------------------------------------------
@@ -355,6 +528,41 @@ def check_full_disk(code: Code, root: Path) -> int:
             save(store, 30, 3)
         assert mark_of(store.load_newest()) == 3 and said == []
     return full_at
+
+
+def check_warning(code: Code, root: Path) -> None:
+    """`on_write_error="warn"`: the disk is full from each call on, the training goes on and can save again later."""
+    for full_at in itertools.count():
+        directory = root / f"warned {full_at}"
+        store, said = code.store(directory, keep_last=2, on_write_error="warn")
+        with using(code, Disk()):
+            save(store, 10, 0, best=True)
+            save(store, 20, 1)
+        with using(code, Disk(full_at=full_at)):
+            store.begin_save(30, tensors_of(2), {"mark": 2}, best=True)
+            store.wait()
+            if not said:
+                store.wait(must_succeed=True)
+                break
+            assert len(said) == 1 and "\n" not in said[0] and "on_write_error=warn" in said[0]
+            assert str(directory) in said[0] and "No space left" in said[0] and "free space" in said[0]
+            assert not store.failed
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match="cannot save step 30") as caught:
+                    store.wait(must_succeed=True)
+                assert caught.value.exit_code == 74
+        if "step-00000030" not in names(directory):
+            assert names(directory) == {"step-00000010", "step-00000020", "latest", "best"}
+        check_state(code, directory, newest={1, 2}, best={0, 2})
+        with using(code, Disk()):
+            save(store, 40, 3)
+            store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 3 and len(said) == 1
+    assert full_at > 20 or code is not REAL
+
+
+def test_a_full_disk_can_be_a_warning(tmp_path):
+    check_warning(REAL, tmp_path)
 
 
 def test_a_disk_full_at_any_call_is_an_error_and_loses_nothing(tmp_path):
@@ -389,12 +597,25 @@ def test_a_full_file_system(tmp_path):
         store, said = REAL.store(tmp_path / "checkpoints")
         save(store, 10, 0)
         big = {"model": {"weight": torch.zeros(100_000)}}
+        store.begin_save(20, big, {})
         with pytest.raises(CheckpointError, match=r"step 20 \(0\.4 MB needed, 0\.\d MB free\): .*No space left"):
-            store.save(20, big, {})
+            store.wait()
         assert names(store.directory) == {"step-00000010", "latest"}
         assert mark_of(store.load_newest()) == 0 and said == []
         save(store, 20, 1)
         assert mark_of(store.load_newest()) == 1
+        remount = ["mount", "-o", "remount,ro", tmp_path]
+        subprocess.run(remount, check=True)
+        with pytest.raises(CheckpointError, match="Read-only file system"):
+            save(store, 30, 2)
+        warning, said = REAL.store(store.directory, on_write_error="warn")
+        warning.begin_save(30, tensors_of(2), {"mark": 2})
+        warning.wait()
+        assert len(said) == 1 and "Read-only file system" in said[0]
+        assert mark_of(warning.load_newest()) == 1
+        subprocess.run([*remount[:2], "remount,rw", tmp_path], check=True)
+        save(warning, 30, 2)
+        assert names(store.directory) == {"step-00000030", "latest"} and len(said) == 1
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -411,7 +632,9 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 def test_a_defect_of_the_caller_is_not_taken_for_a_full_disk(tmp_path):
     store, _ = REAL.store(tmp_path)
     with pytest.raises(TypeError):
-        store.save(1, tensors_of(0), {"not JSON": object()})
+        store.begin_save(1, tensors_of(0), {"not JSON": object()})
+    with pytest.raises(KeyError, match="complex64"):
+        store.begin_save(1, {"model": {"weight": torch.zeros(1, dtype=torch.complex64)}}, {})
     assert names(tmp_path) == set()
     assert store.load_newest() is None
 
@@ -465,41 +688,24 @@ def check_missing_and_extra_files(code: Code, root: Path) -> None:
     assert mark_of(code.store(directory)[0].load_newest()) == 1
 
 
-def mutate(dice: random.Random, path: Path, other: Path) -> None:
-    """Damages a file in one of many ways."""
-    data = bytearray(path.read_bytes())
-    start, end = sorted(dice.choices(range(len(data) + 1), k=2))
-    how = dice.choice(["truncate", "append", "zero", "noise", "cut", "repeat", "other", "empty", "unlink"])
-    if how == "unlink":
-        path.unlink()
-        return
-    if how == "append":
-        data += dice.randbytes(dice.randrange(1, 9))
-    elif how in ("zero", "noise"):
-        data[start:end] = bytes(end - start) if how == "zero" else dice.randbytes(end - start)
-    elif how == "repeat":
-        data[start:start] = data[start:end]
-    elif how == "other":
-        data = other.read_bytes()
-    else:
-        del data[{"truncate": start, "cut": start, "empty": 0}[how] : end if how == "cut" else None]
-    path.write_bytes(data)
+def benchmark(name: str) -> ModuleType:
+    """A script of `benchmarks/`, imported."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-def check_random_damage(code: Code, root: Path) -> int:
-    directory, newest = saved_twice(code, root)
+damage = benchmark("checkpoint_damage")
+
+
+def check_random_damage(code: Code, root: Path) -> None:
+    """Some of each kind; benchmarks/checkpoint_damage.py shoots more, at checkpoints of a real model."""
     dice = random.Random(3)
-    damaged = 0
-    for _ in range(500):
-        path = newest / dice.choice(sorted(os.listdir(newest)))
-        whole = path.read_bytes()
-        mutate(dice, path, directory / "step-00000010" / path.name)
-        if not path.exists() or path.read_bytes() != whole:
-            damaged += 1
-            check_falls_back(code, directory, newest)
-        path.write_bytes(whole)
-    assert mark_of(code.store(directory)[0].load_newest()) == 1
-    return damaged
+    targets = damage.Range(code.checkpoint, root, lambda step: (tensors_of(step), {"mark": step}))
+    for kind in [*damage.KINDS] * 20:
+        assert targets.shoot(kind, dice) == damage.Verdict(detected=True, fell_back=True), kind
 
 
 def test_a_flipped_bit_in_any_byte_is_found(tmp_path):
@@ -511,7 +717,7 @@ def test_missing_and_extra_files_are_found(tmp_path):
 
 
 def test_random_damage_is_found(tmp_path):
-    assert check_random_damage(REAL, tmp_path) > 400
+    check_random_damage(REAL, tmp_path)
 
 
 def test_what_parses_by_its_own_hash_is_still_checked(tmp_path):
@@ -538,6 +744,8 @@ def test_latest_and_best_are_not_needed(tmp_path, content):
         assert (directory / name).read_text() == "step-00000020\n"
         (directory / name).unlink() if content is None else (directory / name).write_text(content)
     check_state(REAL, directory, newest={1}, best={1})
+    save(REAL.store(directory)[0], 30, 2, best=True)
+    assert {(directory / name).read_text() for name in ("latest", "best")} == {"step-00000030\n"}
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "model.safetensors"])
@@ -652,6 +860,221 @@ def test_of_a_linked_checkpoint_only_the_link_is_deleted(tmp_path):
     assert mark_of(read_checkpoint(tmp_path / "elsewhere")) == 0
 
 
+def check_rules(code: Code, root: Path) -> None:
+    """Many saves, each rule in the way of the others, against the oracle."""
+    dice = random.Random(4)
+    saved: dict[int, bool] = {}
+    store, said = code.store(root / "rules", **RULES)
+    for step in range(0, 300, 5):
+        saved[step] = dice.random() < 0.4
+        save(store, step, step, best=saved[step])
+        assert steps_present(store.directory) == steps_kept(saved)
+    assert said == []
+
+
+def check_kept_best_are_steps(code: Code, root: Path) -> None:
+    """The best of a step that was saved twice is one of the best that are kept, not two."""
+    store, _ = code.store(root / "checkpoints", keep_best=2)
+    for mark, (step, best) in enumerate([(10, True), (20, True), (20, True), (30, False)]):
+        save(store, step, mark, best=best)
+    assert names(store.directory) == {"step-00000010", "step-00000020-2", "step-00000030", "latest", "best"}
+
+
+def check_clock(code: Code, root: Path) -> None:
+    """The clock was set back between saves, or forward: what is newer is told by the step."""
+    store, said = code.store(root / "checkpoints", keep_last=3)
+    for mark in range(5):
+        path = save(store, 10 * mark, mark, best=mark in (1, 3))
+        for file in (path, *path.iterdir(), store.directory / "latest"):
+            os.utime(file, (10**9 - 10**6 * mark,) * 2)
+        check_state(code, store.directory, newest={mark}, best={3 if mark >= 3 else 1 if mark else None})
+    assert steps_present(store.directory) == {20, 30, 40} and said == []
+
+
+def test_every_rule_keeps_its_own(tmp_path):
+    check_rules(REAL, tmp_path)
+
+
+def test_the_best_are_counted_by_steps(tmp_path):
+    check_kept_best_are_steps(REAL, tmp_path)
+
+
+def test_no_clock_decides(tmp_path):
+    check_clock(REAL, tmp_path)
+
+
+# --- the thread that writes --------------------------------------------------------------------------------------
+
+
+class Gate(Disk):
+    """A disk whose first call waits until the gate is opened; the caller of `begin_save` must never wait for it."""
+
+    def __init__(self, **faults: int) -> None:
+        super().__init__(**faults)
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def _call(self, grows: bool = False) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.reached.set()
+        self.opened.wait()
+        super()._call(grows)
+
+
+def check_own_copy(code: Code, root: Path) -> None:
+    """`begin_save` returns before the disk is asked for anything, and what the caller changes then is not saved."""
+    store, _ = code.store(root / "checkpoints")
+    weight = torch.randn(4, 3)
+    cl = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    expected = {"weight": weight.clone(), "channels_last": cl.clone()}
+    tensors, state = {"model": {"weight": weight, "channels_last": cl}}, {"progress": {"step": 1}}
+    with using(code, Gate()) as gate:
+        store.begin_save(1, tensors, state)
+        try:
+            assert not store.failed and names(store.directory) == set()
+            weight.zero_()
+            cl.add_(1)
+            state["progress"]["step"] = 2
+            tensors["model"]["late"] = torch.ones(1)
+        finally:
+            gate.opened.set()
+        store.wait()
+    loaded = store.load_newest()
+    assert loaded.state == {"progress": {"step": 1}}
+    assert weights_sha256(loaded.tensors["model"]) == weights_sha256(expected)
+
+
+class Late(Mapping):
+    """A mapping that notes what is on the disk when it is first read."""
+
+    def __init__(self, content: Mapping[str, Any], directory: Path) -> None:
+        self._content, self._directory, self.seen = content, directory, None
+
+    def __getitem__(self, key):
+        return self._content[key]
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __iter__(self):
+        if self.seen is None:
+            self.seen = names(self._directory)
+        return iter(self._content)
+
+
+def check_next_save_waits(code: Code, root: Path) -> None:
+    """The second save copies nothing before the first is on the disk: one copy at a time, one writer at a time."""
+
+    class Opening(code.checkpoint.CheckpointStore):
+        def wait(self, **options: bool) -> None:
+            gate.opened.set()  # only now: who does not wait finds the first save still at the gate
+            super().wait(**options)
+
+    for call in ("begin_save", "load_newest", "load_best"):
+        with using(code, Gate()) as gate:
+            store = code.checkpoint.CheckpointStore(root / call, keep_last=2)
+            store.begin_save(10, tensors_of(0), {"mark": 0}, best=True)
+            gate.reached.wait()
+            store.__class__ = Opening
+            tensors = Late(tensors_of(1), store.directory)
+            try:
+                if call == "begin_save":
+                    store.begin_save(20, tensors, {"mark": 1})
+                    assert tensors.seen == {"step-00000010", "latest", "best"}
+                else:
+                    assert mark_of(getattr(store, call)()) == 0
+            finally:
+                gate.opened.set()
+            store.wait()
+        assert mark_of(store.load_newest()) == (1 if call == "begin_save" else 0)
+
+
+NEXT_CALLS: dict[str, Callable[[CheckpointStore], Any]] = {
+    "begin_save": lambda store: store.begin_save(30, tensors_of(2), {"mark": 2}),
+    "wait": lambda store: store.wait(),
+    "wait for success": lambda store: store.wait(must_succeed=True),
+    "load_newest": lambda store: store.load_newest(),
+    "load_best": lambda store: store.load_best(),
+}
+
+
+class Defect(Disk):
+    """A disk with a bug."""
+
+    def _call(self, grows: bool = False) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+def check_failure_surfaces(code: Code, root: Path) -> None:
+    """What went wrong in the thread is raised by the next call, whichever it is, once, and `failed` tells it before."""
+    cases = [
+        (Disk(full_at=0), CheckpointError, "raise"),
+        *[(Defect(), ZeroDivisionError, p) for p in ("raise", "warn")],
+    ]
+    for (number, (disk, error, policy)), (name, call) in itertools.product(enumerate(cases), NEXT_CALLS.items()):
+        store, said = code.store(root / f"{number} {name}", on_write_error=policy)
+        save(store, 10, 0, best=True)
+        assert not store.failed
+        with using(code, disk):
+            store.begin_save(20, tensors_of(1), {"mark": 1})
+            store._thread.join()
+        assert store.failed
+        with pytest.raises(error):
+            call(store)
+        assert not store.failed
+        store.wait()
+        with pytest.raises(error):
+            store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 0 and said == []
+        save(store, 30, 2)
+        store.wait(must_succeed=True)
+        assert mark_of(store.load_newest()) == 2 and not store.failed
+
+
+def check_memory(code: Code, root: Path) -> None:
+    """A save takes the memory of one copy, and gives it back, also when it fails under the policy `warn`."""
+    tensors = {"model": {"a": torch.randn(1000, 1000)}, "optimizer": {"a": torch.randn(1000, 1000), "b": torch.ones(3)}}
+    store, _ = code.store(root / "checkpoints", on_write_error="warn")
+    tracemalloc.start()
+    try:
+        for step, disk in enumerate((os, Disk(full_at=0), os)):
+            with using(code, disk):
+                before = tracemalloc.get_traced_memory()[0]
+                tracemalloc.reset_peak()
+                store.begin_save(step, tensors, {})
+                store.wait()
+                after, peak = tracemalloc.get_traced_memory()
+            assert 8e6 < peak - before < 9e6 and after - before < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_saved_is_a_copy_of_its_own(tmp_path):
+    check_own_copy(REAL, tmp_path)
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path):
+    check_next_save_waits(REAL, tmp_path)
+
+
+def test_a_failure_in_the_thread_is_raised_by_the_next_call_once(tmp_path):
+    check_failure_surfaces(REAL, tmp_path)
+
+
+def test_a_line_that_cannot_be_said_is_no_silence(tmp_path):
+    def say(line: str) -> None:
+        raise BrokenPipeError(line)
+
+    store = CheckpointStore(tmp_path, keep_last=1, on_write_error="warn", say=say)
+    with using(REAL, Disk(full_at=0)):
+        store.begin_save(10, tensors_of(0), {})
+        with pytest.raises(BrokenPipeError, match="No space left"):
+            store.wait()
+
+
+def test_one_copy_in_memory(tmp_path):
+    check_memory(REAL, tmp_path)
+
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 
@@ -662,6 +1085,10 @@ def test_every_bit_returns(tmp_path):
         "special": torch.tensor([math.nan, -math.nan, math.inf, -math.inf, -0.0, 1e-45]),
         "nan payload": torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32),
         "bf16": torch.randn(7).bfloat16(),
+        "fp16": torch.randn(7).half(),
+        "int32": torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32),
+        "int16": torch.tensor([-(2**15), 2**15 - 1], dtype=torch.int16),
+        "int8": torch.tensor([-128, 127, 1], dtype=torch.int8),
         "fp64": torch.randn(7, dtype=torch.float64),
         "int64": torch.tensor([-(2**63), 2**63 - 1]),
         "uint8": torch.arange(256).to(torch.uint8),
@@ -672,15 +1099,18 @@ def test_every_bit_returns(tmp_path):
         "transposed": base.transpose(1, 2),
         "same storage": base,
         "part of it": base[1, 1:],
+        "expanded": torch.randn(3, 1).expand(3, 5),
+        'name with "quotes", ü': torch.randn(2),
         "parameter": torch.nn.Parameter(torch.randn(3)),
     }
     before = weights_sha256(model)
     state = {"lr": 0.1 + 0.2, "best": -math.inf, "worst": math.inf, "tiny": 5e-324, "epoch": 3, "é": ["a", None, True]}
     store, _ = REAL.store(tmp_path)
-    path = store.save(7, {"model": model, "empty": {}}, {**state, "nan": math.nan})
+    assert {tensor.dtype for tensor in model.values()} == checkpoint.DTYPES.keys()
+    store.begin_save(7, {"model": model, "empty": {}}, {**state, "nan": math.nan})
     assert weights_sha256(model) == before
     loaded = store.load_newest()
-    assert (loaded.step, loaded.path) == (7, path)
+    assert (loaded.step, loaded.path) == (7, tmp_path / "step-00000007")
     assert loaded.tensors["empty"] == {}
     assert loaded.tensors["model"].keys() == model.keys()
     assert weights_sha256(loaded.tensors["model"]) == before
@@ -787,6 +1217,22 @@ WRITE_MANIFEST = "            files.write_file(temporary / MANIFEST, _seal(manif
 FSYNC_TEMPORARY = "            files.fsync_dir(temporary)\n"
 MOVE = "            files.move(temporary, path)\n"
 
+COPY_STATE = """        contents = {STATE: memoryview((json.dumps(dict(state), indent=1) + "\\n").encode())}
+"""
+COPY_TENSORS = """        contents |= {stem + SUFFIX: _safetensors(group) for stem, group in tensors.items()}
+"""
+LATE = """
+        class Late(dict):
+            def items(self):
+                yield from super().items()
+                yield from {late}.items()
+        contents = Late({now})
+"""
+LATE_COPY_OF_STATE = LATE.format(late="{STATE: json.dumps(dict(state)).encode()}", now="{}")
+LATE_COPY_OF_TENSORS = LATE.format(
+    late="{stem + SUFFIX: _safetensors(group) for stem, group in tensors.items()}", now="contents"
+)
+
 MUTANTS = {
     "renamed before the manifest": (
         check_death,
@@ -817,11 +1263,11 @@ MUTANTS = {
     "old ones deleted first": (
         check_death,
         "checkpoint",
-        "            path = self._write(step, tensors, state, best)\n",
-        "            for path in self._paths():\n                self._delete(path)\n"
-        "            path = self._write(step, tensors, state, best)\n",
+        "        path = self._write(step, contents, best)\n",
+        "        for path in self._paths():\n            self._delete(path)\n"
+        "        path = self._write(step, contents, best)\n",
     ),
-    "nothing swept": (check_death, "checkpoint", "            self._sweep()\n", ""),
+    "nothing swept": (check_death, "checkpoint", "        self._sweep()\n", ""),
     "too much swept": (check_deaths_in_a_row, "checkpoint", '.glob(".tmp-*")', '.glob("*")'),
     "content not synced": (check_death, "files", "        os.fsync(descriptor)\n    finally", "    finally"),
     "names of the files not synced": (check_death, "checkpoint", FSYNC_TEMPORARY, ""),
@@ -842,8 +1288,8 @@ MUTANTS = {
     "a full disk not caught": (
         check_full_disk,
         "checkpoint",
-        "except OSError as error:\n            raise CheckpointError(_explain",
-        "except KeyError as error:\n            raise CheckpointError(_explain",
+        "except (OSError, CheckpointError) as error:",
+        "except KeyError as error:",
     ),
     "hashes not compared": (
         check_bit_flips,
@@ -856,6 +1302,12 @@ MUTANTS = {
         "checkpoint",
         'if hashlib.sha256(data).hexdigest() != entry["sha256"]:',
         "if False:",
+    ),
+    "no fallback, random damage": (
+        check_random_damage,
+        "checkpoint",
+        "                continue\n",
+        "                raise\n",
     ),
     "manifest not sealed": (check_bit_flips, "checkpoint", "if sealed != data:", "if sealed is None:"),
     "extra files let pass": (
@@ -872,8 +1324,8 @@ MUTANTS = {
         "",
     ),
     "oldest loaded first": (check_retention, "checkpoint", "key=_position, reverse=True)", "key=_position)"),
-    "best not kept": (check_retention, "checkpoint", "if _says_best(path)][:1]", "if _says_best(path)][:0]"),
-    "every best kept": (check_retention, "checkpoint", "if _says_best(path)][:1]", "if _says_best(path)]"),
+    "best not kept": (check_retention, "checkpoint", "[: self._keep_best]", "[:0]"),
+    "every best kept": (check_retention, "checkpoint", "[: self._keep_best]", ""),
     "one kept too few": (check_retention, "checkpoint", "[: self._keep_last]", "[: self._keep_last - 1]"),
     "later steps count as kept": (
         check_fallback_is_not_pushed_out,
@@ -881,6 +1333,87 @@ MUTANTS = {
         "if _position(path.name) <= _position(saved.name)]",
         "]",
     ),
+    "order from the clock": (
+        check_clock,
+        "checkpoint",
+        "sorted(names, key=_position, reverse=True)",
+        "sorted(names, key=lambda name: os.stat(self.directory / name).st_mtime, reverse=True)",
+    ),
+    "the oldest best kept": (
+        check_rules,
+        "checkpoint",
+        "list(best.values())[: self._keep_best]",
+        "list(best.values())[-self._keep_best :]",
+    ),
+    "multiples deleted": (check_rules, "checkpoint", "if step % self._keep_every_steps == 0", "if False"),
+    "multiples deleted while dying": (
+        check_death_under_rules,
+        "checkpoint",
+        "if step % self._keep_every_steps == 0",
+        "if step % self._keep_every_steps == 0 and step == _position(saved.name)[0]",
+    ),
+    "the best counted by directories": (
+        check_kept_best_are_steps,
+        "checkpoint",
+        "best = _by_step(good), _by_step(path for path in good if _says_best(path))",
+        "best = _by_step(good), {path: path for path in good if _says_best(path)}",
+    ),
+    "no copy of the tensors": (check_own_copy, "checkpoint", COPY_TENSORS, LATE_COPY_OF_TENSORS),
+    "no copy of the state": (check_own_copy, "checkpoint", COPY_STATE, LATE_COPY_OF_STATE),
+    "written by the caller": (check_own_copy, "checkpoint", "        thread.start()\n", "        thread.run()\n"),
+    "the next save does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        self._failure = None\n",
+        "        self._failure = None\n",
+    ),
+    "the next save waits with a copy in its hand": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        self._failure = None\n",
+        "        copy = {stem: _safetensors(group) for stem, group in tensors.items()}\n"
+        "        self.wait()\n        self._failure = None\n",
+    ),
+    "load_newest does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        return self._load",
+        "        return self._load",
+    ),
+    "load_best does not wait": (
+        check_next_save_waits,
+        "checkpoint",
+        "        self.wait()\n        candidates",
+        "        candidates",
+    ),
+    "a defect vanishes": (
+        check_failure_surfaces,
+        "checkpoint",
+        "            self._failure = self._unraised = error\n",
+        "            self._failure = self._unraised = error if isinstance(error, CheckpointError) else None\n",
+    ),
+    "raised twice": (check_failure_surfaces, "checkpoint", "        self._unraised = None\n", ""),
+    "failed is never told": (check_failure_surfaces, "checkpoint", "return self._unraised is not None", "return False"),
+    "a failure is forgotten": (
+        check_failure_surfaces,
+        "checkpoint",
+        "error = self._failure if must_succeed else self._unraised",
+        "error = self._unraised",
+    ),
+    "a failure sticks": (
+        check_failure_surfaces,
+        "checkpoint",
+        "        self._failure = None\n        contents",
+        "        contents",
+    ),
+    "warned and raised": (check_warning, "checkpoint", 'if self._on_write_error == "raise":', "if True:"),
+    "not warned": (
+        check_warning,
+        "checkpoint",
+        '                self._say(f"checkpoint.on_write_error=warn: {self._failure}")\n',
+        "",
+    ),
+    "two copies": (check_memory, "checkpoint", "memoryview(content)", "memoryview(content.tobytes())"),
     "a name used twice": (
         check_damaged_step_saved_again,
         "checkpoint",
@@ -905,7 +1438,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(tmp_path, name):
     check, module, old, new = MUTANTS[name]
-    with pytest.raises((AssertionError, CheckpointError, OSError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, CheckpointError, OSError, ZeroDivisionError, pytest.fail.Exception)):
         check(mutant(module, old, new), tmp_path)
 
 
