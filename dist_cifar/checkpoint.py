@@ -186,11 +186,6 @@ class CheckpointStore:
         """Whether the next call will raise the error of a write. Never blocks."""
         return self._unraised is not None
 
-    def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False) -> None:
-        """`begin_save`, and the wait for it."""
-        self.begin_save(step, tensors, state, best=best)
-        self.wait()
-
     def load_newest(self) -> Checkpoint | None:
         """The newest good checkpoint, or None if there is no directory of one at all.
 

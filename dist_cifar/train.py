@@ -177,11 +177,11 @@ class _Run:
             return True
         self._begin()
         device = self.communicator.device
-        vote = Vote(self.communicator, 1)
+        vote = Vote(self.communicator, 2)
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                vote.cast(signals.stop_requested() or self.deadline.is_near())
+                vote.cast(signals.stop_requested() or self.deadline.is_near(), self.store.failed)
                 step_started = time.perf_counter()
                 self.own_time.start()
                 batch = next(batches)
@@ -211,7 +211,10 @@ class _Run:
                     self._log_digests()
                 if evaluation_due(plan, config.eval.every_epochs, progress.step):
                     self._save(best=self._evaluate())
-                if vote.result() == [True]:
+                stops, write_failed = vote.result()
+                if write_failed:
+                    self.communicator.on_first_rank(self.store.wait)  # raises what went wrong
+                if stops:
                     self._save()
                     return self._stop()
                 if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0:
@@ -295,7 +298,7 @@ class _Run:
         return refused, changed({"ranks": state["world_size"]}, {"ranks": self.communicator.world_size}) + rounding
 
     def _save(self, *, best: bool = False) -> None:
-        """Writes a checkpoint, unless this step has one. Raises if the replicas do not agree."""
+        """Begins to write a checkpoint, unless this step has one. Raises if the replicas do not agree."""
         if self.saved_step == self.progress.step:
             return
         rows = self.communicator.gather(self.sums.sums.tolist())
@@ -317,7 +320,7 @@ class _Run:
             "versions": versions(),
         }
         step = self.progress.step
-        self.communicator.on_first_rank(lambda: self.store.save(step, tensors, state, best=best) and None)
+        self.communicator.on_first_rank(lambda: self.store.begin_save(step, tensors, state, best=best))
         self.saved_step = step
 
     def _timed_progress(self) -> Progress:
@@ -481,6 +484,7 @@ class _Run:
 
     def _stop(self) -> bool:
         """Ends after a signal or before the time limit, everything saved."""
+        self.communicator.on_first_rank(lambda: self.store.wait(must_succeed=True))
         self.display.stop()
         if self.is_first:
             for tracker in self.trackers:
@@ -491,6 +495,7 @@ class _Run:
 
     def _finish(self) -> None:
         """Evaluates the best checkpoint on the test set and writes the summary."""
+        self.communicator.on_first_rank(lambda: self.store.wait(must_succeed=True))
         self.display.stop()
         progress, communicator = self.progress, self.communicator
         final_sha256 = weights_sha256(self.strategy.model_tensors())

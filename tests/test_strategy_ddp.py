@@ -51,7 +51,7 @@ def by_strategy(
         for i in range(micro_batches):
             strategy.backward(torch.nn.functional.cross_entropy(strategy.forward(images[i]), labels[i]))
         norms.append(strategy.step(LR).item())
-    return {name: tensor.numpy() for name, tensor in strategy.model_tensors().items()}, norms
+    return {name: tensor.numpy().copy() for name, tensor in strategy.model_tensors().items()}, norms
 
 
 def by_hand(steps: int, dtype: torch.dtype) -> tuple[dict[str, np.ndarray], list[float]]:

@@ -68,7 +68,7 @@ def train_step(strategy: ExactStrategy, plan: Any, communicator: Communicator, s
 
 def state(strategy: ExactStrategy) -> dict[str, str]:
     tensors = strategy.model_tensors() | strategy.optimizer_tensors()
-    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
 def trained(communicator: Communicator, config: Config, steps: int = STEPS) -> tuple[dict[str, str], list[float]]:
@@ -145,7 +145,7 @@ def by_hand(communicator: Communicator, passes: int, steps: int, dtype: torch.dt
 def in_double(communicator: Communicator, config: Config, steps: int) -> tuple[dict[str, Any], list]:
     strategy, plan = build(communicator, config, torch.float64)
     norms = [train_step(strategy, plan, communicator, step) for step in range(steps)]
-    return {name: tensor.numpy() for name, tensor in strategy.model_tensors().items()}, norms
+    return {name: tensor.numpy().copy() for name, tensor in strategy.model_tensors().items()}, norms
 
 
 def agrees(result: tuple[dict[str, Any], list], expected: tuple[dict[str, Any], list]) -> bool:

@@ -41,15 +41,18 @@ class Strategy(Protocol):
         ...
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        """The model's state on the CPU with its buffers averaged, the training undisturbed. A collective."""
+        """The model's state with its buffers averaged, the training undisturbed. A collective.
+
+        Tensors are on the device and may be the model's own: copy what must outlive the next step. So the next two.
+        """
         ...
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
-        """What ranks hold that the others do not, stacked over ranks, on the CPU. A collective."""
+        """What ranks hold that the others do not, stacked over ranks. A collective."""
         ...
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state on the CPU."""
+        """The optimizer's state."""
         ...
 
     def load(

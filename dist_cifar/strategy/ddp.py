@@ -93,8 +93,8 @@ class DdpStrategy:
         self._statistics.values.copy_(self._averaged_statistics())
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        state = {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
-        parts = self._averaged_statistics().cpu().split([state[name].numel() for name in self._statistics.names])
+        state = self.module.state_dict()
+        parts = self._averaged_statistics().split([state[name].numel() for name in self._statistics.names])
         return state | {
             name: part.view_as(state[name]) for name, part in zip(self._statistics.names, parts, strict=True)
         }
@@ -104,10 +104,10 @@ class DdpStrategy:
         values = self._statistics.values
         rows = values.new_zeros(self._communicator.world_size, len(values))
         rows[self._communicator.rank] = values
-        return {"buffers": self._communicator.sum(rows).cpu()} if len(values) else {}
+        return {"buffers": self._communicator.sum(rows)} if len(values) else {}
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.cpu() for name, tensor in adam_tensors(self.module, self._optimizer).items()}
+        return adam_tensors(self.module, self._optimizer)
 
     def load(
         self,

@@ -117,13 +117,13 @@ class ExactStrategy:
         """Nothing to do: they are the same on every rank."""
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.module.state_dict().items()}
+        return self.module.state_dict()
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         return {}
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.cpu() for name, tensor in adam_tensors(self.module, self._optimizer).items()}
+        return adam_tensors(self.module, self._optimizer)
 
     def load(
         self,
