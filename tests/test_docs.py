@@ -1,0 +1,128 @@
+"""What the pages under docs/ name exists, and what they compute is so."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_strategy_exact import MUTANTS
+
+from dist_cifar import metrics
+from dist_cifar.config import SECTIONS, Config, describe, load_config
+from dist_cifar.distributed.tree import LocalTree
+from dist_cifar.errors import ConfigError
+from dist_cifar.numerics import numerics
+from dist_cifar.strategy import exact
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXACTNESS = (DOCS / "exactness.md").read_text()
+TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
+PACKAGE = "\n".join(path.read_text() for path in (REPOSITORY / "dist_cifar").rglob("*.py"))
+FOLDERS = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks within a line."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"(?s)^```.*?^```", "", page, flags=re.MULTILINE))
+
+
+def wrong_names(page: str) -> list[str]:
+    """What a page names that does not exist: files, tests, config fields and their values, files of a run."""
+    keys = {key for key, *_ in describe()}
+    wrong = []
+    for name in quoted(page):
+        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.\w+)(=.*)?", name)
+        if re.match(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*$", name):
+            exists = (REPOSITORY / name).exists()
+        elif re.fullmatch(r"test_\w+", name):
+            exists = f"def {name}(" in TESTS
+        elif re.fullmatch(r"\w+\.(jsonl?|yaml)", name):
+            exists = f'"{name}"' in PACKAGE
+        elif field:
+            exists = field[1] in keys and (field[2] is None or is_accepted(name))
+        else:
+            continue
+        if not exists:
+            wrong.append(name)
+    links = re.findall(r"\]\(([^)#:]+)\)", page)
+    return wrong + [link for link in links if not (DOCS / link).exists()]
+
+
+def is_accepted(override: str) -> bool:
+    try:
+        load_config(None, [override])
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_exist(page):
+    assert wrong_names(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "`tests/test_trees.py`",
+        "`test_a_right_fold_is_another_sum`",
+        "`batch.virtual_rank`",
+        "`train.strategy=exactly`",
+        "`digest.jsonl`",
+        "[the tree](trees.svg)",
+    ],
+)
+def test_wrong_names_are_found(name):
+    assert len(wrong_names(f"{EXACTNESS}\nSee {name}.\n")) == 1
+
+
+# --- docs/exactness.md -------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_what_its_script_draws():
+    specification = importlib.util.spec_from_file_location("tree_picture", REPOSITORY / "benchmarks/tree_picture.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (DOCS / "tree.svg").read_text() == module.picture()
+
+
+def test_all_numerics_are_named_and_no_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = {name for device in ("cpu", "cuda") for name in numerics(torch.device(device))}
+    rows = re.findall(r"(?m)^\|(?: numerics| on a CPU| on a GPU|) \|([^|:]*):", EXACTNESS)
+    in_table = {name for row in rows for name in quoted(row) if "." not in name}
+    assert in_table == names
+
+
+def test_all_mutants_are_named():
+    assert [name for name in MUTANTS if f'"{name}"' not in EXACTNESS] == []
+
+
+def test_the_sums_of_the_example_are_those_of_float32():
+    one, tenth, fifth = np.float32(1), np.float32(0.1), np.float32(0.2)
+    assert f"(1 + 0.1) + 0.2 = {(one + tenth) + fifth:.9g}\n" in EXACTNESS
+    assert f"1 + (0.1 + 0.2) = {one + (tenth + fifth):.9g}\n" in EXACTNESS
+
+
+def test_the_partial_sums_of_a_rank_are_as_many_as_the_page_says():
+    most = []
+    for leaves in (8, 4, 2, 1):
+        tree, kept = LocalTree(), [0]
+        for _ in range(leaves - 1):
+            tree.add([torch.ones(1)])
+            kept.append(len(tree._sums))
+        most.append(max(kept))
+    assert "{}, {}, {} and {} for V = 8".format(*most) in EXACTNESS
+
+
+def test_constants_are_those_of_the_code():
+    assert Config().batch.virtual_ranks == 8 and "(8 by default: 1, 2, 4 or 8 ranks)" in EXACTNESS
+    assert f"at least {exact._BUCKET_BYTES // 2**20} MiB" in EXACTNESS
+    assert metrics._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
+    assert 2**53 * metrics._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
