@@ -1,7 +1,8 @@
 """What the bits of a result depend on beside the config and the data: the machine's arithmetic.
 
 Contract: `pin` makes torch choose the same kernels every time, and `numerics` names everything that makes it choose
-others. Two runs with equal configs, equal data and equal `numerics` have equal bits in strategy `exact`.
+others. Two runs with equal configs, equal data and equal `numerics` have equal bits in strategy `exact`. The code of a
+package is known by its version: whoever edits it is trusted to know what that does.
 """
 
 from __future__ import annotations

@@ -157,5 +157,13 @@ def step_plateau(config: PlateauConfig, state: Plateau, metric: float) -> Platea
 
 
 def evaluation_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
-    """Whether the model is evaluated after `step` steps: every so many epochs, and at the end of the run."""
-    return step == plan.total_steps or step % (every_epochs * plan.steps_per_epoch) == 0
+    """Whether the model is evaluated after `step` steps: when the plateau is due, and at the end of the run."""
+    return step == plan.total_steps or plateau_due(plan, every_epochs, step)
+
+
+def plateau_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
+    """Whether the evaluation after `step` steps moves the plateau: not one that there is only because the run ends.
+
+    So a run that is made longer is the run that was meant to be so long.
+    """
+    return step % (every_epochs * plan.steps_per_epoch) == 0

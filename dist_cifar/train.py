@@ -56,6 +56,7 @@ from dist_cifar.schedule import (
     Plateau,
     evaluation_due,
     plan_batches,
+    plateau_due,
     require_shareable,
     scaled_lr,
     start_plateau,
@@ -111,6 +112,7 @@ class _Run:
         require_shareable(config.batch, config.train, world_size=communicator.world_size)
         if config.train.strategy == "exact":
             pin(communicator.device)
+            communicator.require_equal("the numerics", numerics(communicator.device))
         augments_on_device(config.data.device_augment, communicator.device)  # or an error, before anything takes long
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
@@ -401,20 +403,23 @@ class _Run:
         self.strategy.average_buffers()
         result = self._evaluation(*self.watched)
         progress = self.progress
-        metric = result.loss if self.config.plateau.metric == "loss" else result.accuracy
-        cuts = progress.plateau.cuts
+        self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
+        if plateau_due(self.plan, self.config.eval.every_epochs, progress.step):
+            self._step_plateau(result.loss if self.config.plateau.metric == "loss" else result.accuracy)
+        is_best = progress.best_accuracy is None or result.accuracy > progress.best_accuracy
+        if is_best:
+            progress.best_accuracy, progress.best_step = result.accuracy, progress.step
+        return is_best
+
+    def _step_plateau(self, metric: float) -> None:
+        progress, cuts = self.progress, self.progress.plateau.cuts
         progress.plateau = step_plateau(self.config.plateau, progress.plateau, metric)
         self.communicator.require_equal("the state of the plateau", dataclasses.asdict(progress.plateau))
-        self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
         if progress.plateau.cuts > cuts:
             self.display.say(
                 f"plateau: no better {self.config.plateau.metric} for"
                 f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}"
             )
-        is_best = progress.best_accuracy is None or result.accuracy > progress.best_accuracy
-        if is_best:
-            progress.best_accuracy, progress.best_step = result.accuracy, progress.step
-        return is_best
 
     def _evaluation(self, split: Split, indices: npt.NDArray[np.int64]) -> Evaluation:
         return evaluate(

@@ -342,6 +342,32 @@ def test_exact_gives_the_same_run_on_every_world_size_and_through_a_chain_of_the
     assert result(config) == expected
 
 
+@pytest.mark.parametrize("end", ["train.epochs=1", "train.max_steps=7"])
+def test_a_run_that_is_made_longer_is_the_run_that_was_meant_to_be_so_long(ranks, tiny, tmp_path, end):
+    """Its first end, between two evaluations that count, is evaluated and leaves no trace in the plateau."""
+    overrides = (*EXACT, "eval.every_epochs=2", "plateau.factor=0.1", "train.epochs=6")
+    straight, longer = at(tiny(*overrides), tmp_path / "straight"), tiny(*overrides)
+    ranks.run(1, train, straight)
+    ranks.run(1, train, tiny(*overrides, end))
+    assert [row["step"] for row in rows(longer, "eval")] == [5 if "epochs" in end else 7]
+    ranks.run(1, train, longer)
+    assert summary(longer)["weights_sha256"] == summary(straight)["weights_sha256"]
+    assert len({row["lr"] for row in rows(straight, "train") if row["step"] > 5}) == 2
+
+
+def of_two_machines(communicator: Communicator, config: Config) -> str:
+    original = train_module.numerics
+    train_module.numerics = lambda device: original(device) | {"processor": f"of rank {communicator.rank}"}
+    try:
+        return failing(communicator, config, TrainingError)
+    finally:
+        train_module.numerics = original
+
+
+def test_ranks_that_round_differently_do_not_begin(ranks, tiny):
+    assert "the numerics differs between ranks" in ranks.run(2, of_two_machines, tiny(*EXACT))[0]
+
+
 def test_ddp_does_not(ranks, tiny, tmp_path):
     """What the test above compares can differ."""
     results = []

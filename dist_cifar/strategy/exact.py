@@ -189,7 +189,7 @@ class _Reductions:
 
 
 def _cut(parameters: list[nn.Parameter]) -> list[slice]:
-    """Slices of at least `_BUCKET_BYTES`, the last but one taking what is too little for one of its own."""
+    """Slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
     cuts, start, size = [], 0, 0
     for end, parameter in enumerate(parameters, 1):
         size += parameter.nbytes
