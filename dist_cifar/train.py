@@ -22,7 +22,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from dist_cifar.errors import EXIT_SAVED, CheckpointError, ConfigError, Training
 from dist_cifar.evaluate import evaluate
 from dist_cifar.metrics import Evaluation, TrainingSums
 from dist_cifar.model import build_model
-from dist_cifar.rundir import RunDir, refuse_another_run
+from dist_cifar.rundir import LOCK_SECONDS, RunDir, refuse_another_run
 from dist_cifar.schedule import (
     Plateau,
     evaluation_due,
@@ -84,7 +84,12 @@ def train(config: Config, communicator: Communicator, *, must_resume: bool = Fal
     Returns True when the run is done, False when a signal stopped it and it was saved. Raises a `UserError` for what a
     person can mend.
     """
-    return _Run(config, communicator, must_resume=must_resume).train()
+    assert config.run.dir is not None  # the config resolved it
+    # The other ranks wait in a collective for the one that waits for the lock.
+    lock = RunDir(config.run.dir).lock(print, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
+    with ExitStack() as held:
+        communicator.on_first_rank(lambda: held.enter_context(lock))
+        return _Run(config, communicator, must_resume=must_resume).train()
 
 
 class _Run:
@@ -163,7 +168,7 @@ class _Run:
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                vote.cast(signals.stop_requested())
+                vote.cast(signals.stop_requested(), progress.step)
                 step_started = time.perf_counter()
                 batch = next(batches)
                 progress.wait_seconds += time.perf_counter() - step_started
@@ -255,7 +260,7 @@ class _Run:
         sums = self.communicator.gather(self.sums.sums.tolist())
         self._require_finite([sum(column) for column in zip(*sums, strict=True)])
         model = self.strategy.model_tensors()
-        self.communicator.require_equal("the SHA-256 of the weights", weights_sha256(model))
+        self.communicator.require_equal_tensors("the weights", model, weights_sha256)
         tensors = {
             "model": model,
             "optimizer": self.strategy.optimizer_tensors(),
