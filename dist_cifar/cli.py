@@ -86,6 +86,8 @@ def _train(options: argparse.Namespace) -> int:
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
     threads = config.run.threads_per_rank or max(1, available_cores() // env.local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from dist_cifar.distributed.communicator import Communicator
@@ -93,7 +95,11 @@ def _train(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = _device(config, env)
-    communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
+    try:
+        communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
+    except LaunchError as error:
+        _report(str(error))
+        _leave(error.exit_code)
     report = _FailureReport(RunDir(config.run.dir or "."), communicator)
     watch = communicator.watch(report.end_as_survivor)
     try:

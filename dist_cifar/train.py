@@ -168,7 +168,7 @@ class _Run:
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                vote.cast(signals.stop_requested(), progress.step)
+                vote.cast(signals.stop_requested(), progress.step + 1)
                 step_started = time.perf_counter()
                 batch = next(batches)
                 progress.wait_seconds += time.perf_counter() - step_started

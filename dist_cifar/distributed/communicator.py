@@ -118,8 +118,12 @@ class Communicator:
             )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's tensor, in place, over the group of the tensor's device."""
-        self._enter("sum")
+        """The sum of every rank's tensor, in place, over the group of the tensor's device.
+
+        Ranks meet before they add: gloo aborts the process in which sizes do not match, which need not be the one that
+        went wrong, and a GPU's collective would wait for a missing rank without the control group's timeout.
+        """
+        self.gather(None, "sum")
         if self._control is not None:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
@@ -220,7 +224,7 @@ class StopVote:
         self._work: dist.Work | None = None
 
     def cast(self, stop: bool, step: int) -> None:
-        """This rank's vote, in the step that follows `step` others."""
+        """This rank's vote; `step` is the one that begins, counted from 1."""
         self._communicator._enter("the vote to stop", step)
         self._flag.fill_(float(stop))
         if self._group is not None:

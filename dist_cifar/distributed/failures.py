@@ -31,18 +31,19 @@ from dist_cifar.errors import TrainingError, UserError
 
 _POLL_SECONDS = 0.5
 """How often a healthy rank looks for an alarm."""
-_ROLL_CALL_SECONDS = 5.0
+_ROLL_CALL_SECONDS = 4.0
 """How long ranks have to answer; rank 0, where the store may live, leaves at most so long after the conclusion."""
 _TOGETHER_SECONDS = 3.0
 """How long a rank with a `UserError` leaves it to rank 0 to raise the same: most of them all ranks raise together."""
 _GRACE_SECONDS = 1.0
-"""How long the main thread has to come to the same end by itself, before the watch ends the process."""
+"""How long the main thread has, when another rank has raised an error, to raise the same one."""
 _STORE_SECONDS = 3.0
 """A store that takes longer for one operation is gone, or its host is stopped."""
 
 _REPORT_SECONDS = 15.0
 """More than all of this together."""
 
+_FAILED = "failed"
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 _ALARM, _VERDICT, _LOST, _TOLD = "alarm", "verdict", "lost", "told"
@@ -161,6 +162,11 @@ class Failure:
         """`rank 1 (host, pid 123) was killed or lost at step 7: its process is gone`."""
         who = "the job" if self.rank is None else f"rank {self.rank} ({identities[self.rank]})"
         return f"{who} {self.verdict}"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a rank raised an error of its own, which others may raise as well."""
+        return self.what == _FAILED
 
     @property
     def verdict(self) -> str:
@@ -291,7 +297,7 @@ class FailureWatch:
         while not self._settled.wait(0.1):
             now, asked_at = time.monotonic(), self._asked_at
             if now > deadline or (asked_at is not None and now - asked_at > _STORE_SECONDS):
-                return self._bury(self._store_lost("it hosts the job's store, which does not answer"))
+                return self._bury(self._store_lost())
         assert self._failure is not None
         return self._failure
 
@@ -318,11 +324,12 @@ class FailureWatch:
         try:
             failure = self._settle()
         except RuntimeError:
-            failure = self._store_lost("it hosts the job's store, which is gone")
+            failure = self._store_lost()
         self._failure = self._bury(failure)
         self._leave_last(failure)
         self._settled.set()
-        time.sleep(_GRACE_SECONDS)
+        if failure.is_own:
+            time.sleep(_GRACE_SECONDS)
         if self._ending.acquire(blocking=False):
             self._end(failure)
 
@@ -389,8 +396,9 @@ class FailureWatch:
             frame = frame.f_back
         return "no code of ours" if frame is None else f"{frame.f_code.co_filename[len(_PACKAGE) :]}:{frame.f_lineno}"
 
-    def _store_lost(self, reason: str) -> Failure:
-        reason = trouble(self._identities[0], self._identities[self._rank]) or reason
+    def _store_lost(self) -> Failure:
+        """There is nothing left to agree through, but all survivors see this, and say the same."""
+        reason = "it hosts the job's store, which is gone or does not answer"
         step = self._position().step
         return Failure(rank=0, what="was killed or lost", reason=reason, step=step, by=self._rank, lost=(0,))
 
@@ -415,7 +423,7 @@ class FailureWatch:
 def own_failure(error: BaseException, rank: int, step: int | None) -> Failure:
     """That of a rank which failed with an error of its own, or of one that all ranks raise about the rank it names."""
     named = error.rank if isinstance(error, TrainingError) else None
-    return Failure(rank=rank if named is None else named, what="failed", reason=one_line(error), step=step, by=rank)
+    return Failure(rank=rank if named is None else named, what=_FAILED, reason=one_line(error), step=step, by=rank)
 
 
 def one_line(error: BaseException) -> str:
