@@ -1,7 +1,8 @@
 """The command line: `dist-cifar`, `python -m dist_cifar`, and what the front doors of `train.py` call.
 
-Contract: every error ends as one line on standard error from one rank and as an exit code of `errors.py`. What needs
-torch is imported only when a command runs, so `--help` answers at once.
+Contract: every error ends as one line on standard error from one rank and as an exit code of `errors.py`. When one of
+several ranks fails, each of the others says in one line which one and why, and no process stays. What needs torch is
+imported only when a command runs, so `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dist_cifar import __version__, signals
 from dist_cifar.config import Config, describe, load_config, to_yaml
 from dist_cifar.distributed.env import DistEnv, available_cores, read_env
+from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
+from dist_cifar.rundir import RunDir
+
+if TYPE_CHECKING:
+    from dist_cifar.distributed.communicator import Communicator
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _PATIENCE_SECONDS = 3.0
@@ -50,6 +56,10 @@ def _report(message: str) -> None:
         time.sleep(0.05)
         if signals.stop_requested():
             return
+    _print_error(message, rank)
+
+
+def _print_error(message: str, rank: str) -> None:
     speaker = "" if rank == "0" else f"rank {rank}: "
     print(f"dist_cifar: error: {speaker}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
@@ -78,29 +88,81 @@ def _train(options: argparse.Namespace) -> int:
     share = 1 if config.train.strategy == "exact" else max(1, available_cores() // env.local_world_size)
     threads = config.run.threads_per_rank or share
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from dist_cifar.distributed.communicator import Communicator
-    from dist_cifar.rundir import RunDir
     from dist_cifar.train import train
 
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = _device(config, env)
-    communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
+    try:
+        communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
+    except LaunchError as error:
+        _report(str(error))
+        _leave(error.exit_code)
+    report = _FailureReport(RunDir(config.run.dir or "."), communicator)
+    watch = communicator.watch(report.end_as_survivor)
     try:
         done = train(config, communicator, must_resume=options.resume, resume_anyway=options.resume_anyway)
-    except UserError as error:
-        _note_failure(RunDir(config.run.dir or "."), env.rank, str(error))
-        raise
     except Exception as error:
-        _note_failure(RunDir(config.run.dir or "."), env.rank, f"{type(error).__name__}: {error}")
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            raise DataError(f"run.dir={config.run.dir}: {error}; free space or mend it, and run again") from error
-        print(f"dist_cifar: rank {env.rank} failed:", file=sys.stderr)
-        traceback.print_exc()
-        return EXIT_INTERNAL
+        return report.fail(error, watch)
+    if watch is not None:
+        watch.close()
     communicator.close()
     return EXIT_DONE if done else EXIT_SAVED
+
+
+class _FailureReport:
+    """Says what ended the training: a line or a traceback on standard error, `status.json` and the exit code."""
+
+    def __init__(self, run_dir: RunDir, communicator: Communicator) -> None:
+        self._run_dir, self._communicator, self._rank = run_dir, communicator, communicator.rank
+
+    def fail(self, error: Exception, watch: FailureWatch | None) -> int:
+        """Ends a rank whose training raised `error`; returns only if it is the job's only one."""
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            where = f"run.dir={self._run_dir.path}"
+            error = DataError(f"{where}: {error}; free space or mend it, and run again").with_traceback(None)
+        alone = watch is None
+        failure = own_failure(error, self._rank, self._communicator.step) if alone else watch.report(error)
+        if not alone and is_lost_peer(error):
+            self.end_as_survivor(failure)
+        self._note(failure)
+        is_first = failure.by == self._rank
+        if not isinstance(error, UserError):
+            print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        elif is_first or failure.reason != one_line(error):  # else rank 0 says it: all have raised it together
+            _print_error(str(error), str(self._rank))
+        if not is_first and failure.reason != one_line(error):
+            self._name_first(failure)
+        code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
+        return code if alone else _leave(code)
+
+    def end_as_survivor(self, failure: Failure) -> NoReturn:
+        """Ends a rank that has failed because of another one."""
+        self._note(failure)
+        self._name_first(failure)
+        _leave(EXIT_INTERNAL)
+
+    def _name_first(self, failure: Failure) -> None:
+        line = f"rank {self._rank}: {failure.sentence(self._communicator.identities)}"
+        print(f"dist_cifar: error: {line}", file=sys.stderr, flush=True)
+
+    def _note(self, failure: Failure) -> None:
+        first = self._communicator.identities[0]
+        with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed; it is reported anyway
+            self._run_dir.write_failure((first.host, first.pid), failure.rank, failure.verdict)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: the destructors of a broken process group may wait for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _bench_augment(options: argparse.Namespace) -> int:
@@ -127,11 +189,6 @@ def _refuse_what_accelerate_would_do(config: Config) -> None:
             raise LaunchError(
                 f"launch: accelerate was told to use {name} and train.strategy is {config.train.strategy}; leave it out"
             )
-
-
-def _note_failure(run_dir: Any, rank: int, reason: str) -> None:
-    with contextlib.suppress(OSError):  # the disk may be what has failed; the error itself is reported
-        run_dir.write_failure(rank, reason)
 
 
 def _device(config: Config, env: DistEnv) -> Any:

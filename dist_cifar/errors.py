@@ -42,3 +42,8 @@ class TrainingError(UserError):
     """The training itself cannot go on: a loss that is not finite, or replicas that no longer agree."""
 
     exit_code = EXIT_INTERNAL
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        """`rank` is the one at fault, if all ranks raise this error because of one."""
+        super().__init__(message)
+        self.rank = rank

@@ -2,23 +2,30 @@
 
 Contract: `config.yaml` is the resolved config of the latest start, `status.json` says `running`, `saved`, `done` or
 `failed` and is always whole, `metrics.jsonl` and `summary.json` hold the results, `checkpoints/` all that a resume
-needs. Only rank 0 writes, but for a rank that fails and says so in `status.json`.
+needs. Only rank 0 writes, but for ranks that know of a failure and say so in `status.json`. One job at a time: rank 0
+holds the directory's lock, which ends with its process.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import DataError
-from dist_cifar.files import write_atomic
+from dist_cifar.errors import DataError, LaunchError
+from dist_cifar.files import move, write_atomic, write_file
+
+LOCK_SECONDS = 10.0
+"""How long a job should wait for another one to leave the run directory: one that was requeued may start while the old
+one is still dying."""
 
 
 class RunDir:
@@ -42,6 +49,49 @@ class RunDir:
                 f"run.dir={self.path}: cannot be written ({error.strerror}); give another with run.dir=PATH"
             ) from None
 
+    @contextmanager
+    def lock(self, say: Callable[[str], None], *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
+        """Opens the directory and keeps other jobs out of it for a `with` block.
+
+        Waits for a job that is in it, and says so; raises `LaunchError`, which names that job, if it does not leave.
+        Where the file system has no locks, it says that and goes on.
+        """
+        self.open()
+        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                self._wait_for_lock(descriptor, say, wait_seconds)
+            except OSError as error:
+                say(
+                    f"warning: {self.path} cannot be locked ({error.strerror}): see to it that no other job uses this"
+                    " run directory"
+                )
+            else:
+                facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)  # and with it the lock
+
+    def _wait_for_lock(self, descriptor: int, say: Callable[[str], None], wait_seconds: float) -> None:
+        deadline = time.monotonic() + wait_seconds
+        waits = False
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _holder(descriptor)
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"run.dir={self.path}: {holder} is using it; stop that job, or give another run directory with"
+                    " run.dir=PATH"
+                )
+            if not waits:
+                say(f"waiting up to {wait_seconds:g} s for {holder} to leave {self.path}")
+                waits = True
+            time.sleep(0.1)
+
     def write_config(self, config: Config) -> None:
         """Saves the resolved config."""
         write_atomic(self._config, configuration.to_yaml(config))
@@ -51,10 +101,18 @@ class RunDir:
         facts = {"status": status, **details, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         write_atomic(self._status, json.dumps(facts, indent=2) + "\n")
 
-    def write_failure(self, rank: int, reason: str) -> None:
-        """Says that a rank failed. The first one to say so is kept: the others fail because of it."""
-        if self.status().get("status") == "running":
-            self.write_status("failed", rank=rank, reason=reason)
+    def write_failure(self, job: tuple[str, int], rank: int | None, reason: str) -> None:
+        """Says that a rank failed (None: it cannot be told which). Any rank may call it, and several do.
+
+        `job` is host and process of the job's rank 0. Nothing is written if `status.json` is another job's, or says
+        already how this one ended: the first failure is the one that counts.
+        """
+        status = self.status()
+        if status.get("status") == "running" and (status["host"], status["pid"]) == job:
+            facts = {**status, "status": "failed", "rank": rank, "reason": reason, "time": time.time()}
+            temporary = self.path / f".tmp-status-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
+            write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())
+            move(temporary, self._status)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""
@@ -72,3 +130,13 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; empty if there is none."""
         return json.loads(self._summary.read_text()) if self._summary.exists() else {}
+
+
+def _holder(descriptor: int) -> str:
+    """The job that holds a lock file, as the file says."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["time"]))
+        return f"another job (host {holder['host']}, pid {holder['pid']}, since {since})"
+    except (OSError, ValueError, LookupError, TypeError):  # it has only just begun
+        return "another job"

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from dist_cifar.evaluate import evaluate
 from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums
 from dist_cifar.model import build_model
 from dist_cifar.numerics import numerics, pin
-from dist_cifar.rundir import RunDir
+from dist_cifar.rundir import LOCK_SECONDS, RunDir
 from dist_cifar.schedule import (
     Plateau,
     evaluation_due,
@@ -97,7 +97,12 @@ def train(
     `UserError` for what a person can mend. `must_resume` makes it an error that there is nothing to go on with,
     `resume_anyway` lets a run go on with what would change its result.
     """
-    return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
+    assert config.run.dir is not None  # the config resolved it
+    # The other ranks wait in a collective for the one that waits for the lock.
+    lock = RunDir(config.run.dir).lock(print, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
+    with ExitStack() as held:
+        communicator.on_first_rank(lambda: held.enter_context(lock))
+        return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
 
 
 class _Run:
@@ -183,7 +188,8 @@ class _Run:
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                vote.cast(signals.stop_requested() or self.deadline.is_near(), self.store.failed)
+                stops = signals.stop_requested() or self.deadline.is_near()
+                vote.cast(progress.step + 1, stops, self.store.failed)
                 step_started = time.perf_counter()
                 self.own_time.start()
                 batch = next(batches)
@@ -306,7 +312,7 @@ class _Run:
         rows = self.communicator.gather(self.sums.sums.tolist())
         self._require_finite(rows)
         model = self.strategy.model_tensors()
-        self.communicator.require_equal("the SHA-256 of the weights", weights_sha256(model))
+        self.communicator.require_equal_tensors("the weights", model, weights_sha256)
         tensors = {
             "model": model,
             "optimizer": self.strategy.optimizer_tensors(),
@@ -391,10 +397,10 @@ class _Run:
     def _log_digests(self) -> None:
         """Writes the digest of every tensor, and the sums since the last log: exact, so they can be compared too."""
         tensors = self.strategy.model_tensors() | self.strategy.optimizer_tensors()
-        digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
-        self.communicator.require_equal("the state of the training", digests)
+        self.communicator.require_equal_tensors("the state of the training", tensors, weights_sha256)
         rows = self.communicator.gather(self.sums.sums.tolist())
         if self.is_first:
+            digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
             sums = [sum(column) for column in zip(*rows, strict=True)]
             self.run_dir.append_digests({"step": self.progress.step, "sums": sums, "digests": digests})
 

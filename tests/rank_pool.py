@@ -110,13 +110,10 @@ def _call(call: _Call) -> Any:
     env = DistEnv(rank=call.rank, world_size=call.world_size, local_rank=call.rank, local_world_size=call.world_size)
     for name in env.variables():
         os.environ.pop(name, None)
-    if call.world_size > 1:
-        os.environ.update(env.variables())
-        dist.init_process_group("gloo", init_method=f"file://{call.store}", rank=call.rank, world_size=call.world_size)
+    store = dist.FileStore(call.store, call.world_size)
+    communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=60, store=store)
     try:
-        communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=60)
         return call.function(communicator, *call.arguments)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        communicator.close()

@@ -1,0 +1,55 @@
+"""The run directory: its lock, and who may say that a job has failed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from typing import NoReturn
+
+import pytest
+
+from dist_cifar.errors import LaunchError
+from dist_cifar.rundir import RunDir
+
+
+def test_one_job_at_a_time(tmp_path):
+    """Two locks in one process are as those of two: each belongs to its own open file."""
+    said = []
+    with RunDir(tmp_path).lock(said.append):
+        with (
+            pytest.raises(LaunchError, match=rf"another job \(host .*, pid {os.getpid()}, since .*\) is using it"),
+            RunDir(tmp_path).lock(said.append, wait_seconds=0.2),
+        ):
+            pass
+        assert len(said) == 1 and said[0].startswith("waiting up to 0.2 s for another job (host ")
+    with RunDir(tmp_path).lock(said.append, wait_seconds=0):
+        pass
+    assert len(said) == 1
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
+    def flock(descriptor: int, operation: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = []
+    with RunDir(tmp_path).lock(said.append):
+        pass
+    assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
+
+
+def test_only_the_first_failure_of_ones_own_job_is_noted(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running", step=3)
+    status = run_dir.status()
+    me = (status["host"], status["pid"])
+    run_dir.write_failure((me[0], me[1] + 1), 0, "that of another job")
+    assert run_dir.status() == status
+    run_dir.write_failure(me, 2, "killed")
+    run_dir.write_failure(me, 1, "because of rank 2")
+    found = run_dir.status()
+    assert (found["status"], found["rank"], found["reason"], found["step"]) == ("failed", 2, "killed", 3)
+    run_dir.write_status("done")
+    run_dir.write_failure(me, 1, "too late")
+    assert run_dir.status()["status"] == "done"
