@@ -34,9 +34,12 @@ class LocalTree:
         self._sums.append((level, leaf))
 
     def root(self, last: list[torch.Tensor], places: slice = slice(None)) -> list[torch.Tensor]:
-        """The sum of all leaves, `last` being those tensors of the last leaf that are at `places` in every leaf."""
+        """The sum of all leaves, `last` being those tensors of the last leaf that are at `places` in every leaf.
+
+        It is put into `last`. Each place has one root; after that come other places, or `clear`.
+        """
         for _, left in reversed(self._sums):
-            last = torch._foreach_add(left[places], last)
+            torch._foreach_add_(last, left[places])  # in place: on a CPU, new memory costs as much as adding up
         return last
 
     def clear(self) -> None:
