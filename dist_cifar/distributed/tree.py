@@ -48,9 +48,9 @@ class LocalTree:
 
 
 def tree_sum(rows: torch.Tensor) -> torch.Tensor:
-    """[n, m] to the balanced binary sum of its rows [m]; n is a power of two."""
+    """[n, m] to the balanced binary sum of its rows [m], n a power of two; the rows are overwritten."""
     while len(rows) > 1:
-        rows = rows[0::2] + rows[1::2]
+        rows = rows[0::2].add_(rows[1::2])
     return rows[0]
 
 
