@@ -5,17 +5,19 @@ prediction for GPUs, of which none was measured.
 
 Contract: full steps (forward, backward, reduction, clipping, Adam) of the trainer's own strategies on one constant
 batch, gloo ranks with one thread each. All sides live in the same processes and take turns, in an order that rotates
-from round to round; barriers enclose a sample, a ratio is taken within a round, and the first round warms up. The sides:
+from round to round; barriers enclose a sample, a ratio is taken within a round, the first round warms up. The sides:
 
 - `exact`: virtual ranks of 16 images;
 - `ddp_equal`: as many passes of the same 16 images on each rank, so that only the reduction differs;
 - `ddp_natural`: one pass a rank, as `ddp` would be used.
 
+Ratios of processor time (all threads of rank 0) stand beside those of time: they show work that waiting hides, or adds.
+
 The ranks of one run have a network namespace of their own where the system allows it (`unshare`), so that its loopback
 interface counts no other process's traffic. The figure is the minimum over samples, less that of an idle sample:
 keep-alives, and others on a shared interface, only ever add. It includes the headers of TCP and IP.
 
-Run it on a machine that does nothing else: about 17 minutes on two cores.
+Run it on a machine that does nothing else: about 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -243,14 +245,14 @@ def loopback_bytes() -> int:
     raise OSError(f"/proc/net/dev has no interface {LOOPBACK}")
 
 
-def sample(side: Side | None, steps: int, barrier: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds and bytes on the wire, of all ranks, of `steps` steps; of none without a side."""
+def sample(side: Side | None, steps: int, barrier: Callable[[], Any]) -> tuple[float, float, int]:
+    """Seconds, this rank's processor seconds, all ranks' bytes on the wire, of `steps` steps; of none without side."""
     barrier()
-    sent, start = loopback_bytes(), time.perf_counter()
+    sent, start, start_cpu = loopback_bytes(), time.perf_counter(), time.process_time()
     for _ in range(steps if side else 0):
         side.step()
     barrier()
-    return time.perf_counter() - start, loopback_bytes() - sent
+    return time.perf_counter() - start, time.process_time() - start_cpu, loopback_bytes() - sent
 
 
 def measure(model: str, precision: str, options: argparse.Namespace, communicator: Communicator) -> dict[str, Any]:
@@ -264,17 +266,19 @@ def measure(model: str, precision: str, options: argparse.Namespace, communicato
     warm_up_seconds = [sample(side, 1, barrier)[0] for side in sides.values()]
     steps = communicator.broadcast(max(1, round(options.sample_seconds / max(warm_up_seconds))))
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     sent: dict[str, list[int]] = {name: [] for name in SIDES}
     idle = []
     order = list(SIDES)
     for number in range(options.rounds + 1):
         order = [*order[1:], order[0]]
         for name in order:
-            sample_seconds, sample_bytes = sample(sides[name], steps, barrier)
+            sample_seconds, sample_cpu_seconds, sample_bytes = sample(sides[name], steps, barrier)
             if number:
                 seconds[name].append(sample_seconds / steps)
+                cpu_seconds[name].append(sample_cpu_seconds / steps)
                 sent[name].append(sample_bytes)
-        idle.append(sample(None, 0, barrier)[1])
+        idle.append(sample(None, 0, barrier)[2])
 
     ranks, counts = communicator.world_size, exact_bucket_counts(model)
     statistics_count = len(RunningStatistics(build_model(ModelConfig(name=model), num_classes=10, seed=0)).values)
@@ -288,7 +292,9 @@ def measure(model: str, precision: str, options: argparse.Namespace, communicato
     for name, values in seconds.items():
         row |= spread(f"{name}_seconds_per_step", values, 5)
     for name in ("ddp_equal", "ddp_natural"):
-        row |= spread(f"exact_over_{name}", [a / b for a, b in zip(seconds["exact"], seconds[name], strict=True)], 4)
+        for kind, values in (("", seconds), ("_cpu", cpu_seconds)):
+            ratios = [mine / other for mine, other in zip(values["exact"], values[name], strict=True)]
+            row |= spread(f"exact_over_{name}{kind}", ratios, 4)
     counted = {"exact": wire_bytes_exact([*counts, statistics_count], ranks)}
     counted |= dict.fromkeys(("ddp_equal", "ddp_natural"), wire_bytes_ring(sum(counts), ranks))
     for name in SIDES if ranks > 1 else ():
@@ -400,17 +406,17 @@ def table(result: dict[str, Any]) -> str:
     """What a person reads."""
     lines = [
         f"{result['hardware']}; batch {GLOBAL_BATCH}, {VIRTUAL_RANKS} virtual ranks, n = {result['rounds']} rounds",
-        "median (minimum to maximum) of exact over ddp, within a round; bytes that one rank sends in a step",
+        "median (minimum to maximum) of exact over ddp, within a round; MB that one rank sends in a step",
         "",
-        f"{'':24}{'step':>9}   {'exact / ddp, equal passes':28}{'exact / ddp, one pass':28}"
+        f"{'':24}{'step':>9}   {'exact / ddp, equal passes':26}{'its processor time':26}{'exact / ddp, one pass':26}"
         f"{'exact MB':>9}{'ddp MB':>9}{'ratio':>7}",
     ]
     for row in result["results"]:
         line = f"{row['model']:10}{row['precision']:6}{row['ranks']:2} ranks"
         line += f"{row['exact_seconds_per_step_median']:9.3f} s "
-        for name in ("exact_over_ddp_equal", "exact_over_ddp_natural"):
+        for name in ("exact_over_ddp_equal", "exact_over_ddp_equal_cpu", "exact_over_ddp_natural"):
             median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
-            line += f"{median:.3f} ({low:.3f} to {high:.3f})".ljust(28)
+            line += f"{median:.3f} ({low:.3f} to {high:.3f})".ljust(26)
         if row["ranks"] > 1:
             mine, other = (row[f"{name}_wire_bytes_per_rank_measured"] for name in ("exact", "ddp_equal"))
             line += f"{mine / 1e6:9.3f}{other / 1e6:9.3f}{mine / other:7.3f}"
@@ -455,13 +461,13 @@ def main() -> None:
         return worker(options, options.worker)
     load, rows = round(os.getloadavg()[0], 2), []
     isolated = _succeeds([*NAMESPACE, "true"])
-    # Accelerate joins a group of one where torchrun's variables are set; alone, there is none to join.
     variables = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     with tempfile.TemporaryDirectory() as scratch:
         for ranks in options.ranks:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
             torchrun.append(f"--nproc-per-node={ranks}")
             out = Path(scratch, f"{ranks}.json")
+            # With torchrun's variables set, Accelerate would start a process group for one rank too.
             command = [sys.executable, *(torchrun if ranks > 1 else []), *sys.argv, "--worker", str(out)]
             subprocess.run([*(NAMESPACE if isolated else []), *command], check=True, env=variables)
             rows += json.loads(out.read_text(encoding="utf-8"))
