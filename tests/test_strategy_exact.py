@@ -191,9 +191,15 @@ def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
     return _STEP(self, lr)
 
 
-_STEP = ExactStrategy.step
+def one_leaf_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
+    _INIT(self, *arguments, **keywords)
+    self._leaf_passes = self._local_passes
+
+
+_STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a left fold of the local leaves": (tree.LocalTree, "add", left_fold),
+    "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_leaf_a_rank),
     "a left fold over the ranks": (tree, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
     "batches counted for each pass": (ExactStrategy, "step", a_batch_for_each_pass),

@@ -134,7 +134,19 @@ class Communicator:
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
         """Every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""
-        dist.all_gather_into_tensor(gathered, part)
+        if gathered.device.type != "cpu":
+            dist.all_gather_into_tensor(gathered, part)
+            return
+        # gloo's own gathers into new memory and copies that: messages take a third of its processor time.
+        parts, messages = gathered.chunk(self.world_size), []
+        for distance in range(1, self.world_size):
+            target, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+            messages.append(dist.P2POp(dist.isend, part, target))
+            messages.append(dist.P2POp(dist.irecv, parts[source], source))
+        works = dist.batch_isend_irecv(messages)
+        parts[self.rank].copy_(part)
+        for work in works:
+            work.wait()
 
     def gather(self, value: Any, name: str = "gather") -> list[Any]:
         """Every rank's `value` (anything that pickles), in the order of the ranks, on every rank.

@@ -34,9 +34,12 @@ class LocalTree:
         self._sums.append((level, leaf))
 
     def root(self, last: list[torch.Tensor], places: slice = slice(None)) -> list[torch.Tensor]:
-        """The sum of all leaves, `last` being those tensors of the last leaf that are at `places` in every leaf."""
+        """The sum of all leaves, `last` being those tensors of the last leaf that are at `places` in every leaf.
+
+        It is put into `last`. Each place has one root; after that come other places, or `clear`.
+        """
         for _, left in reversed(self._sums):
-            last = torch._foreach_add(left[places], last)
+            torch._foreach_add_(last, left[places])  # in place: on a CPU, new memory costs as much as adding up
         return last
 
     def clear(self) -> None:
@@ -45,9 +48,9 @@ class LocalTree:
 
 
 def tree_sum(rows: torch.Tensor) -> torch.Tensor:
-    """[n, m] to the balanced binary sum of its rows [m]; n is a power of two."""
+    """[n, m] to the balanced binary sum of its rows [m], n a power of two; the rows are overwritten."""
     while len(rows) > 1:
-        rows = rows[0::2] + rows[1::2]
+        rows = rows[0::2].add_(rows[1::2])
     return rows[0]
 
 

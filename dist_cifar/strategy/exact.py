@@ -39,7 +39,10 @@ class ExactStrategy:
         device = communicator.device
         self._clip_norm = config.optimizer.clip_norm
         self._leaves = plan.virtual_ranks * plan.passes
-        self._local_passes, self._passes = plan.micro_batches, plan.passes
+        self._local_passes = plan.micro_batches
+        # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
+        # best: while a gradient is still in the cache.
+        self._leaf_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
         self.module = module.to(device, memory_format=torch.channels_last)
         if config.train.precision == "bf16":
             in_bf16 = torch.autocast(device.type, torch.bfloat16)(module.forward)
@@ -72,20 +75,20 @@ class ExactStrategy:
         statistics.rewind()
         logits = self.module(images)
         seen = statistics.values.clone()
-        self._seen = seen if self._pass % self._passes == 0 else self._seen.add_(seen)
+        self._seen = seen if self._pass % self._leaf_passes == 0 else self._seen.add_(seen)
         if self._is_last_pass:
             self._missing = [len(bucket.views) for bucket in self._buckets]
             self._next_bucket = 0
             if statistics.names:
                 root = self._statistics_tree.root([self._seen])
                 self._reductions.submit(partial(self._statistics_bucket.reduce, root, self._leaves))
-        elif self._ends_virtual_rank:
+        elif self._ends_leaf:
             self._statistics_tree.add([self._seen])
         return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        if self._ends_virtual_rank and not self._is_last_pass:
+        if self._ends_leaf and not self._is_last_pass:
             self._gradients.add([parameter.grad for parameter in self._parameters])
             self._optimizer.zero_grad()
         self._pass += 1
@@ -136,8 +139,8 @@ class ExactStrategy:
         load_adam(self.module, self._optimizer, optimizer)
 
     @property
-    def _ends_virtual_rank(self) -> bool:
-        return self._pass % self._passes == self._passes - 1
+    def _ends_leaf(self) -> bool:
+        return self._pass % self._leaf_passes == self._leaf_passes - 1
 
     @property
     def _is_last_pass(self) -> bool:
