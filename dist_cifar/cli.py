@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dist_cifar import __version__, signals
+from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.config import Config, describe, load_config, to_yaml
 from dist_cifar.distributed.env import DistEnv, available_cores, read_env
 from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
@@ -97,6 +98,7 @@ def _train(options: argparse.Namespace) -> int:
 
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = _device(config, env)
+    keep_freed_memory()
     try:
         communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
     except LaunchError as error:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dist_cifar"
 ORDER = [
     "errors",
     "signals",
+    "allocator",
     "deadline",
     "files",
     "config",
