@@ -13,6 +13,7 @@ import errno
 import os
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _PATIENCE_SECONDS = 3.0
 """How long other ranks leave it to rank 0 to report an error that all ranks have."""
+_LAST_WORDS_SECONDS = 10.0
+"""How long a rank of several, which ends because of a failure, may take to say so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,11 +130,11 @@ class _FailureReport:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             where = f"run.dir={self._run_dir.path}"
             error = DataError(f"{where}: {error}; free space or mend it, and run again").with_traceback(None)
-        alone = watch is None
-        failure = own_failure(error, self._rank, self._communicator.step) if alone else watch.report(error)
-        if not alone and is_lost_peer(error):
+        failure = own_failure(error, self._rank, self._communicator.step) if watch is None else watch.report(error)
+        if watch is not None and is_lost_peer(error):
             self.end_as_survivor(failure)
-        self._note(failure)
+        if watch is not None:
+            _leave_in_time()
         is_first = failure.by == self._rank
         if not isinstance(error, UserError):
             print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
@@ -141,12 +144,14 @@ class _FailureReport:
         if not is_first and failure.reason != one_line(error):
             self._name_first(failure)
         code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
-        return code if alone else _leave(code)
+        self._note(failure)
+        return code if watch is None else _leave(code)
 
     def end_as_survivor(self, failure: Failure) -> NoReturn:
         """Ends a rank that has failed because of another one."""
-        self._note(failure)
+        _leave_in_time()
         self._name_first(failure)
+        self._note(failure)
         _leave(EXIT_INTERNAL)
 
     def _name_first(self, failure: Failure) -> None:
@@ -157,6 +162,13 @@ class _FailureReport:
         first = self._communicator.identities[0]
         with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed; it is reported anyway
             self._run_dir.write_failure((first.host, first.pid), failure.rank, failure.verdict)
+
+
+def _leave_in_time() -> None:
+    """Ends the process even if what it still has to say cannot be written, on a disk or a pipe that hangs."""
+    guard = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (EXIT_INTERNAL,))
+    guard.daemon = True
+    guard.start()
 
 
 def _leave(code: int) -> NoReturn:

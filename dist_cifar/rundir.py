@@ -108,7 +108,7 @@ class RunDir:
         already how this one ended: the first failure is the one that counts.
         """
         status = self.status()
-        if status.get("status") == "running" and (status["host"], status["pid"]) == job:
+        if status.get("status") == "running" and (status.get("host"), status.get("pid")) == job:
             facts = {**status, "status": "failed", "rank": rank, "reason": reason, "time": time.time()}
             temporary = self.path / f".tmp-status-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
             write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())

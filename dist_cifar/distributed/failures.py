@@ -34,8 +34,8 @@ _POLL_SECONDS = 0.5
 _ROLL_CALL_SECONDS = 4.0
 """How long ranks have to answer; rank 0, where the store may live, leaves at most so long after the conclusion."""
 _TOGETHER_SECONDS = 3.0
-"""How long a rank with a `UserError` leaves it to rank 0 to raise the same: most of them all ranks raise together."""
-_GRACE_SECONDS = 1.0
+"""How long a rank with a `UserError` leaves it to rank 0 to raise the same: most of them are raised by all together."""
+_GRACE_SECONDS = 3.0
 """How long the main thread has, when another rank has raised an error, to raise the same one."""
 _STORE_SECONDS = 3.0
 """A store that takes longer for one operation is gone, or its host is stopped."""
