@@ -43,6 +43,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 
+from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.bench import GPU_IMAGES_PER_SECOND, hardware
 from dist_cifar.config import ModelConfig, load_config
 from dist_cifar.distributed import tree
@@ -388,6 +389,7 @@ def collectives_alone(count: int, communicator: Communicator, barrier: Callable[
 def worker(options: argparse.Namespace, out: Path) -> None:
     """One rank: measures, and rank 0 writes the rows to `out`."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does
     alone = DistEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
     env = read_env(os.environ) if "WORLD_SIZE" in os.environ else alone
     communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=300)

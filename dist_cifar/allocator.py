@@ -1,8 +1,7 @@
 """glibc's allocator, told to keep the memory that a training frees: the next step takes the same amount again.
 
-Contract: after `keep_freed_memory`, blocks below 32 MiB that are freed stay with the process. By default the larger ones
-go back to the kernel, which clears each page anew when it is touched again: a ResNet-18 in strategy `exact` spends 15 %
-of its processor time on that (`benchmarks/allocator.py`). Elsewhere than on glibc nothing happens.
+Contract: after `keep_freed_memory`, blocks below 32 MiB that are freed stay with the process. By default the larger of
+them go back to the kernel, which clears each page anew when it is touched again. Without glibc nothing happens.
 
 Source: mallopt(3).
 """

@@ -121,7 +121,6 @@ class _Run:
         augments_on_device(config.data.device_augment, communicator.device)  # or an error, before anything takes long
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
-        communicator.on_first_rank(self.run_dir.open)
 
         # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
         communicator.on_first_rank(lambda: kernel.warm_up(self.display.say))
