@@ -32,6 +32,7 @@ ORDER = [
     "rundir",
     "train",
     "bench",
+    "verify",
     "cli",
     "__main__",
 ]
