@@ -614,8 +614,8 @@ class _Leader:
         # Another part's rows go to a file of their own: a SIGKILL may have torn this one's last line.
         digests.rename(digests.with_name(f"digests.{index}.jsonl"))
         print(
-            f"{phase.name}: world size {part.world_size}, steps {rows[0].step} to {rows[-1].step}, then killed;"
-            f" {time.monotonic() - started:.1f} s",
+            f"{phase.name}{'' if len(phase.parts) == 1 else f', world size {part.world_size}'}:"
+            f" steps {rows[0].step} to {rows[-1].step}, then killed; {time.monotonic() - started:.1f} s",
             flush=True,
         )
         return rows
