@@ -56,7 +56,23 @@ def epoch(result: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"real_job": real_job, "augment": augment, "epoch": epoch}
+def exactness(result: dict[str, Any]) -> str:
+    """The table of the digests."""
+    lines = ["| model | steps | world sizes | digest of the state | seconds, all phases |", "|---|---|---|---|---|"]
+    for row in result["results"]:
+        phases = ", ".join(" -> ".join(map(str, phase["world_sizes"])) for phase in row["phases"])
+        seconds = sum(phase["seconds"] for phase in row["phases"])
+        digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
+        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
+    return "\n".join([*lines, "", f"With {result['data']} as the images, batch 128, on an {result['hardware']}."])
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "real_job": real_job,
+    "augment": augment,
+    "epoch": epoch,
+    "exactness": exactness,
+}
 
 
 def updated(readme: str) -> str:

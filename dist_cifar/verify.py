@@ -590,13 +590,10 @@ class _Leader:
                 job.start(ranks, phase, index, order)
 
                 def has_come_to_an_end() -> dict[int, int] | None:
-                    if any(row.step >= part.until_step for row in tail.read()):
+                    if (rows := tail.read()) and rows[-1].step >= part.until_step:
                         return {}
-                    note = job.board.read(f"ended/{number}")
-                    ended = ranks.ended() | (
-                        {} if note is None else {int(rank): code for rank, code in json.loads(note).items()}
-                    )
-                    return ended or None
+                    note = json.loads(job.board.read(f"ended/{number}") or "{}")
+                    return ranks.ended() | {int(rank): code for rank, code in note.items()} or None
 
                 ended = _wait(has_come_to_an_end)
                 if ended:
@@ -723,7 +720,10 @@ def _log(directory: Path, phase: Phase, index: int, rank: int) -> Path:
 
 
 def _failure(directory: Path, phase: Phase, index: int, ended: Mapping[int, int]) -> TrainingError:
-    """What to say of a part in which ranks ended by themselves (rank to exit code): rank 0's error if it has one."""
+    """What to say of a part in which ranks ended by themselves: rank 0's error, or another one's if it has none.
+
+    `ended` maps ranks to exit codes, the first one to end first.
+    """
     part = phase.parts[index]
     lines = {
         rank: _log(directory, phase, index, rank).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -731,13 +731,18 @@ def _failure(directory: Path, phase: Phase, index: int, ended: Mapping[int, int]
     }
     prefix = "dist_cifar: error: "
     errors = [line.removeprefix(prefix) for rank in lines for line in lines[rank] if line.startswith(prefix)]
-    rank = min(ended)
-    last_words = errors[0] if errors else next(iter(reversed(lines[rank])), "it printed nothing")
+    rank, code = next(iter(ended.items()))
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    if errors:
+        reason = errors[0]
+    elif code > 0 and lines[rank]:
+        reason = lines[rank][-1]  # of a traceback
+    else:
+        reason = "no rank says why; their logs are kept"
     error = TrainingError(
-        f"verify: {phase.name}: rank {rank} of {part.world_size} ended with exit code {ended[rank]} before step"
-        f" {part.until_step}: {last_words}"
+        f"verify: {phase.name}: rank {rank} of {part.world_size} {how} before step {part.until_step}: {reason}"
     )
-    error.exit_code = ended[rank] if ended[rank] in (EXIT_USAGE, EXIT_DATA) else EXIT_INTERNAL
+    error.exit_code = code if code in (EXIT_USAGE, EXIT_DATA) else EXIT_INTERNAL
     return error
 
 

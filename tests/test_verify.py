@@ -305,6 +305,28 @@ def test_a_line_counts_when_it_is_whole(tmp_path):
         assert len(tail.read()) == count
 
 
+@pytest.mark.parametrize(
+    ("logs", "ended", "message", "code"),
+    [
+        (
+            ["x\ndist_cifar: error: zero\n", "dist_cifar: error: one\n"],
+            {1: 74, 0: 2},
+            "rank 1 .* code 74 .* 4: zero$",
+            74,
+        ),
+        (["", "dist_cifar: error: one\n"], {1: 2}, "rank 1 of 2 ended with exit code 2 before step 4: one$", 2),
+        (["", "Traceback\nKeyError: 3\n"], {1: 70}, "rank 1 .* KeyError: 3$", 70),
+        (["train step 1\n", ""], {0: -9}, "rank 0 of 2 was killed by SIGKILL .* no rank says why", 70),
+    ],
+)
+def test_a_part_that_fails_says_which_rank_was_first_and_why(logs, ended, message, code, tmp_path):
+    phase = plan_phases([2], 4)[0]
+    for rank, text in enumerate(logs):
+        verify._log(tmp_path, phase, 0, rank).write_text(text)
+    error = verify._failure(tmp_path, phase, 0, ended)
+    assert re.search(f"^verify: world size 2: {message}", str(error)) and error.exit_code == code
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -397,11 +419,12 @@ if os.environ.get("WORLD_SIZE") == "2":
     def wrong(gradients, *arguments, **options):
         calls.append(0)
         if len(calls) == 3:
-            gradients[-1].view(torch.int32)[0] ^= 1
+            gradients[-1].view(torch.int32)[0] ^= 1 << 16
         return total_norm(gradients, *arguments, **options)
     torch.nn.utils.get_total_norm = wrong
 """
-"""Flips the last bit of one number of the last gradient in the third step, on all ranks alike: they still agree."""
+"""Flips one bit of one number of the last gradient in the third step: one above those that Adam may round away, and on
+all ranks alike, so that they still agree."""
 
 
 @pytest.mark.slow
