@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate or srun each process starts"
         " its share of them.",
         epilog="exit codes: 0 all equal, 2 bad usage or config, 70 something differs or failed, 74 disk or data, 75"
-        " stopped by a signal",
+        " stopped by a signal, 130 by Ctrl-C",
         allow_abbrev=False,
     )
     verify.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
