@@ -64,7 +64,9 @@ def exactness(result: dict[str, Any]) -> str:
         seconds = sum(phase["seconds"] for phase in row["phases"])
         digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
         lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
-    return "\n".join([*lines, "", f"With {result['data']} as the images, batch 128, on an {result['hardware']}."])
+    where = f"With {result['data']} as the images, batch 128, on an {result['hardware']}"
+    load = f"which did other work as well (load average {result['load_average_before']:g} at the start)"
+    return "\n".join([*lines, "", f"{where}, {load}."])
 
 
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
