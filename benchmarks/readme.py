@@ -56,7 +56,25 @@ def epoch(result: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"real_job": real_job, "augment": augment, "epoch": epoch}
+def exactness(result: dict[str, Any]) -> str:
+    """The table of the digests."""
+    lines = ["| model | steps | world sizes | digest of the state | seconds, all phases |", "|---|---|---|---|---|"]
+    for row in result["results"]:
+        phases = ", ".join(" -> ".join(map(str, phase["world_sizes"])) for phase in row["phases"])
+        seconds = sum(phase["seconds"] for phase in row["phases"])
+        digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
+        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
+    where = f"With {result['data']} as the images, batch 128, on an {result['hardware']}"
+    load = f"which did other work as well (load average {result['load_average_before']:g} at the start)"
+    return "\n".join([*lines, "", f"{where}, {load}."])
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "real_job": real_job,
+    "augment": augment,
+    "epoch": epoch,
+    "exactness": exactness,
+}
 
 
 def updated(readme: str) -> str:

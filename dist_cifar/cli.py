@@ -179,6 +179,30 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    env = read_env(os.environ)
+    _refuse_what_accelerate_would_do(config)
+    signals.install()
+    if env.launcher == "torchrun" or _started_by_accelerate():
+        signals.die_with_launcher()
+    from dist_cifar.verify import verify
+
+    try:
+        return verify(
+            config,
+            env,
+            world_sizes=options.world_sizes,
+            steps=options.steps,
+            directory=options.dir,
+            json_file=options.json,
+        )
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.errno not in _DISK_ERRORS:
+            raise
+        raise DataError(f"verify: {error}; free space, or give a directory that can be written with --dir") from error
+
+
 def _bench_augment(options: argparse.Namespace) -> int:
     from dist_cifar.bench import bench_augment
 
@@ -267,6 +291,35 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
+
+    verify = commands.add_parser(
+        "verify",
+        help="show that all world sizes, and a run that is killed and resumed, give the same bits on this machine",
+        description="The acceptance test of a machine or cluster: train a few steps of a config in strategy exact at"
+        " several world sizes, and once more while ranks are killed and go on at another world size, and compare every"
+        " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate or srun each process starts"
+        " its share of them.",
+        epilog="exit codes: 0 all equal, 2 bad usage or config, 70 something differs or failed, 74 disk or data, 75"
+        " stopped by a signal, 130 by Ctrl-C",
+        allow_abbrev=False,
+    )
+    verify.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    verify.add_argument(
+        "--world-sizes",
+        metavar="N,N,...",
+        help="divisors of batch.virtual_ranks; default: powers of two up to the processes of the launcher, at least to"
+        " 4 on CPU",
+    )
+    verify.add_argument("--steps", type=int, default=20, metavar="N", help="steps to compare; default: 20")
+    verify.add_argument(
+        "--dir",
+        type=Path,
+        help="where the runs are written, which all nodes must share; default: a new directory below runs/. It is"
+        " removed when all is equal",
+    )
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
+    verify.set_defaults(command=_verify)
 
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")

@@ -33,6 +33,7 @@ ORDER = [
     "rundir",
     "train",
     "bench",
+    "verify",
     "cli",
     "__main__",
 ]

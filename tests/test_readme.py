@@ -34,6 +34,14 @@ def test_training_commands_parse(line, monkeypatch):
     load_config(options.config, options.overrides)
 
 
+@pytest.mark.parametrize("line", [line for line in BLOCKS if "dist_cifar verify" in line])
+def test_verify_commands_parse(line, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(line)
+    options = cli._parser().parse_args(words[words.index("verify") :])
+    load_config(options.config, options.overrides)
+
+
 @pytest.mark.parametrize("target", re.findall(r"(?m)^make (\w+)", "\n".join(BLOCKS)))
 def test_make_targets_exist(target):
     assert re.search(rf"(?m)^{target}:", MAKEFILE)

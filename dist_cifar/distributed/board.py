@@ -1,0 +1,64 @@
+"""Short notes that the processes of one job leave for one another, without a process group.
+
+Contract: a note that `post` has returned from is found by every later `read` of any process. `read` does not wait.
+With one process the notes stay in it, and torch is not imported. Not for tensors: a note is a line of text.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from dist_cifar.distributed.env import DistEnv
+from dist_cifar.errors import LaunchError
+
+_MEETING_SECONDS = 300.0
+"""How long the processes of a job wait for the one that keeps the notes."""
+
+
+class Board:
+    """The notes. With several processes all construct it: rank 0 keeps them, or torchrun's agent does."""
+
+    def __init__(self, env: DistEnv) -> None:
+        self._notes: dict[str, str] = {}
+        self._store: Any = None
+        self._where = f"{env.master_addr}:{env.master_port}"
+        if env.world_size == 1:
+            return
+        import torch.distributed as dist
+
+        # What `init_process_group` does first. It knows torchrun, whose agent already listens at the address.
+        url = f"tcp://{self._where}?rank={env.rank}&world_size={env.world_size}"
+        try:
+            self._store, *_ = next(dist.rendezvous(url, timeout=datetime.timedelta(seconds=_MEETING_SECONDS)))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise self._lost(error) from error
+
+    def post(self, key: str, note: str) -> None:
+        """Leaves a note, in place of an older one with that key. Raises `LaunchError` if the job is gone."""
+        if self._store is None:
+            self._notes[key] = note
+            return
+        try:
+            self._store.set(_PREFIX + key, note)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def read(self, key: str) -> str | None:
+        """The note with that key; None while there is none. Raises `LaunchError` if the job is gone."""
+        if self._store is None:
+            return self._notes.get(key)
+        try:
+            return self._store.get(_PREFIX + key).decode() if self._store.check([_PREFIX + key]) else None
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> LaunchError:
+        return LaunchError(
+            f"launch: the other processes cannot be reached at {self._where} ({' '.join(str(error).split())[:200]});"
+            " the first of them has ended, or the address is wrong or the port taken"
+        )
+
+
+_PREFIX = "dist_cifar/"
+"""torchrun's agent keeps its own notes in the same store."""
