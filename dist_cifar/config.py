@@ -149,7 +149,7 @@ class ModelConfig:
 class BatchConfig:
     """The samples of one optimizer step. Setting one of `global_size` and `per_rank_size` unsets the other."""
 
-    global_size: PositiveInt | None = 128
+    global_size: PositiveInt | None = 1024
     """Samples of one step over all ranks; the world size must divide it."""
     per_rank_size: PositiveInt | None = None
     """Samples of one step on each rank: the global batch then grows with the world size."""
@@ -171,7 +171,7 @@ class OptimizerConfig:
     """LR = lr x (global batch / lr_base_batch) to the power 1/2 (`sqrt`, right for Adam), 1 (`linear`) or 0."""
     lr_base_batch: PositiveInt = 128
     """The global batch for which `lr` was tuned."""
-    warmup_epochs: NonNegativeFloat = 1.0
+    warmup_epochs: NonNegativeFloat = 5.0
     """Epochs over which the learning rate rises linearly to its full value."""
     weight_decay: NonNegativeFloat = 1e-4
     """L2 penalty that Adam adds to the gradient."""
@@ -209,7 +209,7 @@ class TrainConfig:
     """Passes over the training split."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps even if the epochs are not complete."""
-    strategy: Literal["exact", "ddp"] = "ddp"
+    strategy: Literal["exact", "ddp"] = "exact"
     """How replicas are kept in step: `exact` gives the same weights, to the last bit, for every world size; `ddp` is
     Accelerate's DistributedDataParallel."""
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -61,8 +61,10 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
             "data.validation_size": "40",
             "model.name": "resnet20",
             "batch.global_size": "16",
+            "optimizer.warmup_epochs": "1",
             "train.epochs": "2",
             "train.precision": "fp32",
+            "train.strategy": "ddp",
             "tracking.wandb": "disabled",
         }
         values |= dict(override.split("=", 1) for override in overrides)

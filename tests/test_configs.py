@@ -20,12 +20,13 @@ def run(communicator: Communicator, config: Config) -> bool:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_steps(ranks, tmp_path, path):
-    """On generated images and few of them, with all else as the file says."""
+    """On few and generated images and in small batches, with all else as the file says."""
     overrides = [
         "data.source=synthetic",
         "data.synthetic_train_size=300",
         "data.synthetic_test_size=20",
         "data.validation_size=20",
+        "batch.global_size=64",
         "train.max_steps=2",
         "run.device=cpu",
         "tracking.wandb=disabled",
