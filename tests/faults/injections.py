@@ -25,6 +25,7 @@ from dist_cifar.checkpoint import CheckpointStore
 from dist_cifar.distributed import communicator
 from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.distributed.failures import Identity
+from dist_cifar.rundir import RunDir
 from dist_cifar.strategy.ddp import DdpStrategy
 
 
@@ -185,6 +186,11 @@ def die_at_cut(when: str) -> None:
     train._Run._step_plateau = step_plateau  # type: ignore[method-assign]
 
 
+def die_before_summary() -> None:
+    """SIGKILL when a run has its result and has not written it."""
+    RunDir.write_summary = lambda self, summary: _signal("SIGKILL")  # type: ignore[method-assign]
+
+
 # --- the disk ----------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +198,8 @@ def in_save(at_step: int, call: str, name: str, number: int, what: str) -> None:
     """Something happens in the background, while the checkpoint of a step is written.
 
     It happens before the `number`-th (from 1) of the calls `os.<call>` on a path whose last part matches the pattern
-    `name`. `what` is a signal, or the name of an error (`EROFS`) that this and all later calls meet. SIGKILL lets half
-    of the bytes of a write out first.
+    `name`. `what` is a signal, the name of an error (`EROFS`) that this and all later calls meet, or the path of a file
+    that somebody else writes until nothing more fits. SIGKILL lets half of the bytes of a write out first.
     """
     commit, step, count = CheckpointStore._commit, None, 0
 
@@ -219,7 +225,10 @@ def in_save(at_step: int, call: str, name: str, number: int, what: str) -> None:
                     count += 1
                     if call == "write" and what == "SIGKILL":
                         os.write(path, arguments[0][: len(arguments[0]) // 2])
-                    _signal(what)
+                    if what.startswith("/"):
+                        _fill_disk(what)
+                    else:
+                        _signal(what)
                 return original(path, *arguments)
 
             return called
@@ -243,17 +252,6 @@ def hold_writes() -> None:
         run(self, *arguments)
 
     CheckpointStore.wait, CheckpointStore._run = noted, held  # type: ignore[method-assign]
-
-
-def fill_disk(at_step: int, path: str) -> None:
-    """Somebody else writes the file `path` until nothing more fits."""
-
-    def fill() -> None:
-        with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-
-    _after_vote(at_step, fill)
 
 
 def free_disk(at_step: int, path: str) -> None:
@@ -307,6 +305,12 @@ def restore_locally() -> None:
         return step
 
     train._Run._restore = restore  # type: ignore[method-assign]
+
+
+def _fill_disk(path: str) -> None:
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def _signal(*names: str) -> None:
