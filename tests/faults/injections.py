@@ -110,21 +110,6 @@ def flip_bit(at_step: int, name: str) -> None:
     DdpStrategy.step = step  # type: ignore[method-assign]
 
 
-def blame(whom: str) -> None:
-    """The mutants of the roll call: it blames rank 0, or the one that asks, whatever it has found."""
-    from dist_cifar.distributed import failures
-
-    original = failures.conclude
-
-    def conclude(*arguments: Any, by: int, **options: Any) -> failures.Failure | None:
-        failure = original(*arguments, by=by, **options)
-        if failure is None:
-            return None
-        return failures.dataclasses.replace(failure, rank=0 if whom == "lowest" else by)
-
-    failures.conclude = conclude
-
-
 def signal_at(at_step: int, *names: str) -> None:
     """The rank is sent these signals."""
     _after_vote(at_step, lambda: _signal(*names))
@@ -305,6 +290,21 @@ def restore_locally() -> None:
         return step
 
     train._Run._restore = restore  # type: ignore[method-assign]
+
+
+def blame(whom: str) -> None:
+    """The mutants of the roll call: it blames rank 0, or the one that asks, whatever it has found."""
+    from dist_cifar.distributed import failures
+
+    original = failures.conclude
+
+    def conclude(*arguments: Any, by: int, **options: Any) -> failures.Failure | None:
+        failure = original(*arguments, by=by, **options)
+        if failure is None:
+            return None
+        return failures.dataclasses.replace(failure, rank=0 if whom == "lowest" else by)
+
+    failures.conclude = conclude
 
 
 def _fill_disk(path: str) -> None:
