@@ -453,7 +453,7 @@ def test_what_would_change_the_result_is_refused_and_nothing_is_written(run, gol
 
 
 def test_resume_anyway_says_where_exactness_ends(run, stopped):
-    job = run(2, "run.seed=1", "--resume-anyway")
+    job = run(2, "--resume-anyway", "run.seed=1")
     assert job.wait(60) == [0, 0], job
     assert "exactness  ends at step 5; changed: run.seed: 0 -> 1" in job.stdout(0)
     assert resumed_from(job) == job.summary()["inexact_since_step"] == 5
