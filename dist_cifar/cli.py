@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         return options.command(options)
     except UserError as error:
         _report(str(error))
@@ -331,6 +331,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     augment.set_defaults(command=_bench_augment)
     return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """argparse takes the `key=value`s of one place only; a person writes some before an option and some behind it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command is not _train or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 class _TrainHelp(argparse.Action):

@@ -13,9 +13,12 @@ import os
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces the content of `path` as a whole; text is UTF-8. The temporary file is `.tmp-<name>` beside it."""
-    temporary = path.with_name(f".tmp-{path.name}")
+def write_atomic(path: Path, data: bytes | str, *, writer: str = "") -> None:
+    """Replaces the content of `path` as a whole; text is UTF-8. The temporary file is `.tmp-<name><writer>` beside it.
+
+    Processes that may write to the same path at a time each have a `writer` of their own.
+    """
+    temporary = path.with_name(f".tmp-{path.name}{writer}")
     try:
         write_file(temporary, data.encode() if isinstance(data, str) else data)
         move(temporary, path)

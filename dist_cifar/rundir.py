@@ -21,7 +21,7 @@ from typing import Any
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
 from dist_cifar.errors import DataError, LaunchError
-from dist_cifar.files import move, write_atomic, write_file
+from dist_cifar.files import write_atomic
 
 LOCK_SECONDS = 10.0
 """How long a job should wait for another one to leave the run directory: one that was requeued may start while the old
@@ -110,9 +110,8 @@ class RunDir:
         status = self.status()
         if status.get("status") == "running" and (status.get("host"), status.get("pid")) == job:
             facts = {**status, "status": "failed", "rank": rank, "reason": reason, "time": time.time()}
-            temporary = self.path / f".tmp-status-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
-            write_file(temporary, (json.dumps(facts, indent=2) + "\n").encode())
-            move(temporary, self._status)
+            writer = f"-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
+            write_atomic(self._status, json.dumps(facts, indent=2) + "\n", writer=writer)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""

@@ -352,7 +352,8 @@ class _Run:
         where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "a gradient, and no loss,"
         raise TrainingError(
             f"step {self.progress.step}: {where} was not finite in a step since the last log; lower optimizer.lr or"
-            " optimizer.clip_norm, set train.precision=fp32, or leave such steps out with train.non_finite=skip"
+            " optimizer.clip_norm, set train.precision=fp32, or leave such steps out with train.non_finite=skip",
+            rank=ranks[0] if ranks else None,
         )
 
     def _log(self, rows: list[list[float]], lr: float) -> None:

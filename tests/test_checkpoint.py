@@ -1276,7 +1276,7 @@ MUTANTS = {
     "overwritten in place": (
         check_write_atomic,
         "files",
-        'path.with_name(f".tmp-{path.name}")',
+        'path.with_name(f".tmp-{path.name}{writer}")',
         "path",
     ),
     "temporaries of a failure left": (

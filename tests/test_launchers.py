@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dist_cifar.cli import main
 from dist_cifar.config import Config, to_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -333,6 +334,13 @@ def test_help_of_the_program():
 def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):
     code, out, _ = run(f"python -m dist_cifar train --config {config} --print-config train.epochs=3")
     assert code == 0 and "  epochs: 3\n" in out and not (tmp_path / "run").exists()
+
+
+def test_options_may_stand_between_fields(config, capsys):
+    assert main(["train", "--config", str(config), "run.seed=3", "--print-config", "run.name=x", "--resume"]) == 0
+    assert "seed: 3" in capsys.readouterr().out
+    assert main(["train", "run.seed=3", "--resume", "run.name=x", "--odd"]) == 2
+    assert "unrecognized arguments: run.name=x --odd" in capsys.readouterr().err
 
 
 def test_without_arguments_the_front_door_trains_cifar10_and_says_what_it_misses(tmp_path):

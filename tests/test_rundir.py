@@ -39,6 +39,20 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
     assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
 
 
+def test_a_failure_that_cannot_be_noted_leaves_no_litter(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running")
+    status = run_dir.status()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.write_failure((status["host"], status["pid"]), 0, "the disk is full")
+    assert run_dir.status() == status and list(tmp_path.glob(".tmp*")) == []
+
+
 def test_only_the_first_failure_of_ones_own_job_is_noted(tmp_path):
     run_dir = RunDir(tmp_path)
     run_dir.write_status("running", step=3)

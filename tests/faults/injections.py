@@ -5,18 +5,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
 import os
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
+from dist_cifar import checkpoint, files, train
+from dist_cifar.checkpoint import CheckpointStore
 from dist_cifar.distributed import communicator
 from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.distributed.failures import Identity
+from dist_cifar.rundir import RunDir
 from dist_cifar.strategy.ddp import DdpStrategy
+
+
+def several(*injections: list[Any]) -> None:
+    """More than one, each `[name, *arguments]`, in this order."""
+    for name, *arguments in injections:
+        globals()[name](*arguments)
 
 
 def raise_at(at_step: int) -> None:
@@ -94,6 +110,188 @@ def flip_bit(at_step: int, name: str) -> None:
     DdpStrategy.step = step  # type: ignore[method-assign]
 
 
+def signal_at(at_step: int, *names: str) -> None:
+    """The rank is sent these signals."""
+    _after_vote(at_step, lambda: _signal(*names))
+
+
+def slow_steps(seconds: float) -> None:
+    """Every step takes so much longer."""
+    _after_vote(None, lambda: time.sleep(seconds))
+
+
+def clock_back(seconds: float, at_step: int | None = None) -> None:
+    """The wall clock is set back by somebody: before the job begins, or in a step."""
+    original = time.time
+
+    def set_back() -> None:
+        time.time = lambda: original() - seconds
+
+    if at_step is None:
+        set_back()
+    else:
+        _after_vote(at_step, set_back)
+
+
+def poison(at_step: int) -> None:
+    """The images of this rank are NaN."""
+    original = train._Run.make_batch
+
+    def make_batch(self: train._Run, step: int) -> Any:
+        batch = original(self, step)
+        if step + 1 == at_step:
+            batch.inputs.fill_(float("nan"))
+        return batch
+
+    train._Run.make_batch = make_batch  # type: ignore[method-assign]
+
+
+def change_data() -> None:
+    """The data set's files hold something else than before."""
+    original = train.load_dataset
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        return dataclasses.replace(original(*arguments, **options), content_sha256="0" * 64)
+
+    train.load_dataset = load_dataset
+
+
+def die_at_cut(when: str) -> None:
+    """SIGKILL around the first evaluation that cuts the learning rate: `before` it, or `after` the cut."""
+    original = train._Run._step_plateau
+
+    def step_plateau(self: train._Run, metric: float) -> None:
+        state = train.step_plateau(self.config.plateau, self.progress.plateau, metric)
+        if state.cuts > 0 and when == "before":
+            _signal("SIGKILL")
+        original(self, metric)
+        if state.cuts > 0:
+            _signal("SIGKILL")
+
+    train._Run._step_plateau = step_plateau  # type: ignore[method-assign]
+
+
+def die_before_summary() -> None:
+    """SIGKILL when a run has its result and has not written it."""
+    RunDir.write_summary = lambda self, summary: _signal("SIGKILL")  # type: ignore[method-assign]
+
+
+# --- the disk ----------------------------------------------------------------------------------------------------
+
+
+def in_save(at_step: int, call: str, name: str, number: int, what: str) -> None:
+    """Something happens in the background, while the checkpoint of a step is written.
+
+    It happens before the `number`-th (from 1) of the calls `os.<call>` on a path whose last part matches the pattern
+    `name`. `what` is a signal, the name of an error (`EROFS`) that this and all later calls meet, or the path of a file
+    that somebody else writes until nothing more fits. SIGKILL lets half of the bytes of a write out first.
+    """
+    commit, step, count = CheckpointStore._commit, None, 0
+
+    def noted(self: CheckpointStore, saved_step: int, *arguments: Any) -> None:
+        nonlocal step
+        step = saved_step
+        commit(self, saved_step, *arguments)
+
+    class Os:
+        def __getattr__(self, attribute: str) -> Any:
+            original = getattr(os, attribute)
+            if attribute != call or step != at_step or threading.current_thread().name != "checkpoint":
+                return original
+
+            def called(path: Any, *arguments: Any) -> Any:
+                nonlocal count
+                place = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.fspath(path)
+                count += re.fullmatch(name, os.path.basename(place)) is not None
+                if count >= number and what.startswith("E"):
+                    code = getattr(errno, what)
+                    raise OSError(code, os.strerror(code))
+                if count == number:
+                    count += 1
+                    if call == "write" and what == "SIGKILL":
+                        os.write(path, arguments[0][: len(arguments[0]) // 2])
+                    if what.startswith("/"):
+                        _fill_disk(what)
+                    else:
+                        _signal(what)
+                return original(path, *arguments)
+
+            return called
+
+    CheckpointStore._commit = noted  # type: ignore[method-assign]
+    files.os = Os()  # type: ignore[assignment]
+
+
+def hold_writes() -> None:
+    """The disk is as slow as can be: each checkpoint begins to be written when somebody waits for it."""
+    wait, run, waited = CheckpointStore.wait, CheckpointStore._run, threading.Event()
+
+    def noted(self: CheckpointStore, **options: bool) -> None:
+        if self._thread is not None:
+            waited.set()
+        wait(self, **options)
+
+    def held(self: CheckpointStore, *arguments: Any) -> None:
+        waited.wait()
+        waited.clear()
+        run(self, *arguments)
+
+    CheckpointStore.wait, CheckpointStore._run = noted, held  # type: ignore[method-assign]
+
+
+def free_disk(at_step: int, path: str) -> None:
+    """Somebody else deletes the file `path`."""
+    _after_vote(at_step, lambda: Path(path).unlink())
+
+
+# --- mutants of the product --------------------------------------------------------------------------------------
+
+
+def forget_last_save() -> None:
+    """A mutant: the end of a run, or a signal, does not wait for the checkpoint that is being written."""
+    wait = CheckpointStore.wait
+
+    def forgetful(self: CheckpointStore, *, must_succeed: bool = False) -> None:
+        if not must_succeed:
+            wait(self)
+
+    CheckpointStore.wait = forgetful  # type: ignore[method-assign]
+
+
+def trust_checkpoints() -> None:
+    """A mutant: checkpoints are not verified."""
+
+    def read(path: Path) -> checkpoint.Checkpoint:
+        tensors = {file.stem: safetensors.torch.load(file.read_bytes()) for file in path.glob("*.safetensors")}
+        state = checkpoint.json.loads((path / "state.json").read_text())
+        return checkpoint.Checkpoint(step=state["progress"]["step"], path=path, tensors=tensors, state=state)
+
+    checkpoint.read_checkpoint = read
+
+
+def restore_locally() -> None:
+    """A mutant: every rank loads what its own directory holds."""
+    original = train._Run._restore
+
+    def restore(self: train._Run, must_resume: bool, resume_anyway: bool) -> int | None:
+        shared = self.communicator
+        self.communicator = type(
+            "Local",
+            (),
+            {
+                "device": shared.device,
+                "world_size": shared.world_size,
+                "on_first_rank": staticmethod(lambda function: function()),
+                "broadcast_tensors": staticmethod(dict),
+            },
+        )()
+        step = original(self, must_resume, resume_anyway)
+        self.communicator = shared
+        return step
+
+    train._Run._restore = restore  # type: ignore[method-assign]
+
+
 def blame(whom: str) -> None:
     """The mutants of the roll call: it blames rank 0, or the one that asks, whatever it has found."""
     from dist_cifar.distributed import failures
@@ -109,6 +307,17 @@ def blame(whom: str) -> None:
     failures.conclude = conclude
 
 
+def _fill_disk(path: str) -> None:
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def _signal(*names: str) -> None:
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -118,13 +327,13 @@ def _hang() -> None:
         time.sleep(3600)
 
 
-def _after_vote(at_step: int, act: Callable[[], None]) -> None:
-    """`act` when this rank has cast its vote and the step is under way."""
+def _after_vote(at_step: int | None, act: Callable[[], None]) -> None:
+    """`act` when this rank has cast its vote and the step is under way; None is every step."""
     original = Vote.cast
 
     def cast(self: Vote, step: int, *answers: bool) -> None:
         original(self, step, *answers)
-        if step == at_step:
+        if at_step is None or step == at_step:
             act()
 
     Vote.cast = cast  # type: ignore[method-assign]

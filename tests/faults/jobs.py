@@ -33,7 +33,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -41,10 +41,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 
 
+class End(NamedTuple):
+    """How and when (monotonic clock) a process ended."""
+
+    code: int
+    time: float
+
+
 class Job:
     """One job; see the module."""
 
-    def __init__(self, pids: list[int], outputs: list[Path], run_dir: Path, ended: dict[int, int], store: Any) -> None:
+    def __init__(self, pids: list[int], outputs: list[Path], run_dir: Path, ended: dict[int, End], store: Any) -> None:
         self.pids = pids
         """Process ids, by rank."""
         self.run_dir = run_dir
@@ -87,7 +94,12 @@ class Job:
         while self.left_over() and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not self.left_over(), f"alive after {timeout_seconds} s: {self.left_over()} of {self.pids}\n{self}"
-        return [self._ended[pid] for pid in self.pids]
+        return [self._ended[pid].code for pid in self.pids]
+
+    def seconds_between_ends(self) -> float:
+        """How much longer than the first one the last rank lived; all have ended."""
+        times = [self._ended[pid].time for pid in self.pids]
+        return max(times) - min(times)
 
     def wait_for_step(self, step: int) -> None:
         """Until `metrics.jsonl` has a row of this step or a later one."""
@@ -108,7 +120,7 @@ class Job:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "summary.json").read_text())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parts = [f"rank {i}:\n{self.stdout(i)[-1500:]}{self.stderr(i)[-3000:]}" for i in range(len(self.pids))]
         return "\n".join(parts)
 
@@ -119,7 +131,7 @@ class Jobs:
     def __init__(self, directory: Path) -> None:
         """`directory` takes the ranks' outputs."""
         self._directory, self._count = directory, 0
-        self._ended: dict[int, int] = {}
+        self._ended: dict[int, End] = {}
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._zygote: subprocess.Popen[str] | None = None
 
@@ -130,10 +142,16 @@ class Jobs:
         env: Mapping[str, str] | None = None,
         inject: Mapping[int, Sequence[Any]] | None = None,
         agent: bool = True,
+        cwd: Sequence[Path] | None = None,
     ) -> Job:
-        """`argv` is that of the command line; the `run.dir=...` in it is what the job's methods look into."""
+        """`argv` is that of the command line; the `run.dir=...` in it is what the job's methods look into.
+
+        `cwd` has a directory for each rank to be started in; a relative `run.dir` is meant from that of rank 0.
+        """
+        directories = cwd or [REPOSITORY] * world_size
         arguments = [str(argument) for argument in argv]
-        run_dir = Path(next(a for a in reversed(arguments) if a.startswith("run.dir=")).removeprefix("run.dir="))
+        named = next(argument for argument in reversed(arguments) if argument.startswith("run.dir="))
+        run_dir = directories[0] / named.removeprefix("run.dir=")
         self._count += 1
         store, port = None, _free_port()
         if agent:
@@ -154,7 +172,7 @@ class Jobs:
             request = {
                 "argv": arguments,
                 "env": {name: str(value) for name, value in place.items()} | agents | dict(env or {}),
-                "cwd": str(REPOSITORY),
+                "cwd": str(directories[rank]),
                 "stdout": str(outputs[rank].with_suffix(".out")),
                 "stderr": str(outputs[rank].with_suffix(".err")),
                 "inject": list((inject or {}).get(rank, [])),
@@ -194,7 +212,7 @@ class Jobs:
         for line in self._zygote.stdout:
             answer = json.loads(line)
             if "ended" in answer:
-                self._ended[answer["ended"]] = answer["code"]
+                self._ended[answer["ended"]] = End(answer["code"], time.monotonic())
             else:
                 self._answers.put(answer)
 
