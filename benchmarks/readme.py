@@ -1,9 +1,9 @@
-"""Writes the figures of README.md from benchmarks/results/*.json.
+"""Writes the figures of README.md and docs/*.md from benchmarks/results/*.json.
 
     python benchmarks/readme.py
 
-Each block of the README between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name
-makes of `results/NAME.json`. A test runs it and finds nothing to change.
+Each block of a page between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name makes of
+`results/NAME.json`. A test runs it and finds nothing to change.
 """
 
 from __future__ import annotations
@@ -69,24 +69,60 @@ def exactness(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where}, {load}."])
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "real_job": real_job,
-    "augment": augment,
-    "epoch": epoch,
-    "exactness": exactness,
+def strategy(result: dict[str, Any]) -> str:
+    """The cost of strategy exact, its bytes, and the prediction."""
+
+    def ratio(row: dict[str, Any], name: str) -> str:
+        median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
+        return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+    lines = [
+        "| model | ranks | time, equal passes | processor time, equal passes | time, one pass a rank | bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["results"]:
+        names = ("exact_over_ddp_equal", "exact_over_ddp_equal_cpu", "exact_over_ddp_natural")
+        sent = [row.get(f"{side}_wire_bytes_per_rank_measured") for side in ("exact", "ddp_equal")]
+        wire = f"{sent[0] / sent[1]:.3f}" if all(sent) else ""
+        cells = [f"{row['model']} {row['precision']}", str(row["ranks"]), *(ratio(row, name) for name in names), wire]
+        lines.append(f"| {' | '.join(cells)} |")
+    oversubscribed = ", ".join(map(str, result["oversubscribed_ranks"]))
+    lines += [
+        "",
+        f"Strategy `exact` over `ddp`: median and range of n = {result['rounds']} rounds in which both take turns, global"
+        f" batch {result['global_batch']}, 8 virtual ranks, {result['hardware']}, one thread a rank (so {oversubscribed}"
+        " ranks share its cores, on both sides). *Equal passes*: `ddp` accumulates passes of as many samples as a virtual"
+        " rank has. *One pass a rank* is how `ddp` would be run. *Bytes* are those that a rank sends in a step, counted by"
+        " the network interface.",
+        "",
+        "No GPU was measured. Predicted for ResNet-18 from the assumptions in `benchmarks/results/strategy.json`:",
+        "",
+        "| GPUs | virtual ranks | images a GPU and step | exact / ddp |",
+        "|---|---|---|---|",
+    ]
+    for row in result["predictions"]:
+        cells = (row["gpus"], row["virtual_ranks"], row["images_per_gpu"], f"{row['exact_over_ddp']:.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "README.md": {"real_job": real_job, "augment": augment, "epoch": epoch, "exactness": exactness},
+    "docs/exactness.md": {"strategy": strategy},
 }
 
 
-def updated(readme: str) -> str:
-    """The README with its figures as the results say."""
-    for name, make in BLOCKS.items():
-        text = make(json.loads((RESULTS / f"{name}.json").read_text()))
+def updated(page: str, text: str) -> str:
+    """The text of a page with its figures as the results say."""
+    for name, make in BLOCKS[page].items():
+        figures = make(json.loads((RESULTS / f"{name}.json").read_text()))
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        readme, count = block.subn(lambda match, text=text: match[1] + text + match[2], readme)
-        assert count == 1, f"README.md has {count} blocks {name}"
-    return readme
+        text, count = block.subn(lambda match, figures=figures: match[1] + figures + match[2], text)
+        assert count == 1, f"{page} has {count} blocks {name}"
+    return text
 
 
 if __name__ == "__main__":
-    path = REPOSITORY / "README.md"
-    path.write_text(updated(path.read_text()))
+    for page in BLOCKS:
+        path = REPOSITORY / page
+        path.write_text(updated(page, path.read_text()))
