@@ -113,8 +113,8 @@ class Hit:
     """What a segment was ended in."""
 
     place: str
-    step: int
-    """Steps done, as rank 0 has said."""
+    step: int | None
+    """Steps done, as rank 0 has said; None if it had not come to the first one of its job."""
     checkpoint: int
     """Step of the newest checkpoint; 0 if there is none."""
 
@@ -178,7 +178,7 @@ def run(
     """
     hits: list[Hit] = []
     resumed: list[int] = []
-    lost_steps = done = allowed = 0
+    lost_steps = done = allowed = 0  # done: steps, by the jobs so far; allowed: how many of them the next may do again
     for index in range(len(segments) + 1):
         segment = segments[index] if index < len(segments) else None
         ranks = segment.world_size if segment else world_size
@@ -200,10 +200,11 @@ def run(
         lines = told.read_text().splitlines()
         begun = next((int(line.split()[1]) - 1 for line in lines if line.startswith("step ")), None)
         if begun is not None:
+            # A checkpoint is whole at the latest when the one after it begins.
             assert 0 <= done - begun <= allowed, f"step {done} was done, the job goes on from {begun}\n{job}"
             lost_steps = max(lost_steps, done - begun)
             resumed.append(begun)
-            done = _steps_done(lines)
+            done = _steps_done(lines) or 0
             allowed = 2 * CHECKPOINT_STEPS
         if segment and set(codes) == {75}:
             assert (job.status()["status"], job.status()["step"]) == ("saved", done), job
@@ -254,7 +255,7 @@ def _wait_for(job: Job, segment: Segment, told: Path) -> None:
 
 def _check_codes(job: Job, segment: Segment, codes: list[int], lines: list[str]) -> None:
     """That the job has ended as it should after the signal."""
-    finished = _steps_done(lines) == STEPS
+    finished = (job.run_dir / f"checkpoints/step-{STEPS:08d}").exists()
     if codes == [0] * len(codes):
         assert finished, f"done, but not all steps\n{job}"
         return
@@ -276,9 +277,9 @@ def _place(lines: Sequence[str]) -> str:
     return PLACES[next((event for event in reversed(events) if event in PLACES), "forked")]
 
 
-def _steps_done(lines: Sequence[str]) -> int:
-    """Steps done at the end of what rank 0 has said; 0 if it has come to none."""
-    step = 0
+def _steps_done(lines: Sequence[str]) -> int | None:
+    """Steps done at the end of what rank 0 has said; None if it has come to none."""
+    step = None
     for event, _, number in (line.partition(" ") for line in lines):
         if event in ("step", "stepped"):
             step = int(number) - (event == "step")
@@ -295,12 +296,13 @@ def _outcome(job: Job) -> Outcome:
 
 
 def _line(seed: int, segments: Sequence[Segment], world_size: int, hits: Sequence[Hit]) -> str:
-    """`seed 3: 2 ranks, SIGKILL rank 1, step 5, training; ...; 4 ranks`."""
+    """`seed 3: 2 ranks, SIGKILL rank 1, step 5 (checkpoint 4), training; ...; 4 ranks`."""
     parts = []
     for segment, hit in zip(segments, hits, strict=False):
         whom = "all" if segment.kind.endswith("all ranks") else f"rank {segment.victims[0]}"
-        step = f"step {hit.step} (checkpoint {hit.checkpoint})"
-        parts.append(f"{segment.world_size} ranks, {segment.signal.name} {whom}, {step}, {hit.place}")
+        step = "no step yet" if hit.step is None else f"step {hit.step}"
+        newest = f"(checkpoint {hit.checkpoint or 'none'})"
+        parts.append(f"{segment.world_size} ranks, {segment.signal.name} {whom}, {step} {newest}, {hit.place}")
     return f"seed {seed}: {'; '.join([*parts, f'{world_size} ranks'])}"
 
 

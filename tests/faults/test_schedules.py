@@ -10,9 +10,8 @@ import schedules
 from jobs import Jobs
 from schedules import Outcome, Played
 
-
 MUTANT_SEED = 0
-"""Jobs that save and are gone on with, at a step whose sums are not logged: nothing of it depends on the moment."""
+"""Its first jobs are saved and gone on with, so a mutant of the resume has something to spoil."""
 
 
 @pytest.fixture(scope="module")
