@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dist_cifar import train
 from dist_cifar.checkpoint import CheckpointStore
@@ -53,6 +54,11 @@ def stop_before_joining() -> None:
         raise AssertionError("it was to be killed")
 
     communicator.own_identity = own_identity
+
+
+def hang_while_joining() -> None:
+    """The rank waits in the making of a process group, as gloo does for one that was killed while it connected."""
+    dist.new_group = lambda *arguments, **options: _hang()  # type: ignore[assignment]
 
 
 def skip_vote(at_step: int) -> None:
