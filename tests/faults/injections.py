@@ -120,7 +120,7 @@ def blame(whom: str) -> None:
 
 
 def tell(path: str, *others: str) -> None:
-    """Appends to `path` what rank 0 is doing, a line each; then calls what `others` name.
+    """Appends to `path` what the rank is doing, a line each; then calls what `others` name.
 
     `joins` (the process group is being made), `joined`, `restores`, `step N` (it begins), `stepped N`, `evaluates`,
     `evaluated`, and from the thread that writes checkpoints `writes`, `written`.

@@ -11,7 +11,7 @@ too (`MOMENTS`). What is drawn depends on the seed alone; what is hit depends on
 - a job that was stopped has lost no step, one that was killed at most those since the last checkpoint but one;
 - the last job ends with the weights and the rows of metrics of a run on one rank that nothing disturbed (`golden`).
 
-Nothing is assumed of the machine's speed but that a rank which is to end is gone within 5 s, beside its timeout.
+Nothing is assumed of the machine's speed but that a rank which is to end is gone within 5 s, or 5 s after its timeout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ VOLATILE = ("seconds", "images_per_second", "data_wait_share")
 
 MOMENTS: Mapping[str, tuple[int, int, float]] = {
     "forked": (4, 0, 1.5),
-    "joins": (3, 1, 0.1),
+    "joins": (3, 1, 0.05),
     "joined": (3, 1, 0.2),
     "restores": (2, 1, 0.1),
     "step": (4, 6, 0.1),
@@ -182,13 +182,14 @@ def run(
     for index in range(len(segments) + 1):
         segment = segments[index] if index < len(segments) else None
         ranks = segment.world_size if segment else world_size
-        told = directory / f"told-{index}"
-        told.touch()
+        told = [directory / f"told-{index}-{rank}" for rank in range(ranks)]
+        for path in told:
+            path.touch()
         mutants = [mutant] if mutant else []
         job = jobs.start(
             ranks,
             *("train", *CONFIG, f"run.dir={directory / 'run'}"),
-            inject={rank: mutants for rank in range(1, ranks)} | {0: ["tell", str(told), *mutants]},
+            inject={rank: ["tell", str(path), *mutants] for rank, path in enumerate(told)},
             agent=segment.agent if segment else True,
         )
         try:
@@ -197,7 +198,7 @@ def run(
             for rank, pid in enumerate(job.pids):
                 if pid in job.left_over():
                     job.kill(rank)
-        lines = told.read_text().splitlines()
+        lines = told[0].read_text().splitlines()
         begun = next((int(line.split()[1]) - 1 for line in lines if line.startswith("step ")), None)
         if begun is not None:
             # A checkpoint is whole at the latest when the one after it begins.
@@ -220,40 +221,50 @@ def run(
     return Played(outcome=outcome, hits=hits, resumed=resumed, lost_steps=lost_steps)
 
 
-def _end(job: Job, segment: Segment | None, told: Path) -> tuple[list[int], Hit | None]:
-    """Waits for a job's end, which the segment brings about; returns the exit codes and what was hit."""
+def _end(job: Job, segment: Segment | None, told: Sequence[Path]) -> tuple[list[int], Hit | None]:
+    """Waits for a job's end, which the segment brings about; returns the exit codes and what was hit.
+
+    `told` are the files into which the ranks tell what they do.
+    """
     if segment is None:
         return job.wait(START_SECONDS), None
-    _wait_for(job, segment, told)
+    _wait_until(job, lambda: _events(told[0]).count(segment.event) >= segment.number)
     time.sleep(segment.delay_seconds)
     alive = job.left_over()
     for rank in segment.victims:
         if job.pids[rank] in alive:
             with suppress(ProcessLookupError):
                 os.kill(job.pids[rank], segment.signal)
-    lines = told.read_text().splitlines()
+    lines = told[0].read_text().splitlines()
     saved = [int(path.name.split("-")[1]) for path in job.run_dir.glob("checkpoints/step-*")]
-    place = _place(lines) if alive else DONE
+    place = _place(_events(told[0])) if alive else DONE
     hit = Hit(place=place, step=_steps_done(lines), checkpoint=max(saved, default=0))
     if segment.signal == signal.SIGTERM:
         codes = job.wait(START_SECONDS)
+    elif len(segment.victims) == segment.world_size:
+        codes = job.wait(END_SECONDS)
     else:
-        codes = job.wait(END_SECONDS + (TIMEOUT_SECONDS if len(segment.victims) < segment.world_size else 0))
-    _check_codes(job, segment, codes, told.read_text().splitlines())
+        survivors = set(range(segment.world_size)) - set(segment.victims)
+        _wait_until(job, lambda: all("joins" in _events(told[rank]) for rank in survivors))  # the timeout begins here
+        codes = job.wait(TIMEOUT_SECONDS + END_SECONDS)
+    _check_codes(job, segment, codes, _events(told[0]))
     return codes, hit
 
 
-def _wait_for(job: Job, segment: Segment, told: Path) -> None:
-    """Until rank 0 has said so often what the segment waits for, or the job has ended."""
+def _wait_until(job: Job, condition: Callable[[], bool]) -> None:
+    """Until it holds, or the job has ended."""
     deadline = time.monotonic() + START_SECONDS
-    while job.left_over():
-        if sum(line.split()[0] == segment.event for line in told.read_text().splitlines()) >= segment.number:
-            return
-        assert time.monotonic() < deadline, f"no {segment.event} {segment.number}\n{job}"
+    while job.left_over() and not condition():
+        assert time.monotonic() < deadline, f"waited in vain\n{job}"
         time.sleep(0.002)
 
 
-def _check_codes(job: Job, segment: Segment, codes: list[int], lines: list[str]) -> None:
+def _events(told: Path) -> list[str]:
+    """What a rank has told, without the steps' numbers."""
+    return [line.split()[0] for line in told.read_text().splitlines()]
+
+
+def _check_codes(job: Job, segment: Segment, codes: list[int], events: Sequence[str]) -> None:
     """That the job has ended as it should after the signal."""
     finished = (job.run_dir / f"checkpoints/step-{STEPS:08d}").exists()
     if codes == [0] * len(codes):
@@ -264,14 +275,13 @@ def _check_codes(job: Job, segment: Segment, codes: list[int], lines: list[str])
         killed = {rank for rank, code in enumerate(codes) if code == -signal.SIGKILL}
         assert set(codes) <= fine and killed <= set(segment.victims), f"{codes}\n{job}"
     elif -signal.SIGTERM in codes:  # it came before anybody listened
-        assert "joined" not in lines and set(codes) <= {-signal.SIGTERM, 2, 70}, f"{codes}\n{job}"
+        assert "joined" not in events and set(codes) <= {-signal.SIGTERM, 2, 70}, f"{codes}\n{job}"
     else:
         assert set(codes) == {75}, f"{codes}\n{job}"
     assert not any("Traceback" in job.stderr(rank) for rank in range(len(codes))), job
 
 
-def _place(lines: Sequence[str]) -> str:
-    events = [line.split()[0] for line in lines]
+def _place(events: Sequence[str]) -> str:
     if events.count("writes") > events.count("written"):
         return WRITING
     return PLACES[next((event for event in reversed(events) if event in PLACES), "forked")]
