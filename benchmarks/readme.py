@@ -89,11 +89,11 @@ def strategy(result: dict[str, Any]) -> str:
     oversubscribed = ", ".join(map(str, result["oversubscribed_ranks"]))
     lines += [
         "",
-        f"Strategy `exact` over `ddp`: median and range of n = {result['rounds']} rounds in which both take turns, global"
-        f" batch {result['global_batch']}, 8 virtual ranks, {result['hardware']}, one thread a rank (so {oversubscribed}"
-        " ranks share its cores, on both sides). *Equal passes*: `ddp` accumulates passes of as many samples as a virtual"
-        " rank has. *One pass a rank* is how `ddp` would be run. *Bytes* are those that a rank sends in a step, counted by"
-        " the network interface.",
+        f"Strategy `exact` over `ddp`: median and range of n = {result['rounds']} rounds in which both take turns,"
+        f" global batch {result['global_batch']}, 8 virtual ranks, {result['hardware']}, one thread a rank (so"
+        f" {oversubscribed} ranks share its cores, on both sides). *Equal passes*: `ddp` accumulates passes of as many"
+        " samples as a virtual rank has. *One pass a rank* is how `ddp` would be run. *Bytes* are those that a rank"
+        " sends in a step, counted by the network interface.",
         "",
         "No GPU was measured. Predicted for ResNet-18 from the assumptions in `benchmarks/results/strategy.json`:",
         "",
@@ -106,9 +106,28 @@ def strategy(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def schedules(result: dict[str, Any]) -> str:
+    """What became of the random schedules."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in result["signals"].items())
+    moments = ", ".join(f"{moment} {count}" for moment, count in result["moments"].items())
+    return (
+        f"Of {result['n']} such schedules {result['equal']} ended with the weights and the log of the undisturbed run"
+        f" ({kinds}; what rank 0 was doing: {moments}). After a SIGKILL at most {result['lost_steps_max']} steps had to"
+        f" be done again, with a checkpoint every {result['checkpoint_every_steps']}."
+    )
+
+
+def checkpoint_damage(result: dict[str, Any]) -> str:
+    """What became of damaged checkpoints."""
+    return (
+        f"Of {result['n']:,} random damages to checkpoints {result['detected']:,} were found, and {result['fell_back']:,}"
+        " times the one before was loaded, with every bit."
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"real_job": real_job, "augment": augment, "epoch": epoch, "exactness": exactness},
-    "docs/exactness.md": {"strategy": strategy},
+    "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
 }
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import os
+import socket
 import sys
 import textwrap
 import threading
@@ -96,17 +97,12 @@ def _train(options: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
-    from dist_cifar.distributed.communicator import Communicator
     from dist_cifar.train import train
 
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = _device(config, env)
     keep_freed_memory()
-    try:
-        communicator = Communicator(env, device=device, timeout_seconds=config.run.timeout_seconds)
-    except LaunchError as error:
-        _report(str(error))
-        _leave(error.exit_code)
+    communicator = _join(env, device, config.run.timeout_seconds)
     report = _FailureReport(RunDir(config.run.dir or "."), communicator)
     watch = communicator.watch(report.end_as_survivor)
     try:
@@ -117,6 +113,37 @@ def _train(options: argparse.Namespace) -> int:
         watch.close()
     communicator.close()
     return EXIT_DONE if done else EXIT_SAVED
+
+
+def _join(env: DistEnv, device: Any, timeout_seconds: float) -> Communicator:
+    """All of the job's ranks together. Ends the process if they have not come together within the timeout.
+
+    On a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects to it.
+    """
+    from dist_cifar.distributed.communicator import Communicator
+
+    def end(message: str) -> NoReturn:
+        _report(message)
+        _leave(LaunchError.exit_code)
+
+    clock = threading.Timer(
+        timeout_seconds,
+        end,
+        [
+            f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
+            f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}:{env.master_port}; look for one that"
+            " failed, or set more if they start slowly"
+        ],
+    )
+    clock.daemon = True
+    clock.start()
+    try:
+        return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+    except LaunchError as error:
+        clock.cancel()
+        end(str(error))
+    finally:
+        clock.cancel()
 
 
 class _FailureReport:

@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from dist_cifar import checkpoint, files, train
 from dist_cifar.checkpoint import CheckpointStore
@@ -26,7 +27,9 @@ from dist_cifar.distributed import communicator
 from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.distributed.failures import Identity
 from dist_cifar.rundir import RunDir
+from dist_cifar.strategy import exact
 from dist_cifar.strategy.ddp import DdpStrategy
+from dist_cifar.strategy.exact import ExactStrategy
 
 
 def several(*injections: list[Any]) -> None:
@@ -65,6 +68,11 @@ def stop_before_joining() -> None:
         raise AssertionError("it was to be killed")
 
     communicator.own_identity = own_identity
+
+
+def hang_while_joining() -> None:
+    """The rank waits in the making of a process group, as gloo does for one that was killed while it connected."""
+    dist.new_group = lambda *arguments, **options: _hang()  # type: ignore[assignment]
 
 
 def skip_vote(at_step: int) -> None:
@@ -316,6 +324,96 @@ def _fill_disk(path: str) -> None:
 def _signal(*names: str) -> None:
     for name in names:
         os.kill(os.getpid(), getattr(signal, name))
+
+
+def tell(path: str, *others: str) -> None:
+    """Appends to `path` what the rank is doing, a line each; then calls what `others` name.
+
+    `joins` (the process group is being made), `joined`, `restores`, `step N` (it begins), `stepped N`, `evaluates`,
+    `evaluated`, and from the thread that writes checkpoints `writes`, `written`.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    step = 0
+
+    def say(line: str) -> None:
+        os.write(descriptor, f"{line}\n".encode())
+
+    def around(owner: Any, name: str, before: str, after: str | None = None) -> None:
+        original = getattr(owner, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            say(before)
+            result = original(*arguments, **options)
+            if after is not None:
+                say(after)
+            return result
+
+        setattr(owner, name, told)
+
+    def cast(self: Vote, number: int, *answers: bool) -> None:
+        nonlocal step
+        step = number
+        say(f"step {step}")
+        original_cast(self, number, *answers)
+
+    def do_step(self: ExactStrategy, lr: float) -> torch.Tensor:
+        norm = original_step(self, lr)
+        say(f"stepped {step}")
+        return norm
+
+    original_cast, original_step = Vote.cast, ExactStrategy.step
+    Vote.cast, ExactStrategy.step = cast, do_step  # type: ignore[method-assign]
+    around(Communicator, "__init__", "joins", "joined")
+    around(CheckpointStore, "load_newest", "restores")
+    around(CheckpointStore, "_run", "writes", "written")
+    around(train, "evaluate", "evaluates", "evaluated")
+    for other in others:
+        globals()[other]()
+
+
+def forget_adams_steps() -> None:
+    """A resume that begins to correct Adam's bias anew."""
+    original = exact.load_adam
+
+    def load(module: Any, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+        forgotten = {name: value * 0 if name.endswith(".step") else value for name, value in tensors.items()}
+        original(module, optimizer, forgotten)
+
+    exact.load_adam = load
+
+
+def repeat_batch() -> None:
+    """A resume whose first batch is the last one before it."""
+    original, resumed = train._Run.make_batch, _note_resumes()
+
+    def make_batch(self: train._Run, step: int) -> Any:
+        return original(self, step - 1 if step > 0 and step in resumed else step)
+
+    train._Run.make_batch = make_batch  # type: ignore[method-assign]
+
+
+def forget_sums() -> None:
+    """A resume that forgets what was summed up since the last log: the weights are right, a row is not."""
+    original = train._Run.__init__
+
+    def init(self: train._Run, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        self.sums.sums.zero_()
+
+    train._Run.__init__ = init  # type: ignore[method-assign]
+
+
+def _note_resumes() -> list[int]:
+    """Takes the step that a run goes on from."""
+    original, resumed = train._Run._restore, []
+
+    def restore(self: train._Run, *arguments: Any) -> int | None:
+        step = original(self, *arguments)
+        resumed.extend([] if step is None else [step])
+        return step
+
+    train._Run._restore = restore  # type: ignore[method-assign]
+    return resumed
 
 
 def _raise(error: Exception) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,15 @@ def test_a_rank_that_stops_while_the_job_comes_together_ends_it(run):
     assert job.left_over() == [job.pids[1]]  # nobody has learned its name: its launcher kills it
     job.kill(1)
     assert job.wait(5) == [2, -9, 2]
-    assert "launch: rank 0 of 3" in job.errors(0)[0] and "cannot reach the others" in job.errors(0)[0]
+    assert len(job.errors(0)) == 1 and "launch: rank 0 of 3" in job.errors(0)[0], job
+
+
+def test_ranks_that_do_not_come_together_end_within_the_timeout(run):
+    """Also one whose own wait has no end: it ends itself."""
+    job = run(inject={1: ["hang_while_joining"]})
+    assert job.wait(TIMEOUT_SECONDS + 5) == [2, 2, 2], job
+    waited = f"rank 1 of 3 on {socket.gethostname()} waited {TIMEOUT_SECONDS} s (run.timeout_seconds) for all ranks"
+    assert len(job.errors(1)) == 1 and waited in job.errors(1)[0], job
 
 
 # --- a rank fails or hangs ---------------------------------------------------------------------------------------
