@@ -108,11 +108,11 @@ def strategy(result: dict[str, Any]) -> str:
 
 def schedules(result: dict[str, Any]) -> str:
     """What became of the random schedules."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in result["signals"].items())
+    kinds = "; ".join(f"{kind}: {count}" for kind, count in result["signals"].items())
     moments = ", ".join(f"{moment} {count}" for moment, count in result["moments"].items())
     return (
         f"Of {result['n']} such schedules {result['equal']} ended with the weights and the log of the undisturbed run"
-        f" ({kinds}; what rank 0 was doing: {moments}). After a SIGKILL at most {result['lost_steps_max']} steps had to"
+        f" ({kinds}). When the signal came, rank 0 was here: {moments}. After a SIGKILL at most {result['lost_steps_max']} steps had to"
         f" be done again, with a checkpoint every {result['checkpoint_every_steps']}."
     )
 
@@ -120,8 +120,8 @@ def schedules(result: dict[str, Any]) -> str:
 def checkpoint_damage(result: dict[str, Any]) -> str:
     """What became of damaged checkpoints."""
     return (
-        f"Of {result['n']:,} random damages to checkpoints {result['detected']:,} were found, and {result['fell_back']:,}"
-        " times the one before was loaded, with every bit."
+        f"Of {result['n']:,} random damages to checkpoints {result['detected']:,} were found, and"
+        f" {result['fell_back']:,} times the checkpoint before it was loaded, with every bit."
     )
 
 
