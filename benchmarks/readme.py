@@ -112,8 +112,9 @@ def schedules(result: dict[str, Any]) -> str:
     moments = ", ".join(f"{moment} {count}" for moment, count in result["moments"].items())
     return (
         f"Of {result['n']} such schedules {result['equal']} ended with the weights and the log of the undisturbed run"
-        f" ({kinds}). When the signal came, rank 0 was here: {moments}. After a SIGKILL at most {result['lost_steps_max']} steps had to"
-        f" be done again, with a checkpoint every {result['checkpoint_every_steps']}."
+        f" ({kinds}). When the signal came, rank 0 was here: {moments}. After a SIGKILL at most"
+        f" {result['lost_steps_max']} steps had to be done again, with a checkpoint every"
+        f" {result['checkpoint_every_steps']}."
     )
 
 

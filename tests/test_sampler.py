@@ -28,6 +28,13 @@ def test_every_world_size_has_the_same_batches_in_the_same_order(world_size, ste
     assert global_batch(step, world_size) == global_batch(step, 1)
 
 
+def test_samples_dealt_out_one_by_one_are_the_same_sets_in_another_order():
+    """The mutant of the test above: DistributedSampler's own way, which comparing sets would let pass."""
+    torchs = [DistributedSampler(range(SIZE), 2, rank, shuffle=True, seed=SEED, drop_last=True) for rank in range(2)]
+    dealt = [index for indices in torchs for index in list(indices)[: GLOBAL_SIZE // 2]]
+    assert set(dealt) == set(global_batch(0, 1)) and dealt != global_batch(0, 1)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_batches_are_the_sets_of_torchs_distributed_sampler(world_size):
     per_rank = GLOBAL_SIZE // world_size
