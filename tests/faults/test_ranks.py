@@ -261,7 +261,7 @@ def test_a_second_job_in_the_run_directory_is_refused_and_disturbs_nothing(run, 
 
 
 def test_a_job_waits_for_one_that_is_about_to_end(run, golden):
-    first = run()
+    first = run("run.timeout_seconds=60")  # its other ranks must still be waiting for the one that stops
     first.wait_for_step(2)
     first.stop(0)
     second = run("run.timeout_seconds=60")
