@@ -99,7 +99,7 @@ def train(
     """
     assert config.run.dir is not None  # the config resolved it
     # The other ranks wait in a collective for the one that waits for the lock.
-    lock = RunDir(config.run.dir).lock(print, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
+    lock = RunDir(config.run.dir).lock(_say_at_once, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
     with ExitStack() as held:
         communicator.on_first_rank(lambda: held.enter_context(lock))
         return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
@@ -557,6 +557,11 @@ class _Run:
                 " one is whole: a larger train.epochs goes on from it"
             )
         return checkpoint.tensors["model"]
+
+
+def _say_at_once(line: str) -> None:
+    """A line on standard output that no buffer keeps back while this process waits."""
+    print(line, flush=True)
 
 
 def evaluation_fields(result: Evaluation) -> dict[str, Any]:
