@@ -82,6 +82,10 @@ def _train(options: argparse.Namespace) -> int:
         if _rank_of_launcher() == "0":
             print(to_yaml(config), end="")
         return EXIT_DONE
+    if options.print_run_dir:
+        if _rank_of_launcher() == "0":
+            print(config.run.dir)
+        return EXIT_DONE
     env = read_env(os.environ)
     _refuse_what_accelerate_would_do(config)
     signals.install()  # before torch is imported, which takes seconds
@@ -316,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume-anyway", action="store_true", help="go on even with what changes the result; the log says what does"
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    train.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
 

@@ -1,0 +1,115 @@
+# What the batch scripts of this folder share: one attempt at a run, and what comes after it.
+#
+# Contract: `train_ranks LAUNCHER ARGUMENT...` starts the ranks of `train ARGUMENT...` in this job's allocation and ends
+# the script. A run that saved itself (preemption, the end of the time, a signal) is requeued and goes on; one that
+# failed is requeued `max_restarts` times. What the ranks print goes to the job's log and, by rank, to
+# RUN.DIR/logs/JOB-ATTEMPT/rank-N.log; why a job was requeued stands in its log and in RUN.DIR/requeues.log.
+#
+# It is sourced in the repository, after `max_requeues` and `max_restarts`, and perhaps `container` and `srun_options`.
+
+attempt=${SLURM_RESTART_COUNT:-0}
+came=      # the first signal
+launcher=  # process id of the srun that runs the ranks
+before=    # what status.json said before
+
+say() { echo "dist_cifar: job $SLURM_JOB_ID, attempt $attempt: $*"; }
+
+die() { # die CODE MESSAGE: without a requeue
+    say "$2"
+    exit "$1"
+}
+
+# The ranks have their own SIGTERM from SLURM, and a second signal would end a torchrun before they have saved. USR1
+# comes to this script alone (--signal=B:USR1@...), and a srun passes it on; on TERM it would kill the ranks at once.
+on_usr1() {
+    came=${came:-USR1}
+    [[ -z $launcher ]] || kill -USR1 "$launcher" 2>/dev/null
+}
+trap on_usr1 USR1
+trap 'came=${came:-TERM}' TERM
+
+job() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -oP "(?<= $1=)\S+"; } # job FIELD
+
+status() { # status FIELD: of the run's status.json
+    sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" "$run_dir/status.json" 2>/dev/null
+}
+
+# A rank's output is its own file too, where the run directory can be written.
+as_rank='
+log=$0/rank-${RANK:-$SLURM_PROCID}.log
+if mkdir -p "$0" 2>/dev/null && : 2>/dev/null >>"$log"; then
+    exec "$@" > >(trap "" TERM USR1 INT; exec tee -a "$log") 2>&1
+fi
+exec "$@"'
+
+run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
+    local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u dist_cifar/train.py "${@:2}")
+    # A rank that leaves early, as all do when they have saved, must not end the others.
+    local step=(srun --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" "${container[@]}")
+    case $1 in
+    srun) ;;
+    torchrun)
+        local head port
+        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        port=$((10000 + SLURM_JOB_ID % 20000))
+        while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done # somebody else's
+        step+=(torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks_per_node" --max-restarts 0
+            --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt"
+            --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --no-python)
+        ;;
+    esac
+    "${step[@]}" "${ranks[@]}" &
+    launcher=$!
+    while wait "$launcher"; code=$?; ((code > 128)) && kill -0 "$launcher" 2>/dev/null; do :; done
+    launcher=
+}
+
+requeue() { # requeue KIND LIMIT REASON: ends the script
+    local times state
+    times=$(grep -cs "^$SLURM_JOB_ID $1 " "$run_dir/requeues.log")
+    if ((${times:-0} >= $2)); then
+        die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
+    fi
+    # In every other state SLURM is ending the job already, and knows whether it comes back.
+    state=$(job JobState)
+    [[ $state == RUNNING ]] || at_time_limit || die "$code" "$3; its state is ${state:-unknown}: left to SLURM"
+    { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $3" >>"$run_dir/requeues.log"; } 2>/dev/null ||
+        die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"
+    say "$3; requeued"
+    for _ in 1 2 3 4 5; do
+        scontrol requeue "$SLURM_JOB_ID" && exit "$code"
+        sleep 2
+    done
+    die "$code" "it could not be requeued: submit it again with the same arguments"
+}
+
+at_time_limit() { [[ $SLURM_JOB_END_TIME =~ ^[0-9]+$ ]] && (($(date +%s) + 2 >= SLURM_JOB_END_TIME)); }
+
+train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
+    # 22.05 sets neither of the two for us: the end of the time, and the cores of a task in srun.
+    [[ -n ${SLURM_JOB_END_TIME:-} ]] || SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)
+    export SLURM_JOB_END_TIME SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    # What torchrun would otherwise set, or warn of, at some length; each rank sets its own number of threads.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+    run_dir=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
+        python -m dist_cifar train --print-run-dir "${@:2}") || die $? "the arguments are refused; not requeued"
+    before=$(cat "$run_dir/status.json" 2>/dev/null)
+    say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
+    code=75
+    [[ -z $came ]] || requeue stopped "$max_requeues" "stopped by $came before it began"
+    run_once "$@"
+    local now=none reason
+    [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
+    if ((code == 0)) || [[ $now == done ]]; then
+        say "done"
+        exit 0
+    fi
+    if [[ $now == saved ]]; then
+        requeue saved "$max_requeues" "stopped and saved at step $(status step)"
+    elif [[ -n $came || $(job PreemptTime) == 20* ]]; then
+        requeue stopped "$max_requeues" "stopped before it could save (${came:-preempted})"
+    fi
+    reason="exit code $code; see $run_dir/logs/$SLURM_JOB_ID-$attempt"
+    [[ $now != failed ]] || reason="rank $(status rank) $(status reason)"
+    requeue crashed "$max_restarts" "$reason"
+}

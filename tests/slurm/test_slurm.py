@@ -1,0 +1,267 @@
+"""The batch scripts on a real SLURM: whatever happens to the job, the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from clusters import Cluster
+from runs import REPOSITORY, STEPS, Run, arguments, environment, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+BOTH = ("train.sbatch", "train_srun.sbatch")
+ONE_RANK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+START_SECONDS = 90
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """An undisturbed run on one rank, without SLURM."""
+    run = Run(tmp_path_factory.mktemp("golden"))
+    subprocess.run(
+        [sys.executable, "-m", "dist_cifar", "train", *arguments(run.dir)],
+        env=environment(run.folder),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    assert run.step() == STEPS - 1
+    assert len({row["lr"] for row in run.rows()}) > 8  # warm-up, and cuts by the plateau
+    return run
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path) -> Callable[..., tuple[int, Run]]:
+    """`submit("train.sbatch", options, ...)`: a job and its run."""
+
+    def start(
+        script: str | Path,
+        options: list[str],
+        *overrides: str,
+        seconds: str = "0.15",
+        crash: str = "0 0",
+        name: str = "job",
+    ) -> tuple[int, Run]:
+        run = Run(tmp_path / name)
+        job = cluster.sbatch(
+            REPOSITORY / "slurm" / script,
+            *arguments(run.dir, *overrides),
+            options=[f"--output={run.folder}/job.log", "--cpus-per-task=1", *options],
+            env=environment(run.folder, seconds, crash),
+            cwd=REPOSITORY,
+        )
+        return job, run
+
+    return start
+
+
+def edited(tmp_path: Path, script: str, old: str, new: str) -> Path:
+    """A copy of a script with one line edited, as a person would."""
+    text = (REPOSITORY / "slurm" / script).read_text()
+    assert old in text
+    path = tmp_path / script
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def preempt(cluster: Cluster, nodes: int) -> int:
+    """A job of the higher partition that wants all of some nodes, and ends at once."""
+    return cluster.sbatch_wrapped("true", options=["-p", "high", f"--nodes={nodes}", "--exclusive", "--time=1"])
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_two_nodes_of_two_ranks(cluster, submit, golden, script):
+    tasks = 1 if script == "train.sbatch" else 2
+    job, run = submit(script, ["--nodes=2", f"--ntasks-per-node={tasks}", "--gpus-per-node=2"], seconds="0")
+    assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
+    run.require_equal(golden)
+    assert "4 x cpu" in run.log() and "done" in run.log()
+    logs = {path.name: path.read_text() for path in (run.dir / "logs" / f"{job}-0").iterdir()}
+    assert sorted(logs) == [f"rank-{rank}.log" for rank in range(4)]
+    assert "test accuracy" in logs["rank-0.log"]
+    assert not any("step" in text for name, text in logs.items() if name != "rank-0.log")
+    assert run.requeues() == []
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_preemption(cluster, submit, golden, script):
+    job, run = submit(script, TWO_NODES)
+    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    preempt(cluster, 2)
+    until(lambda: run.status().get("status") == "saved", 20, "saved", [run])
+    stopped_at = run.status()["step"]
+    assert cluster.wait(job, START_SECONDS)["Restarts"] == "1"
+    assert run.requeues() == ["saved"]
+    assert f"stopped and saved at step {stopped_at}; requeued" in run.log()
+    assert f"from the checkpoint of step {stopped_at}" in run.log()
+    run.require_equal(golden)
+
+
+def test_ten_preemptions(cluster, submit, golden):
+    job, run = submit("train_srun.sbatch", TWO_NODES)
+    for cycle in range(10):
+        goal = run.step() + 2
+        until(lambda goal=goal: run.step() >= goal, START_SECONDS, f"step {goal} in cycle {cycle}", [run])
+        preempt(cluster, 2)
+        until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, 30, f"requeue {cycle + 1}", [run])
+    assert cluster.wait(job, START_SECONDS)["Restarts"] == "10"
+    assert run.requeues() == ["saved"] * 10
+    run.require_equal(golden)
+
+
+def test_the_end_of_the_time(cluster, submit, golden):
+    """One job is told by SLURM (--signal), the other one watches the clock: both at once, on one node each."""
+    told, told_run = submit(
+        "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@100"], seconds="2 0.1", name="told"
+    )
+    watching, watching_run = submit(
+        "train_srun.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="2 0.1", name="watching"
+    )
+    for job, run in ((told, told_run), (watching, watching_run)):
+        assert cluster.wait(job, 150)["JobState"] == "COMPLETED", run.log()
+        assert cluster.job(job)["Restarts"] == "1"
+        assert run.requeues() == ["saved"]
+        run.require_equal(golden)
+    assert "death signal" in told_run.log() and "death signal" not in watching_run.log()
+
+
+@pytest.mark.parametrize("script", BOTH)
+def test_requeue_by_hand(cluster, submit, golden, script):
+    job, run = submit(script, TWO_NODES)
+    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    cluster.run("scontrol", "requeue", str(job))
+    assert cluster.wait(job, START_SECONDS)["Restarts"] == "1"
+    assert run.requeues() == []  # SLURM does it
+    run.require_equal(golden)
+
+
+def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
+    job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=2"])
+    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    nodes = [node for node in cluster.nodes if cluster.processes(node, "dist_cifar/train.py")]
+    assert len(nodes) == 2
+    cluster.run("scancel", str(job))
+    assert cluster.wait(job, 30)["JobState"] == "CANCELLED"
+    for node in nodes:
+        until(lambda node=node: not cluster.processes(node, "dist_cifar"), 10, f"no process on {node}", [run])
+    assert run.status()["status"] == "saved"  # and it can go on where it is submitted again
+    assert run.requeues() == []
+    assert cluster.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize("how", ["killed", "cut", "killed under the batch script"])
+def test_node_failure(cluster, submit, golden, how):
+    job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=1"], "run.timeout_seconds=10")
+    until(lambda: run.step() >= 7, START_SECONDS, "step 7", [run])
+    nodes = cluster.nodes_of(job)
+    lost = nodes[0] if how.endswith("script") else nodes[1]
+    (cluster.cut if how == "cut" else cluster.fail)(lost)
+    job_after = cluster.wait(job, 240)
+    assert job_after["JobState"] == "COMPLETED" and int(job_after["Restarts"]) >= 1, run.log()
+    assert lost not in cluster.nodes_of(job)
+    run.require_equal(golden, once=False)
+
+
+def test_a_job_whose_first_attempt_crashes(cluster, submit, golden):
+    job, run = submit("train_srun.sbatch", TWO_NODES, seconds="0", crash="7 1")
+    assert cluster.wait(job, 2 * START_SECONDS)["JobState"] == "COMPLETED", run.log()
+    assert run.requeues() == ["crashed"]
+    assert "rank 0 failed at step 8: RuntimeError: the recorder breaks this attempt; requeued" in run.log()
+    run.require_equal(golden, once=False)
+
+
+def test_a_job_that_always_crashes_is_given_up(cluster, submit, tmp_path):
+    script = edited(tmp_path, "train.sbatch", "max_restarts=3 ", "max_restarts=1 ")
+    job, run = submit(script, ONE_RANK, seconds="0", crash="2 9")
+    assert cluster.wait(job, 2 * START_SECONDS)["JobState"] == "FAILED", run.log()
+    assert run.requeues() == ["crashed"] and cluster.job(job)["Restarts"] == "1"
+    assert "not requeued: it was crashed 1 times before and the limit is 1" in run.log()
+
+
+def test_refused_arguments_are_not_tried_again(cluster, submit):
+    job, run = submit("train.sbatch", ONE_RANK, "model.name=resnet99")
+    assert cluster.wait(job, 30)["ExitCode"] == "2:0"
+    assert "model.name" in run.log() and "not requeued" in run.log()
+
+
+def test_from_two_nodes_to_one(cluster, submit, golden):
+    job, run = submit("train.sbatch", ["--nodes=1-2", "--gpus-per-node=1"], seconds="0.15")
+    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    first, *others = cluster.nodes_of(job)
+    assert len(others) == 1
+    for node in cluster.nodes:
+        if node != first:
+            cluster.drain(node)
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
+    assert cluster.nodes_of(job) == [first]
+    assert "2 x cpu" in run.log() and "1 x cpu" in run.log()
+    run.require_equal(golden)
+
+
+def test_run_directory_that_one_node_cannot_write(cluster, submit, golden):
+    for lost, name in ((1, "other"), (0, "first")):
+        job, run = submit("train_srun.sbatch", [*TWO_NODES, "--hold"], seconds="0", name=name)
+        run.dir.mkdir()
+        node = cluster.nodes[lost]
+        cluster.run_on(node, "mount", "--bind", str(run.dir), str(run.dir))
+        cluster.run_on(node, "mount", "-o", "remount,ro,bind", str(run.dir))
+        cluster.run("scontrol", "update", f"JobId={job}", f"NodeList={cluster.nodes[0]},{cluster.nodes[1]}")
+        cluster.run("scontrol", "release", str(job))
+        state = cluster.wait(job, START_SECONDS)["JobState"]
+        cluster.run_on(node, "umount", str(run.dir))
+        if lost == 1:  # only rank 0 writes, and the log of the other rank is not worth a run
+            assert state == "COMPLETED", run.log()
+            run.require_equal(golden)
+        else:
+            assert state == "FAILED" and run.requeues() == []
+            assert re.search(rf"run\.dir={run.dir}: cannot be written \(Read-only file system\)", run.log())
+            assert "not requeued" in run.log()
+
+
+def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
+    job, run = submit(
+        "train_srun.sbatch",
+        ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"],
+        "data.stage_dir=/dev/shm/staged",
+        seconds="0",
+    )
+    assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
+    run.require_equal(golden)
+    staged = [line for path in run.dir.glob("logs/*/rank-*.log") for line in path.read_text().splitlines()]
+    assert sum("staging" in line for line in staged) == 1  # rank 0 says it for its node
+    for node in cluster.nodes_of(job):
+        files = cluster.run_on(node, "find", "/dev/shm/staged", "-name", "train_images.npy").split()
+        assert len(files) == 1
+        cluster.run_on(node, "rm", "-r", "/dev/shm/staged")
+
+
+def test_array(cluster, submit, tmp_path):
+    runs_file = tmp_path / "sweep.txt"
+    runs_file.write_text("".join(f"run.seed={seed} train.epochs=2\n" for seed in range(4)))
+    golden = {}
+    for seed in range(4):
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "dist_cifar",
+                "train",
+                *arguments(tmp_path / f"golden-{seed}", f"run.seed={seed}", "train.epochs=2"),
+            ],
+            env=environment(tmp_path),
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        golden[seed] = json.loads((tmp_path / f"golden-{seed}" / "summary.json").read_text())["weights_sha256"]
+    assert len(set(golden.values())) == 4
+    job, run = submit(
+        edited(tmp_path, "sweep.sbatch", "runs=slurm/sweep.txt", f"runs={runs_file}"), [*ONE_RANK, "--array=0-3%2"]
+    )
+    assert False, (job, run, cluster)
