@@ -234,6 +234,58 @@ def _verify(options: argparse.Namespace) -> int:
         raise DataError(f"verify: {error}; free space, or give a directory that can be written with --dir") from error
 
 
+def _submit(options: argparse.Namespace) -> int:
+    from dist_cifar.schedule import require_shareable
+    from dist_cifar.submit import REPOSITORY, Request, render, submit, template
+
+    config = load_config(options.config, options.overrides)
+    if Path.cwd() != REPOSITORY:
+        raise ConfigError(f"submit: jobs run in the repository, where their paths begin: cd {REPOSITORY}")
+    ranks = options.ranks_per_node or max(options.gpus_per_node, 1)
+    require_shareable(config.batch, config.train, world_size=options.nodes * ranks)
+    arguments = ["--config", str(options.config)] if options.config else []
+    arguments += options.overrides
+    script = "train_srun" if options.no_torchrun else "train"
+    array = None
+    if options.sweep:
+        if options.no_torchrun:
+            raise ConfigError("submit: --sweep has a script of its own, with torchrun; leave --no-torchrun out")
+        lines = _lines_of_sweep(options)
+        array = f"1-{lines}" + (f"%{options.at_once}" if options.at_once else "")
+        script, arguments = "sweep", [str(options.sweep), *arguments]
+    names = "nodes gpus_per_node time job_name partition account qos constraint cpus_per_task container max_restarts"
+    request = Request(
+        arguments=tuple(arguments),
+        directory=REPOSITORY,
+        ranks_per_node=ranks,
+        array=array,
+        **{name: getattr(options, name) for name in names.split()},
+    )
+    text = render(template(script), request)
+    if options.dry_run:
+        print(text, end="", flush=True)
+    print(submit(text, dry_run=options.dry_run), file=sys.stderr if options.dry_run else sys.stdout)
+    return EXIT_DONE
+
+
+def _lines_of_sweep(options: argparse.Namespace) -> int:
+    """The number of lines of the file, each of which must be a config."""
+    try:
+        lines = options.sweep.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"submit: --sweep {options.sweep}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.split():
+                raise ConfigError("it is empty")
+            load_config(options.config, [*options.overrides, *line.split()])
+        except ConfigError as error:
+            raise ConfigError(f"submit: --sweep {options.sweep}, line {number}: {error}") from None
+    if not lines:
+        raise ConfigError(f"submit: --sweep {options.sweep} is empty; give it a line of overrides for each run")
+    return len(lines)
+
+
 def _bench_augment(options: argparse.Namespace) -> int:
     from dist_cifar.bench import bench_augment
 
@@ -353,6 +405,33 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
 
+    submit = commands.add_parser(
+        "submit",
+        help="submit a training to SLURM",
+        description="Fill in a batch script of slurm/, have sbatch test it, and submit it. To be run in the repository,"
+        " where the job will run. docs/slurm.md says what the job does when it is preempted, out of time or broken.",
+        allow_abbrev=False,
+    )
+    submit.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    submit.add_argument("--nodes", type=_positive, default=1, metavar="N", help="default: 1")
+    submit.add_argument("--gpus-per-node", type=_count, default=1, metavar="G", help="default: 1; 0 asks for none")
+    submit.add_argument("--ranks-per-node", type=_positive, metavar="R", help="default: one for each GPU, at least one")
+    submit.add_argument("--cpus-per-task", type=_positive, metavar="N", help="CPU cores of each task; default: 8")
+    submit.add_argument("--time", metavar="T", help="limit, as sbatch reads it: minutes, HH:MM:SS, D-HH; default: 12 h")
+    submit.add_argument("--job-name", metavar="NAME")
+    submit.add_argument("--partition", metavar="P")
+    submit.add_argument("--account", metavar="A")
+    submit.add_argument("--qos", metavar="Q")
+    submit.add_argument("--constraint", metavar="C", help="features of the nodes")
+    submit.add_argument("--container", metavar="IMAGE", help="run the ranks in this image with apptainer")
+    submit.add_argument("--max-restarts", type=_count, metavar="N", help="requeues after a crash; default: 3")
+    submit.add_argument("--no-torchrun", action="store_true", help="one task of SLURM for each rank")
+    submit.add_argument("--sweep", type=Path, metavar="FILE", help="a job array: one run for each line of overrides")
+    submit.add_argument("--at-once", type=_positive, metavar="K", help="runs of the sweep at the same time; default: all")
+    submit.add_argument("--dry-run", action="store_true", help="print the script and have sbatch test it; submit nothing")
+    submit.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. run.dir=runs/first")
+    submit.set_defaults(command=_submit)
+
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     augment = benchmarks.add_parser(
@@ -365,11 +444,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """argparse takes the `key=value`s of one place only; a person writes some before an option and some behind it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command is not _train or any(argument.startswith("-") for argument in rest)):
+    if rest and (options.command not in (_train, _submit) or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest

@@ -1,0 +1,139 @@
+"""`dist-cifar submit`: a batch script of `slurm/` with its options and arguments filled in, checked and submitted.
+
+Contract: `render` is a pure function from a template, which is a script of `slurm/` as it stands, and a `Request` to
+the text of a script that does the same and needs no argument. Every value is quoted: for sbatch in the header, for the
+shell elsewhere. `submit` has sbatch test the script before it is submitted; SLURM itself is not changed by a dry run.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dist_cifar.errors import ConfigError, LaunchError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+_SBATCH_SECONDS = 60.0
+"""How long the controller has to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a job is to be. None leaves what the template says."""
+
+    arguments: tuple[str, ...]
+    """Of `train`: `--config FILE key=value ...`."""
+    directory: Path
+    """The repository, where the job runs."""
+    nodes: int = 1
+    gpus_per_node: int = 1
+    """GPUs of each node; 0 asks for none."""
+    ranks_per_node: int
+    time: str | None = None
+    job_name: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    cpus_per_task: int | None = None
+    array: str | None = None
+    """Tasks of the array, e.g. `1-4%2`, of a sweep; `arguments` then begins with the file of its lines."""
+    container: str | None = None
+    """Image for apptainer."""
+    max_restarts: int | None = None
+
+
+def render(template: str, request: Request) -> str:
+    """The script. Raises `ConfigError` for a value that no line of a script can hold."""
+    for field in fields(request):
+        for value in _texts(getattr(request, field.name)):
+            if any(ord(character) < 32 or ord(character) == 127 for character in value):
+                name = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"submit: {name} {value!r} holds a line break or another control character")
+    with_torchrun = "\ntrain_ranks torchrun " in template
+    options = {
+        "job-name": request.job_name,
+        "nodes": request.nodes,
+        "ntasks-per-node": 1 if with_torchrun else request.ranks_per_node,
+        "gpus-per-node": request.gpus_per_node or None,
+        "cpus-per-task": request.cpus_per_task,
+        "time": request.time,
+        "partition": request.partition,
+        "account": request.account,
+        "qos": request.qos,
+        "constraint": request.constraint,
+        "array": request.array,
+        "chdir": str(request.directory),
+    }
+    if request.job_name is not None and not re.fullmatch(r"[\w.@:+-]+", request.job_name):
+        options["output"] = "dist_cifar-%A_%a.log" if request.array else "dist_cifar-%j.log"  # %x would be a path
+    text = template
+    if not request.gpus_per_node:
+        text = re.sub(r"^#SBATCH --gpus-per-node=.*\n", "", text, flags=re.MULTILINE)
+    for name, value in options.items():
+        if value is not None:
+            text = _with_option(text, name, str(value))
+    if request.container is not None:
+        text = _with_line(text, "container=()", f"container=(apptainer exec --nv {shlex.quote(request.container)})")
+    if request.max_restarts is not None:
+        text = _with_line(text, "max_restarts=3 ", f"max_restarts={request.max_restarts} ")
+    if with_torchrun:
+        text = _with_line(text, "ranks_per_node=${SLURM_GPUS_ON_NODE:-1}", f"ranks_per_node={request.ranks_per_node}")
+    return _with_line(text, "source slurm/job.sh", f"set -- {shlex.join(request.arguments)}\nsource slurm/job.sh")
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, tuple):
+        return [str(part) for part in value]
+    return [] if value is None else [str(value)]
+
+
+def _with_option(text: str, name: str, value: str) -> str:
+    """The header with `#SBATCH --name=value`, in the place of the template's line, or at its end."""
+    line = f"#SBATCH --{name}={shlex.quote(value)}"
+    found = re.compile(rf"^#+SBATCH --{name}=.*$", re.MULTILINE)
+    if found.search(text):
+        return found.sub(lambda _: line, text, count=1)
+    last = list(re.finditer(r"^#SBATCH .*\n", text, re.MULTILINE))[-1].end()
+    return f"{text[:last]}{line}\n{text[last:]}"
+
+
+def _with_line(text: str, start: str, replacement: str) -> str:
+    assert f"\n{start}" in text, f"the template has no line {start!r}"
+    return text.replace(f"\n{start}", f"\n{replacement}", 1)
+
+
+def submit(script: str, *, dry_run: bool) -> str:
+    """Has sbatch test a script and, unless it is a dry run, submits it. Returns what there is to say.
+
+    Raises `LaunchError` with sbatch's own words where it is refused, or where there is no sbatch.
+    """
+    verdict = _sbatch(script, "--test-only")
+    return verdict if dry_run else _sbatch(script)
+
+
+def _sbatch(script: str, *options: str) -> str:
+    try:
+        done = subprocess.run(
+            ["sbatch", *options], input=script, capture_output=True, text=True, timeout=_SBATCH_SECONDS
+        )
+    except FileNotFoundError:
+        raise LaunchError("submit: there is no sbatch on this machine; run it on a login node of the cluster") from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"submit: sbatch has not answered in {_SBATCH_SECONDS:g} s; is the controller up?") from None
+    said = " ".join((done.stdout + done.stderr).split())
+    if done.returncode:
+        raise LaunchError(f"submit: refused by sbatch ({said}); see --dry-run for the script")
+    return said
+
+
+def template(name: str) -> str:
+    """A script of `slurm/`. Raises `LaunchError` outside a clone of the repository."""
+    path = REPOSITORY / "slurm" / f"{name}.sbatch"
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise LaunchError(f"submit: {path} cannot be read ({error.strerror}); run it from a clone") from None
