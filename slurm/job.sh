@@ -58,6 +58,7 @@ run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
             --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --no-python)
         ;;
     esac
+    ! was_stopped || { code=75 && return; }
     "${step[@]}" "${ranks[@]}" &
     launcher=$!
     while wait "$launcher"; code=$?; ((code > 128)) && kill -0 "$launcher" 2>/dev/null; do :; done
@@ -65,23 +66,34 @@ run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
 }
 
 requeue() { # requeue KIND LIMIT REASON: ends the script
-    local times state
+    local times
+    leave_to_slurm "$3"
     times=$(grep -cs "^$SLURM_JOB_ID $1 " "$run_dir/requeues.log")
     if ((${times:-0} >= $2)); then
         die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
     fi
-    # In every other state SLURM is ending the job already, and knows whether it comes back.
-    state=$(job JobState)
-    [[ $state == RUNNING ]] || at_time_limit || die "$code" "$3; its state is ${state:-unknown}: left to SLURM"
-    { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $3" >>"$run_dir/requeues.log"; } 2>/dev/null ||
+    if ! { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $3" >>"$run_dir/requeues.log"; } 2>/dev/null; then
         die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"
-    say "$3; requeued"
+    fi
+    requeue_now "$3"
+}
+
+leave_to_slurm() { # leave_to_slurm REASON: if SLURM is ending the job, and so knows whether it comes back
+    local state
+    state=$(job JobState)
+    [[ $state == RUNNING ]] || at_time_limit || die "$code" "$1; its state is ${state:-unknown}: left to SLURM"
+}
+
+requeue_now() { # requeue_now REASON: ends the script
+    say "$1; requeued"
     for _ in 1 2 3 4 5; do
         scontrol requeue "$SLURM_JOB_ID" && exit "$code"
         sleep 2
     done
     die "$code" "it could not be requeued: submit it again with the same arguments"
 }
+
+was_stopped() { [[ -n $came || $(job PreemptTime) == 20* ]]; } # by a signal or a job of a higher priority
 
 at_time_limit() { [[ $SLURM_JOB_END_TIME =~ ^[0-9]+$ ]] && (($(date +%s) + 2 >= SLURM_JOB_END_TIME)); }
 
@@ -92,11 +104,16 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
     # What torchrun would otherwise set, or warn of, at some length; each rank sets its own number of threads.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
     run_dir=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
-        python -m dist_cifar train --print-run-dir "${@:2}") || die $? "the arguments are refused; not requeued"
+        python -m dist_cifar train --print-run-dir "${@:2}")
+    code=$?
+    ((code != 2)) || die 2 "the arguments are refused; not requeued"
+    if ((code)) && was_stopped && ((attempt < max_requeues)); then
+        leave_to_slurm "stopped before it began"
+        requeue_now "stopped before it began"
+    fi
+    ((code == 0)) || die "$code" "python -m dist_cifar does not run on $(hostname); not requeued"
     before=$(cat "$run_dir/status.json" 2>/dev/null)
     say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
-    code=75
-    [[ -z $came ]] || requeue stopped "$max_requeues" "stopped by $came before it began"
     run_once "$@"
     local now=none reason
     [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
@@ -104,12 +121,11 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
         say "done"
         exit 0
     fi
-    if [[ $now == saved ]]; then
-        requeue saved "$max_requeues" "stopped and saved at step $(status step)"
-    elif [[ -n $came || $(job PreemptTime) == 20* ]]; then
-        requeue stopped "$max_requeues" "stopped before it could save (${came:-preempted})"
-    fi
-    reason="exit code $code; see $run_dir/logs/$SLURM_JOB_ID-$attempt"
-    [[ $now != failed ]] || reason="rank $(status rank) $(status reason)"
+    case $now in
+    saved) requeue saved "$max_requeues" "stopped and saved at step $(status step)" ;;
+    failed) reason="rank $(status rank) $(status reason)" ;;
+    *) reason="exit code $code; see $run_dir/logs/$SLURM_JOB_ID-$attempt" ;;
+    esac
+    ! was_stopped || requeue stopped "$max_requeues" "stopped (${came:-preempted}) before it could save: $reason"
     requeue crashed "$max_restarts" "$reason"
 }
