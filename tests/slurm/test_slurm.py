@@ -210,12 +210,12 @@ def test_run_directory_that_one_node_cannot_write(cluster, submit, golden):
         job, run = submit("train_srun.sbatch", [*TWO_NODES, "--hold"], seconds="0", name=name)
         run.dir.mkdir()
         node = cluster.nodes[lost]
-        cluster.run_on(node, "mount", "--bind", str(run.dir), str(run.dir))
-        cluster.run_on(node, "mount", "-o", "remount,ro,bind", str(run.dir))
+        cluster.inside(node, "mount", "--bind", str(run.dir), str(run.dir))
+        cluster.inside(node, "mount", "-o", "remount,ro,bind", str(run.dir))
         cluster.run("scontrol", "update", f"JobId={job}", f"NodeList={cluster.nodes[0]},{cluster.nodes[1]}")
         cluster.run("scontrol", "release", str(job))
         state = cluster.wait(job, START_SECONDS)["JobState"]
-        cluster.run_on(node, "umount", str(run.dir))
+        cluster.inside(node, "umount", str(run.dir))
         if lost == 1:  # only rank 0 writes, and the log of the other rank is not worth a run
             assert state == "COMPLETED", run.log()
             run.require_equal(golden)
@@ -237,9 +237,9 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
     staged = [line for path in run.dir.glob("logs/*/rank-*.log") for line in path.read_text().splitlines()]
     assert sum("staging" in line for line in staged) == 1  # rank 0 says it for its node
     for node in cluster.nodes_of(job):
-        files = cluster.run_on(node, "find", "/dev/shm/staged", "-name", "train_images.npy").split()
+        files = cluster.inside(node, "find", "/dev/shm/staged", "-name", "train_images.npy").split()
         assert len(files) == 1
-        cluster.run_on(node, "rm", "-r", "/dev/shm/staged")
+        cluster.inside(node, "rm", "-r", "/dev/shm/staged")
 
 
 def test_array(cluster, submit, tmp_path):
