@@ -33,8 +33,8 @@ SlurmctldHost=$controller($subnet.254)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire is how long a requeued job waits before it starts again; the default is 120
-AuthInfo=socket=$root/munge/socket,cred_expire=3
+# cred_expire is how long a requeued job waits before it starts again: 120 by default, and for less than 5
+AuthInfo=socket=$root/munge/socket,cred_expire=5
 SlurmctldPidFile=$root/pids/slurmctld.own
 SlurmdPidFile=$root/pids/%n.own
 SlurmctldLogFile=$root/log/slurmctld.log

@@ -125,8 +125,7 @@ def test_the_end_of_the_time(cluster, submit, golden):
     )
     for job, run in ((told, told_run), (watching, watching_run)):
         assert cluster.wait(job, 150)["JobState"] == "COMPLETED", run.log()
-        assert cluster.job(job)["Restarts"] == "1"
-        assert run.requeues() == ["saved"]
+        assert run.requeues() == ["saved"] * int(cluster.job(job)["Restarts"]) != []
         run.require_equal(golden)
     assert "death signal" in told_run.log() and "death signal" not in watching_run.log()
 
