@@ -427,8 +427,12 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--max-restarts", type=_count, metavar="N", help="requeues after a crash; default: 3")
     submit.add_argument("--no-torchrun", action="store_true", help="one task of SLURM for each rank")
     submit.add_argument("--sweep", type=Path, metavar="FILE", help="a job array: one run for each line of overrides")
-    submit.add_argument("--at-once", type=_positive, metavar="K", help="runs of the sweep at the same time; default: all")
-    submit.add_argument("--dry-run", action="store_true", help="print the script and have sbatch test it; submit nothing")
+    submit.add_argument(
+        "--at-once", type=_positive, metavar="K", help="runs of the sweep at the same time; default: all"
+    )
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print the script and have sbatch test it; submit nothing"
+    )
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. run.dir=runs/first")
     submit.set_defaults(command=_submit)
 

@@ -56,7 +56,7 @@ class Cluster:
         """Submits a command line."""
         return int(self.run("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={command}"))
 
-    def job(self, job: int) -> dict[str, str]:
+    def job(self, job: int | str) -> dict[str, str]:
         """What `scontrol show job` says: JobState, Restarts, NodeList, ExitCode, ..."""
         text = self.run("scontrol", "show", "job", "-o", str(job))
         return dict(re.findall(r"(?:^| )(\w+)=(\S*)", text))
@@ -65,12 +65,12 @@ class Cluster:
         """The nodes that it runs on, or last ran on."""
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
-    def wait(self, job: int, seconds: float) -> dict[str, str]:
+    def wait(self, job: int | str, seconds: float) -> dict[str, str]:
         """Until the job has ended for good."""
         self.until(lambda: self.job(job)["JobState"] in _ENDED, seconds, f"the end of job {job}", job)
         return self.job(job)
 
-    def until(self, condition: Callable[[], bool], seconds: float, what: str, job: int | None = None) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float, what: str, job: int | str | None = None) -> None:
         """Until the condition holds. Fails with what SLURM says."""
         deadline = time.monotonic() + seconds
         while not condition():

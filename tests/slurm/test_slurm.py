@@ -241,26 +241,34 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
         cluster.inside(node, "rm", "-r", "/dev/shm/staged")
 
 
-def test_array(cluster, submit, tmp_path):
-    runs_file = tmp_path / "sweep.txt"
-    runs_file.write_text("".join(f"run.seed={seed} train.epochs=2\n" for seed in range(4)))
-    golden = {}
-    for seed in range(4):
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "dist_cifar",
-                "train",
-                *arguments(tmp_path / f"golden-{seed}", f"run.seed={seed}", "train.epochs=2"),
-            ],
-            env=environment(tmp_path),
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        golden[seed] = json.loads((tmp_path / f"golden-{seed}" / "summary.json").read_text())["weights_sha256"]
-    assert len(set(golden.values())) == 4
-    job, run = submit(
-        edited(tmp_path, "sweep.sbatch", "runs=slurm/sweep.txt", f"runs={runs_file}"), [*ONE_RANK, "--array=0-3%2"]
+def test_array_of_four_with_two_at_a_time(cluster, tmp_path):
+    sweep = [f"run.seed={seed} train.epochs=2" for seed in range(1, 5)]
+    commands = [arguments(tmp_path / f"golden-{task}", *line.split()) for task, line in enumerate(sweep, start=1)]
+    program = f"from dist_cifar.cli import main\nassert not any(main(['train', *c]) for c in {commands!r})"
+    subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
+
+    (tmp_path / "runs.txt").write_text("\n".join(sweep))  # no line break at the end: a person's file
+    old = "folder=runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID"
+    job = cluster.sbatch(
+        edited(tmp_path, "sweep.sbatch", old, f"folder={tmp_path}/swept"),
+        str(tmp_path / "runs.txt"),
+        *arguments(tmp_path),
+        options=[f"--output={tmp_path}/%a.log", "--cpus-per-task=1", "--array=1-4%2"],
+        env=environment(tmp_path),
+        cwd=REPOSITORY,
     )
-    assert False, (job, run, cluster)
+    spans, hashes = [], set()
+    for task in range(1, 5):
+        end = cluster.wait(f"{job}_{task}", 3 * START_SECONDS)
+        assert end["JobState"] == "COMPLETED", (tmp_path / f"{task}.log").read_text()
+        spans.append((end["StartTime"], end["EndTime"]))
+        golden, swept = (
+            json.loads((tmp_path / folder / "summary.json").read_text())["weights_sha256"]
+            for folder in (f"golden-{task}", f"swept/{task}")
+        )
+        assert golden == swept
+        hashes.add(golden)
+        assert "wandb_group: swept" in (tmp_path / "swept" / str(task) / "config.yaml").read_text()
+    assert len(hashes) == 4
+    assert all(sum(start <= moment < end for start, end in spans) <= 2 for moment, _ in spans)
+    assert any(sum(start <= moment < end for start, end in spans) == 2 for moment, _ in spans)
