@@ -34,6 +34,7 @@ ORDER = [
     "train",
     "bench",
     "verify",
+    "submit",
     "cli",
     "__main__",
 ]
