@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import socket
@@ -81,6 +82,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         if _rank_of_launcher() == "0":
             print(to_yaml(config), end="")
+        return EXIT_DONE
+    if options.print_run_dir:
+        if _rank_of_launcher() == "0":
+            print(config.run.dir)
         return EXIT_DONE
     env = read_env(os.environ)
     _refuse_what_accelerate_would_do(config)
@@ -230,6 +235,20 @@ def _verify(options: argparse.Namespace) -> int:
         raise DataError(f"verify: {error}; free space, or give a directory that can be written with --dir") from error
 
 
+def _data(options: argparse.Namespace) -> int:
+    from dist_cifar.data.dataset import load_dataset
+
+    config = load_config(options.config, options.overrides)
+    found = load_dataset(dataclasses.replace(config.data, stage_dir=None))  # the nodes that train have that directory
+    print(
+        f"data     {config.data.source}: {len(found.train.labels):,} images to train on, those held out for validation"
+        f" among them, {len(found.test.labels):,} to test on, {len(found.classes)} classes"
+    )
+    print(f"cache    {found.directory.absolute()}")
+    print(f"sha256   {found.content_sha256}")
+    return EXIT_DONE
+
+
 def _bench_augment(options: argparse.Namespace) -> int:
     from dist_cifar.bench import bench_augment
 
@@ -316,6 +335,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume-anyway", action="store_true", help="go on even with what changes the result; the log says what does"
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    train.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
 
@@ -348,6 +368,18 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
 
+    data = commands.add_parser(
+        "data",
+        help="fetch, check, decode and cache the data set of a config, where there is a network",
+        description="Download the data set of a config, or find it, check and decode it, and keep it in the cache,"
+        " without training: on a login node, so that nodes without a network find it. They must see the same"
+        " data.cache_dir and, for data.source=folder, the same data.root.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. data.cache_dir=PATH")
+    data.set_defaults(command=_data)
+
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     augment = benchmarks.add_parser(
@@ -364,7 +396,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """argparse takes the `key=value`s of one place only; a person writes some before an option and some behind it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command is not _train or any(argument.startswith("-") for argument in rest)):
+    if rest and (options.command not in (_train, _data) or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
