@@ -187,7 +187,7 @@ class _Run:
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                stops = signals.stop_requested() or self.deadline.is_near()
+                stops = signals.stop_requested() or self.deadline.is_near(self.store.write_seconds)
                 vote.cast(progress.step + 1, stops, self.store.failed)
                 step_started = time.perf_counter()
                 self.own_time.start()
