@@ -12,7 +12,8 @@ from collections.abc import Mapping
 _RESERVE_SECONDS = 15.0
 """Left for the end of the processes, and for the checkpoint of a process that has not written one yet."""
 _INTERVALS = 2
-"""Times the longest interval that was seen: of the step that may still be begun, or of the next that is as slow."""
+"""Times the longest interval that was seen: one until the next time that it is asked, one for the step that ranks still
+take when one of them says stop."""
 _WRITES = 3
 """Times a checkpoint's write: one may be under way when the stop comes, the last one follows it, and may take twice as
 long: it is when many jobs end that a shared disk is slow."""
