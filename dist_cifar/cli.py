@@ -87,11 +87,7 @@ def _train(options: argparse.Namespace) -> int:
         if _rank_of_launcher() == "0":
             print(config.run.dir)
         return EXIT_DONE
-    env = read_env(os.environ)
-    _refuse_what_accelerate_would_do(config)
-    signals.install()  # before torch is imported, which takes seconds
-    if env.launcher == "torchrun" or _started_by_accelerate():
-        signals.die_with_launcher()
+    env = _take_part(config)
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
     # Strategy `exact` has one thread on every machine: their number changes how sums are rounded.
@@ -213,11 +209,7 @@ def _leave(code: int) -> NoReturn:
 
 def _verify(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    env = read_env(os.environ)
-    _refuse_what_accelerate_would_do(config)
-    signals.install()
-    if env.launcher == "torchrun" or _started_by_accelerate():
-        signals.die_with_launcher()
+    env = _take_part(config)
     from dist_cifar.verify import verify
 
     try:
@@ -254,6 +246,19 @@ def _bench_augment(options: argparse.Namespace) -> int:
 
     bench_augment()
     return EXIT_DONE
+
+
+def _take_part(config: Config) -> DistEnv:
+    """This process's place in its job, whose signals it heeds from now on; before torch is imported, which is slow.
+
+    Raises `LaunchError` for a job that contradicts itself or the config.
+    """
+    env = read_env(os.environ)
+    _refuse_what_accelerate_would_do(config)
+    signals.install()
+    if env.launcher == "torchrun" or _started_by_accelerate():
+        signals.die_with_launcher()
+    return env
 
 
 def _started_by_accelerate() -> bool:
