@@ -16,7 +16,7 @@ Three rules give the safety. A directory is written under a temporary name, mani
 is renamed back to a temporary name before anything of it is deleted. So whatever is called `step-...` is complete, or
 damaged. No name is overwritten: a step that is saved again becomes `step-00001234-2`, and only then is the first one
 deleted. The truth is in the directories alone: `latest` and `best` are written but never read, so that nothing depends
-on them. Which checkpoint is newer is in the names: no clock is read, neither the machine's nor that of the files.
+on them. Which checkpoint is newer is in the names: no clock decides, neither the machine's nor that of the files.
 
 Tensors are stored as safetensors and the rest as JSON; nothing is ever unpickled. Tensors are stored contiguous: their
 values return bit for bit, their memory format (channels_last) does not. The copy that `begin_save` makes is laid out as
@@ -34,6 +34,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,8 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None  # writes the save that was begun last
         self._failure: BaseException | None = None  # of the save that was begun last
         self._unraised: BaseException | None = None  # the same, until it is raised; never what was only to be said
+        self._began: float | None = None  # the write under way, on the monotonic clock
+        self._write_seconds = 0.0  # of the last write that ended
 
     def begin_save(
         self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False
@@ -185,6 +188,16 @@ class CheckpointStore:
     def failed(self) -> bool:
         """Whether the next call will raise the error of a write. Never blocks."""
         return self._unraised is not None
+
+    @property
+    def write_seconds(self) -> float:
+        """How long the last write took, or the one under way if it is longer already; 0 before the first.
+
+        Deleting what is no longer kept counts, copying in `begin_save` does not. Never blocks.
+        """
+        began = self._began  # once: the thread may be at its end
+        under_way = 0.0 if began is None else time.monotonic() - began
+        return max(self._write_seconds, under_way)
 
     def load_newest(self) -> Checkpoint | None:
         """The newest good checkpoint, or None if there is no directory of one at all.
@@ -231,6 +244,7 @@ class CheckpointStore:
 
     def _run(self, step: int, contents: Mapping[str, memoryview], best: bool) -> None:
         """The thread's work: whatever is raised in it is kept for the caller."""
+        began = self._began = time.monotonic()
         try:
             try:
                 self._commit(step, contents, best)
@@ -241,6 +255,8 @@ class CheckpointStore:
                 self._say(f"checkpoint.on_write_error=warn: {self._failure}")
         except BaseException as error:
             self._failure = self._unraised = error
+        finally:
+            self._write_seconds, self._began = time.monotonic() - began, None
 
     def _commit(self, step: int, contents: Mapping[str, memoryview], best: bool) -> None:
         files.make_dirs(self.directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import socket
@@ -86,11 +87,7 @@ def _train(options: argparse.Namespace) -> int:
         if _rank_of_launcher() == "0":
             print(config.run.dir)
         return EXIT_DONE
-    env = read_env(os.environ)
-    _refuse_what_accelerate_would_do(config)
-    signals.install()  # before torch is imported, which takes seconds
-    if env.launcher == "torchrun" or _started_by_accelerate():
-        signals.die_with_launcher()
+    env = _take_part(config)
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
     # Strategy `exact` has one thread on every machine: their number changes how sums are rounded.
@@ -212,11 +209,7 @@ def _leave(code: int) -> NoReturn:
 
 def _verify(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    env = read_env(os.environ)
-    _refuse_what_accelerate_would_do(config)
-    signals.install()
-    if env.launcher == "torchrun" or _started_by_accelerate():
-        signals.die_with_launcher()
+    env = _take_part(config)
     from dist_cifar.verify import verify
 
     try:
@@ -286,11 +279,38 @@ def _lines_of_sweep(options: argparse.Namespace) -> int:
     return len(lines)
 
 
+def _data(options: argparse.Namespace) -> int:
+    from dist_cifar.data.dataset import load_dataset
+
+    config = load_config(options.config, options.overrides)
+    found = load_dataset(dataclasses.replace(config.data, stage_dir=None))  # the nodes that train have that directory
+    print(
+        f"data     {config.data.source}: {len(found.train.labels):,} images to train on, those held out for validation"
+        f" among them, {len(found.test.labels):,} to test on, {len(found.classes)} classes"
+    )
+    print(f"cache    {found.directory.absolute()}")
+    print(f"sha256   {found.content_sha256}")
+    return EXIT_DONE
+
+
 def _bench_augment(options: argparse.Namespace) -> int:
     from dist_cifar.bench import bench_augment
 
     bench_augment()
     return EXIT_DONE
+
+
+def _take_part(config: Config) -> DistEnv:
+    """This process's place in its job, whose signals it heeds from now on; before torch is imported, which is slow.
+
+    Raises `LaunchError` for a job that contradicts itself or the config.
+    """
+    env = read_env(os.environ)
+    _refuse_what_accelerate_would_do(config)
+    signals.install()
+    if env.launcher == "torchrun" or _started_by_accelerate():
+        signals.die_with_launcher()
+    return env
 
 
 def _started_by_accelerate() -> bool:
@@ -435,6 +455,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. run.dir=runs/first")
     submit.set_defaults(command=_submit)
+    data = commands.add_parser(
+        "data",
+        help="fetch, check, decode and cache the data set of a config, where there is a network",
+        description="Download the data set of a config, or find it, check and decode it, and keep it in the cache,"
+        " without training: on a login node, so that nodes without a network find it. They must see the same"
+        " data.cache_dir and, for data.source=folder, the same data.root.",
+        allow_abbrev=False,
+    )
+    data.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. data.cache_dir=PATH")
+    data.set_defaults(command=_data)
 
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
@@ -466,7 +497,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """argparse takes the `key=value`s of one place only; a person writes some before an option and some behind it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in (_train, _submit) or any(argument.startswith("-") for argument in rest)):
+    if rest and (options.command not in (_train, _data, _submit) or any(argument.startswith("-") for argument in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest

@@ -92,6 +92,10 @@ class DataConfig:
     """Mirror of the official archive; its hash is checked all the same."""
     cache_dir: str | None = None
     """Where the decoded arrays are cached; default `$XDG_CACHE_HOME/dist_cifar` or `~/.cache/dist_cifar`."""
+    stage_dir: str | None = None
+    """Directory local to each node, `$SLURM_TMPDIR` or `/dev/shm` for two, to which one process of the node copies the
+    decoded arrays, and from which all read them; null reads the cache itself. `$NAME` and `~` are expanded where the
+    process runs. The copy is left there for the next job; clusters empty `$SLURM_TMPDIR` themselves."""
     validation_size: NonNegativeInt = 5000
     """Training images held out, stratified by class, for the plateau and for choosing the best checkpoint. With 0
     the test set takes that part, and the log and the summary say so."""
@@ -304,6 +308,7 @@ CHANGEABLE_AT_RESUME = frozenset(
         "data.root",
         "data.url",
         "data.cache_dir",
+        "data.stage_dir",
         "data.device_augment",
         "train.epochs",
         "train.max_steps",

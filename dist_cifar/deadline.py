@@ -10,7 +10,13 @@ import time
 from collections.abc import Mapping
 
 _RESERVE_SECONDS = 15.0
-"""Left for the last checkpoint and the end of the processes, beside twice the longest interval that was seen."""
+"""Left for the end of the processes, and for the checkpoint of a process that has not written one yet."""
+_INTERVALS = 2
+"""Times the longest interval that was seen: one until the next time that it is asked, one for the step that ranks still
+take when one of them says stop."""
+_WRITES = 3
+"""Times a checkpoint's write: one may be under way when the stop comes, the last one follows it, and may take twice as
+long: it is when many jobs end that a shared disk is slow."""
 
 
 def seconds_left(environ: Mapping[str, str], time_limit_seconds: float | None, *, wall_time: float) -> float | None:
@@ -34,9 +40,13 @@ class Deadline:
         self._end = None if seconds is None else self._asked + seconds
         self._longest = 0.0
 
-    def is_near(self) -> bool:
-        """Whether twice the longest interval between two calls, with all that came in it, may not fit any more."""
+    def is_near(self, write_seconds: float) -> bool:
+        """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit.
+
+        A step is taken for as long as the longest interval between two calls, with all that came in it.
+        """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)
         self._asked = now
-        return self._end is not None and now + 2 * self._longest + _RESERVE_SECONDS >= self._end
+        margin = _INTERVALS * self._longest + _WRITES * write_seconds + _RESERVE_SECONDS
+        return self._end is not None and now + margin >= self._end

@@ -98,8 +98,9 @@ def train(
     `resume_anyway` lets a run go on with what would change its result.
     """
     assert config.run.dir is not None  # the config resolved it
+    say = Display(speaks=communicator.rank == 0).say
     # The other ranks wait in a collective for the one that waits for the lock.
-    lock = RunDir(config.run.dir).lock(_say_at_once, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
+    lock = RunDir(config.run.dir).lock(say, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
     with ExitStack() as held:
         communicator.on_first_rank(lambda: held.enter_context(lock))
         return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
@@ -187,7 +188,7 @@ class _Run:
         strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
-                stops = signals.stop_requested() or self.deadline.is_near()
+                stops = signals.stop_requested() or self.deadline.is_near(self.store.write_seconds)
                 vote.cast(progress.step + 1, stops, self.store.failed)
                 step_started = time.perf_counter()
                 self.own_time.start()
@@ -319,7 +320,7 @@ class _Run:
         }
         state = {
             "progress": dataclasses.asdict(self._timed_progress()),
-            "sums": [sum(column) for column in zip(*rows, strict=True)],
+            "sums": _summed(rows),
             "config": flatten(self.config),
             "data_sha256": self.dataset.content_sha256,
             "world_size": self.communicator.world_size,
@@ -358,7 +359,7 @@ class _Run:
 
     def _log(self, rows: list[list[float]], lr: float) -> None:
         self._require_finite(rows)
-        loss, correct, count, norms, steps, skipped = (sum(column) for column in zip(*rows, strict=True))
+        loss, correct, count, norms, steps, skipped = _summed(rows)
         progress, last = self.progress, self.logged
         seconds = progress.train_seconds - last.train_seconds
         waited, own, hosts = zip(
@@ -401,8 +402,7 @@ class _Run:
         rows = self.communicator.gather(self.sums.sums.tolist())
         if self.is_first:
             digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
-            sums = [sum(column) for column in zip(*rows, strict=True)]
-            self.run_dir.append_digests({"step": self.progress.step, "sums": sums, "digests": digests})
+            self.run_dir.append_digests({"step": self.progress.step, "sums": _summed(rows), "digests": digests})
 
     def _evaluate(self) -> bool:
         """Evaluates on the watched split and steps the plateau; returns whether this is the best model so far."""
@@ -493,10 +493,14 @@ class _Run:
         self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
         self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
 
-    def _stop(self) -> bool:
-        """Ends after a signal or before the time limit, everything saved."""
+    def _leave_loop(self) -> None:
+        """No more steps: when this returns, what was saved is on the disk."""
         self.communicator.on_first_rank(lambda: self.store.wait(must_succeed=True))
         self.display.stop()
+
+    def _stop(self) -> bool:
+        """Ends after a signal or before the time limit, everything saved."""
+        self._leave_loop()
         if self.is_first:
             for tracker in self.trackers:
                 tracker.finish(None, EXIT_SAVED)
@@ -506,8 +510,7 @@ class _Run:
 
     def _finish(self) -> None:
         """Evaluates the best checkpoint on the test set and writes the summary."""
-        self.communicator.on_first_rank(lambda: self.store.wait(must_succeed=True))
-        self.display.stop()
+        self._leave_loop()
         progress, communicator = self.progress, self.communicator
         final_sha256 = weights_sha256(self.strategy.model_tensors())
         if progress.best_step != progress.step:
@@ -559,9 +562,9 @@ class _Run:
         return checkpoint.tensors["model"]
 
 
-def _say_at_once(line: str) -> None:
-    """A line on standard output that no buffer keeps back while this process waits."""
-    print(line, flush=True)
+def _summed(rows: list[list[float]]) -> list[float]:
+    """The `TrainingSums` of all ranks as those of one."""
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def evaluation_fields(result: Evaluation) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -1048,6 +1049,68 @@ def check_memory(code: Code, root: Path) -> None:
         tracemalloc.stop()
 
 
+class SlowDisk(Gate):
+    """Every call takes ten seconds of a clock of its own, which stands in for `time`."""
+
+    def __init__(self, **faults: int) -> None:
+        super().__init__(**faults)
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _call(self, grows: bool = False) -> None:
+        super()._call(grows)
+        self.now += 10.0
+
+
+def check_write_seconds(code: Code, root: Path) -> None:
+    """The time of the last write, whether it succeeded or not, and of one that is under way."""
+    store, _ = code.store(root / "checkpoints")
+    assert store.write_seconds == 0.0
+    with using(code, SlowDisk()) as disk:
+        code.checkpoint.time = disk
+        try:
+            store.begin_save(10, tensors_of(0), {"mark": 0})
+            disk.reached.wait()
+            disk.now += 7.0
+            assert store.write_seconds == 7.0
+            disk.opened.set()
+            store.wait()
+            first = store.write_seconds
+            assert first == disk.now - 1000.0 > 100.0
+            disk.now += 5000.0
+            assert store.write_seconds == first  # the time between two writes is nobody's
+            disk.opened.clear()
+            disk.reached.clear()
+            began = disk.now
+            store.begin_save(20, tensors_of(1), {"mark": 1})
+            disk.reached.wait()
+            assert store.write_seconds == first  # not yet as long
+            disk.now += first + 3.0
+            assert store.write_seconds == first + 3.0
+            disk.opened.set()
+            store.wait()
+            assert store.write_seconds == disk.now - began
+        finally:
+            disk.opened.set()
+            code.checkpoint.time = time
+    with using(code, SlowDisk(full_at=3)) as disk:
+        code.checkpoint.time = disk
+        try:
+            disk.opened.set()
+            store.begin_save(30, tensors_of(2), {"mark": 2})
+            with pytest.raises(CheckpointError):
+                store.wait()
+            assert store.write_seconds == disk.now - 1000.0 > 0.0
+        finally:
+            code.checkpoint.time = time
+
+
+def test_the_store_knows_how_long_a_write_takes(tmp_path):
+    check_write_seconds(REAL, tmp_path)
+
+
 def test_what_is_saved_is_a_copy_of_its_own(tmp_path):
     check_own_copy(REAL, tmp_path)
 
@@ -1405,6 +1468,24 @@ MUTANTS = {
         "checkpoint",
         "        self._failure = None\n        contents",
         "        contents",
+    ),
+    "the write is not timed": (
+        check_write_seconds,
+        "checkpoint",
+        "self._write_seconds, self._began = time.monotonic() - began, None",
+        "self._began = None",
+    ),
+    "the write under way does not count": (
+        check_write_seconds,
+        "checkpoint",
+        "return max(self._write_seconds, under_way)",
+        "return self._write_seconds",
+    ),
+    "the longest write counts for ever": (
+        check_write_seconds,
+        "checkpoint",
+        "self._write_seconds, self._began = time.monotonic() - began, None",
+        "self._write_seconds, self._began = max(self._write_seconds, time.monotonic() - began), None",
     ),
     "warned and raised": (check_warning, "checkpoint", 'if self._on_write_error == "raise":', "if True:"),
     "not warned": (

@@ -34,11 +34,12 @@ def test_training_commands_parse(line, monkeypatch):
     load_config(options.config, options.overrides)
 
 
-@pytest.mark.parametrize("line", [line for line in BLOCKS if "dist_cifar verify" in line])
-def test_verify_commands_parse(line, monkeypatch):
+@pytest.mark.parametrize("line", [line for line in BLOCKS if re.search(r"dist[_-]cifar (verify|data)", line)])
+def test_other_commands_parse(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     words = shlex.split(line)
-    options = cli._parser().parse_args(words[words.index("verify") :])
+    start = next(i for i, word in enumerate(words) if word in ("verify", "data"))
+    options = cli._parser().parse_args(words[start:])
     load_config(options.config, options.overrides)
 
 

@@ -1,4 +1,4 @@
-"""`submit` without a cluster: what it renders and what it refuses. See tests/slurm/test_submit_slurm.py for sbatch's part."""
+"""`submit` without a cluster: what it renders and what it refuses."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from accelerate import Accelerator
 from rank_pool import RankError
 
-from dist_cifar import signals
+from dist_cifar import checkpoint, files, signals
 from dist_cifar import train as train_module
 from dist_cifar.augment import kernel, policy
 from dist_cifar.config import Config, load_config
+from dist_cifar.deadline import Deadline
 from dist_cifar.display import Display
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
@@ -571,3 +573,36 @@ def test_a_time_limit_that_is_near_saves_and_stops(ranks, tiny):
     assert ranks.run(2, train, config) == [False, False]
     assert status(config) == "saved"
     assert ranks.run(2, train, tiny()) == [True, True]
+
+
+def on_a_slow_disk(communicator: Communicator, config: Config, forgets: bool) -> Any:
+    """A run whose files take 1000 seconds each on the clock that the store of checkpoints reads."""
+    write_file, is_near, waited = files.write_file, Deadline.is_near, [0.0]
+
+    def slow_write(path: Path, data: Any) -> None:
+        waited[0] += 1000.0
+        write_file(path, data)
+
+    files.write_file = slow_write
+    checkpoint.time = SimpleNamespace(monotonic=lambda: time.monotonic() + waited[0])
+    if forgets:
+        Deadline.is_near = lambda self, write_seconds: is_near(self, 0.0)
+    try:
+        return train(communicator, config)
+    finally:
+        files.write_file, checkpoint.time, Deadline.is_near = write_file, time, is_near
+
+
+def check_slow_disk(ranks: Any, config: Config, forgets: bool) -> None:
+    """An hour is long enough for ten steps, and too short for a checkpoint that takes as long."""
+    assert ranks.run(2, on_a_slow_disk, config, forgets) == [False, False]
+    assert status(config) == "saved"
+
+
+def test_the_time_that_a_checkpoint_takes_is_kept_in_reserve(ranks, tiny):
+    check_slow_disk(ranks, tiny("run.time_limit_seconds=3600", "checkpoint.every_steps=1"), False)
+
+
+def test_a_margin_without_the_write_is_caught(ranks, tiny):
+    with pytest.raises(AssertionError, match="True"):
+        check_slow_disk(ranks, tiny("run.time_limit_seconds=3600", "checkpoint.every_steps=1"), True)

@@ -37,6 +37,9 @@ _DTYPES = {"train_images": np.uint8, "train_labels": np.int64, "test_images": np
 class Entry:
     """A cached data set, its images memory-mapped, and what was computed from it."""
 
+    directory: Path
+    """Where its files are."""
+    key: str
     arrays: Arrays
     content_sha256: str
     mean: tuple[float, ...]
@@ -64,21 +67,25 @@ def load_or_build(
     entry cannot be written, and whatever `build` raises.
     """
     directory = cache_dir / f"{name}-{key[:32]}-v{FORMAT_VERSION}"
-    entry = _read(directory, key)
+    entry = read_entry(directory, key)
     if entry is not None:
         return entry
     with exclusive(directory.with_suffix(".lock"), say, key="data.cache_dir"):
-        entry = _read(directory, key)
+        entry = read_entry(directory, key)
         if entry is None:
             arrays = build()
+            mean, std = channel_statistics(arrays.train_images)
+            sha256 = content_sha256(arrays)
             try:
-                _write(directory, key, arrays)
+                write_entry(
+                    Entry(directory=directory, key=key, arrays=arrays, content_sha256=sha256, mean=mean, std=std)
+                )
             except OSError as error:
                 raise DataError(
                     f"{cache_dir}: the decoded images cannot be written there ({error}); make room, or set"
                     " data.cache_dir to another directory"
                 ) from None
-            entry = _read(directory, key)
+            entry = read_entry(directory, key)
     if entry is None:
         raise DataError(f"{directory}: does not read back as written; set data.cache_dir to another disk")
     return entry
@@ -101,7 +108,7 @@ def remembered(cache_dir: Path, path: Path, signature: str, find_out: Callable[[
     return answer
 
 
-def _read(directory: Path, key: str) -> Entry | None:
+def read_entry(directory: Path, key: str) -> Entry | None:
     """The entry, or None where there is none that is whole."""
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
@@ -110,12 +117,14 @@ def _read(directory: Path, key: str) -> Entry | None:
             classes=tuple(meta["classes"]),
         )
         entry = Entry(
+            directory=directory,
+            key=meta["key"],
             arrays=arrays,
             content_sha256=meta["content_sha256"],
             mean=tuple(meta["mean"]),
             std=tuple(meta["std"]),
         )
-        return entry if meta["key"] == key and _is_sound(arrays) else None
+        return entry if entry.key == key and _is_sound(arrays) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # a damaged entry is a missing entry
         return None
 
@@ -141,9 +150,12 @@ def _is_sound(arrays: Arrays) -> bool:
     )
 
 
-def _write(directory: Path, key: str, arrays: Arrays) -> None:
-    """Writes the entry beside, then renames it into place. The caller holds the lock, so one temporary name will do."""
-    temporary = directory.with_suffix(".tmp")
+def write_entry(entry: Entry) -> None:
+    """Writes the entry beside its directory, then renames it into place.
+
+    The caller holds the lock, so one temporary name will do. Raises `OSError`, and then leaves nothing.
+    """
+    directory, temporary = entry.directory, entry.directory.with_suffix(".tmp")
     if temporary.exists():  # left by a process that was killed
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -152,17 +164,16 @@ def _write(directory: Path, key: str, arrays: Arrays) -> None:
         for name in _DTYPES:
             path = temporary / f"{name}.npy"
             with path.open("wb") as file:
-                np.save(file, getattr(arrays, name), allow_pickle=False)
+                np.save(file, getattr(entry.arrays, name), allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
-        mean, std = channel_statistics(arrays.train_images)
         meta = {
-            "key": key,
-            "classes": arrays.classes,
-            "content_sha256": content_sha256(arrays),
-            "mean": mean,
-            "std": std,
+            "key": entry.key,
+            "classes": entry.arrays.classes,
+            "content_sha256": entry.content_sha256,
+            "mean": entry.mean,
+            "std": entry.std,
             "bytes": sizes,
         }
         with (temporary / _META).open("w", encoding="utf-8") as file:

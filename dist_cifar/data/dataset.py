@@ -1,4 +1,4 @@
-"""The data set of a run, from any source: uint8 images that are memory-mapped from the cache, and integer labels.
+"""The data set of a run, from any source: uint8 images that are memory-mapped from a file, and integer labels.
 
 Contract: `load_dataset` gives every process the same arrays, whichever of them had to download or decode; what it
 returns depends on the content of the source alone. This module imports no torch.
@@ -7,6 +7,7 @@ returns depends on the content of the source alone. This module imports no torch
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from dist_cifar import rng
 from dist_cifar.config import DataConfig
-from dist_cifar.data import archive, cache, folder, synthetic
+from dist_cifar.data import archive, cache, folder, stage, synthetic
 from dist_cifar.data.arrays import Arrays
 from dist_cifar.errors import ConfigError
 
@@ -49,13 +50,17 @@ class Dataset:
     """Of the training images' channels, in units of [0, 1], exact but for one rounding."""
     std: tuple[float, float, float]
     """Population standard deviation, likewise."""
+    directory: Path
+    """Where the arrays are on the disk."""
 
 
 def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> Dataset:
     """The data set that `config` names; every process of a job may call it at once.
 
-    `say` gets a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url`.
+    `say` gets a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url` or
+    `data.stage_dir`.
     """
+    stage_dir = None if config.stage_dir is None else stage.stage_directory(config.stage_dir, os.environ)
     cache_dir = cache.cache_directory(config.cache_dir)
     root = Path(config.root).expanduser()
     if config.source == "synthetic":
@@ -70,6 +75,8 @@ def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> D
         entry = cache.load_or_build(
             cache_dir, config.source, spec.sha256, lambda: archive.read_archive(spec, root, config.url, say), say
         )
+    if stage_dir is not None:
+        entry = stage.staged(entry, stage_dir, say)
     arrays = entry.arrays
     return Dataset(
         train=Split(images=arrays.train_images, labels=arrays.train_labels),
@@ -78,6 +85,7 @@ def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> D
         content_sha256=entry.content_sha256,
         mean=entry.mean,
         std=entry.std,
+        directory=entry.directory,
     )
 
 

@@ -11,6 +11,9 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.schedule import BatchPlan
 
+Tensors = dict[str, torch.Tensor]
+"""By name."""
+
 
 class Strategy(Protocol):
     """One model on several ranks."""
@@ -40,27 +43,22 @@ class Strategy(Protocol):
         """Gives every rank the mean over ranks of the floating-point buffers (BatchNorm's running statistics)."""
         ...
 
-    def model_tensors(self) -> dict[str, torch.Tensor]:
+    def model_tensors(self) -> Tensors:
         """The model's state with its buffers averaged, the training undisturbed. A collective.
 
         Tensors are on the device and may be the model's own: copy what must outlive the next step. So the next two.
         """
         ...
 
-    def rank_tensors(self) -> dict[str, torch.Tensor]:
+    def rank_tensors(self) -> Tensors:
         """What ranks hold that the others do not, stacked over ranks. A collective."""
         ...
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+    def optimizer_tensors(self) -> Tensors:
         """The optimizer's state."""
         ...
 
-    def load(
-        self,
-        model: dict[str, torch.Tensor],
-        optimizer: dict[str, torch.Tensor],
-        ranks: dict[str, torch.Tensor],
-    ) -> None:
+    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         """Restores what the three methods above returned, on any number of ranks."""
         ...
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dist_cifar.config import OptimizerConfig
+from dist_cifar.strategy import Tensors
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Adam's state of one parameter."""
@@ -35,7 +36,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor) -
     optimizer.zero_grad()
 
 
-def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
+def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
     """`<parameter>.<moment>` to tensor, on the device of the optimizer."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {
@@ -45,7 +46,7 @@ def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> dict[str, to
     }
 
 
-def load_adam(module: nn.Module, optimizer: torch.optim.Adam, tensors: dict[str, torch.Tensor]) -> None:
+def load_adam(module: nn.Module, optimizer: torch.optim.Adam, tensors: Tensors) -> None:
     """Restores what `adam_tensors` gave; parameters without moments are left as new."""
     for name, parameter in module.named_parameters():
         moments = {moment: tensors.get(f"{name}.{moment}") for moment in _MOMENTS}

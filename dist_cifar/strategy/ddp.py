@@ -21,6 +21,7 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import LaunchError
 from dist_cifar.schedule import BatchPlan
+from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
 from dist_cifar.strategy.statistics import RunningStatistics
 
@@ -92,29 +93,24 @@ class DdpStrategy:
     def average_buffers(self) -> None:
         self._statistics.values.copy_(self._averaged_statistics())
 
-    def model_tensors(self) -> dict[str, torch.Tensor]:
+    def model_tensors(self) -> Tensors:
         state = self.module.state_dict()
         parts = self._averaged_statistics().split([state[name].numel() for name in self._statistics.names])
         return state | {
             name: part.view_as(state[name]) for name, part in zip(self._statistics.names, parts, strict=True)
         }
 
-    def rank_tensors(self) -> dict[str, torch.Tensor]:
+    def rank_tensors(self) -> Tensors:
         # Rows of zeros and one sum: each rank's row arrives unchanged, in one collective.
         values = self._statistics.values
         rows = values.new_zeros(self._communicator.world_size, len(values))
         rows[self._communicator.rank] = values
         return {"buffers": self._communicator.sum(rows)} if len(values) else {}
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+    def optimizer_tensors(self) -> Tensors:
         return adam_tensors(self.module, self._optimizer)
 
-    def load(
-        self,
-        model: dict[str, torch.Tensor],
-        optimizer: dict[str, torch.Tensor],
-        ranks: dict[str, torch.Tensor],
-    ) -> None:
+    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
         rows = ranks.get("buffers")
         if rows is not None and len(rows) == self._communicator.world_size:

@@ -24,6 +24,7 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.distributed.tree import Bucket, LocalTree
 from dist_cifar.schedule import BatchPlan
+from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
 from dist_cifar.strategy.statistics import RunningStatistics
 
@@ -119,21 +120,16 @@ class ExactStrategy:
     def average_buffers(self) -> None:
         """Nothing to do: they are the same on every rank."""
 
-    def model_tensors(self) -> dict[str, torch.Tensor]:
+    def model_tensors(self) -> Tensors:
         return self.module.state_dict()
 
-    def rank_tensors(self) -> dict[str, torch.Tensor]:
+    def rank_tensors(self) -> Tensors:
         return {}
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+    def optimizer_tensors(self) -> Tensors:
         return adam_tensors(self.module, self._optimizer)
 
-    def load(
-        self,
-        model: dict[str, torch.Tensor],
-        optimizer: dict[str, torch.Tensor],
-        ranks: dict[str, torch.Tensor],
-    ) -> None:
+    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
         self._statistics.mark()
         load_adam(self.module, self._optimizer, optimizer)
