@@ -143,12 +143,13 @@ def test_requeue_by_hand(cluster, submit, golden, script):
 def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=2"])
     until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
-    nodes = [node for node in cluster.nodes if cluster.processes(node, "dist_cifar/train.py")]
+    ours = "train.py|torchrun|job_script|slurmstepd"
+    nodes = [node for node in cluster.nodes if cluster.processes(node, ours)]
     assert len(nodes) == 2
     cluster.run("scancel", str(job))
     assert cluster.wait(job, 30)["JobState"] == "CANCELLED"
     for node in nodes:
-        until(lambda node=node: not cluster.processes(node, "dist_cifar"), 10, f"no process on {node}", [run])
+        until(lambda node=node: not cluster.processes(node, ours), 20, f"no process on {node}", [run])
     assert run.status()["status"] == "saved"  # and it can go on where it is submitted again
     assert run.requeues() == []
     assert cluster.job(job)["Restarts"] == "0"
