@@ -271,7 +271,8 @@ def _lines_of_sweep(options: argparse.Namespace) -> int:
         try:
             if not line.split():
                 raise ConfigError("it is empty")
-            load_config(options.config, [*options.overrides, *line.split()])
+            of_the_script = ["run.dir=", "tracking.wandb_group="]
+            load_config(options.config, [*options.overrides, *line.split(), *of_the_script])
         except ConfigError as error:
             raise ConfigError(f"submit: --sweep {options.sweep}, line {number}: {error}") from None
     if not lines:

@@ -93,7 +93,8 @@ def _texts(value: object) -> list[str]:
 
 def _with_option(text: str, name: str, value: str) -> str:
     """The header with `#SBATCH --name=value`, in the place of the template's line, or at its end."""
-    line = f"#SBATCH --{name}={shlex.quote(value)}"
+    value = shlex.quote(value.replace("\\", "\\\\"))  # which sbatch takes for an escape in quotes too
+    line = f"#SBATCH --{name}={value}"
     found = re.compile(rf"^#+SBATCH --{name}=.*$", re.MULTILINE)
     if found.search(text):
         return found.sub(lambda _: line, text, count=1)

@@ -94,7 +94,8 @@ def test_everything_is_quoted(name, tmp_path):
     assert shown.stdout.split("\0")[:-1] == [HOSTILE, f"run.dir={HOSTILE}", "apptainer", "exec", "--nv", HOSTILE]
     assert list(tmp_path.iterdir()) == []
     header = re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE)
-    assert [f"--job-name={HOSTILE}"] in [shlex.split(line) for line in header]
+    escaped = HOSTILE.replace("\\", "\\\\")  # sbatch reads an escape in single quotes too
+    assert [f"--job-name={escaped}"] in [shlex.split(line) for line in header]
     assert "#SBATCH --output=%x" not in text  # which would make a path of the name
 
 
@@ -137,12 +138,14 @@ def test_it_is_tested_and_then_submitted(sbatch, capsys):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--sweep", "nowhere.txt"], "submit: --sweep nowhere.txt: cannot be read"),
         (["--sweep", "README.md"], "submit: --sweep README.md, line 1: "),
+        (["--sweep", "LINES", "run.dir=x"], "line 1: command line: run.dir is given twice"),
         (["--job-name", "a\nb"], "--job-name 'a\\nb' holds a line break"),
         (["--patition", "gpu"], "unrecognized arguments: --patition"),
     ],
 )
 def test_bad_input(sbatch, capsys, arguments, message):
-    assert main(["submit", *arguments]) == 2
+    (sbatch.parent / "lines").write_text("run.seed=1")
+    assert main(["submit", *(argument.replace("LINES", str(sbatch.parent / "lines")) for argument in arguments)]) == 2
     out, err = capsys.readouterr()
     assert message in err and err.count("\n") == 1 and out == ""
     assert not sbatch.exists()

@@ -245,12 +245,13 @@ def test_array_of_four_with_two_at_a_time(cluster, tmp_path):
     program = f"from dist_cifar.cli import main\nassert not any(main(['train', *c]) for c in {commands!r})"
     subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
 
+    shared = [value for value in arguments(tmp_path) if not value.startswith(("run.dir=", "train.epochs="))]
     (tmp_path / "runs.txt").write_text("\n".join(sweep))  # no line break at the end: a person's file
     old = "folder=runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID"
     job = cluster.sbatch(
         edited(tmp_path, "sweep.sbatch", old, f"folder={tmp_path}/swept"),
         str(tmp_path / "runs.txt"),
-        *arguments(tmp_path),
+        *shared,
         options=[f"--output={tmp_path}/%a.log", "--cpus-per-task=1", "--array=1-4%2"],
         env=environment(tmp_path),
         cwd=REPOSITORY,

@@ -1,0 +1,23 @@
+#!/bin/bash
+# Trains on this machine, with all its GPUs or, where it has none, with CPU ranks (2 unless --ranks says otherwise):
+#   launch/local.sh [--ranks N] --config configs/cifar10_resnet18.yaml run.dir=runs/first
+set -euo pipefail
+repository=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
+PATH=$PATH:$repository/.venv/bin # of `make quickstart`, if no other is active
+die() { echo "launch/local.sh: $*" >&2 && exit 2; }
+command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
+
+if [[ ${1:-} == --ranks ]]; then
+    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--ranks wants a number, found '${2:-}'"
+    ranks=$2 && shift 2
+elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    ranks=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
+else
+    ranks=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU) || true
+fi
+if ((ranks == 0)); then
+    echo "launch/local.sh: no GPU; 2 CPU ranks" >&2
+    ranks=2
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
+exec torchrun --standalone --nproc-per-node "$ranks" "$repository/dist_cifar/train.py" "$@"
