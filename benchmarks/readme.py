@@ -126,9 +126,26 @@ def checkpoint_damage(result: dict[str, Any]) -> str:
     )
 
 
+def slurm(result: dict[str, Any]) -> str:
+    """How long a job takes to begin, and to save when it is told to stop."""
+
+    def seconds(name: str) -> str:
+        row = result[f"{name}_seconds"]
+        return f"{row['p50']:.1f} s (p50; {row['min']:.1f} to {row['max']:.1f} s)"
+
+    return (
+        f"From `sbatch` to the end of the first step {seconds('sbatch_to_first_step')}, from the signal of a preemption"
+        f" to a checkpoint on the disk {seconds('signal_to_checkpoint')}: n = {result['n']} jobs of {result['ranks']} CPU"
+        f" ranks on {result['nodes']} nodes, ResNet-20 on generated images, {result['slurm']}, a test cluster whose nodes"
+        f" share one {result['hardware']}. Nearly all of the start is the import of torch, in {result['ranks']} ranks and"
+        f" {result['nodes']} torchruns."
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
-    "README.md": {"real_job": real_job, "augment": augment, "epoch": epoch, "exactness": exactness},
+    "README.md": {"real_job": real_job, "augment": augment, "epoch": epoch, "exactness": exactness, "slurm": slurm},
     "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
+    "docs/slurm.md": {"slurm": slurm},
 }
 
 

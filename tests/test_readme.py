@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text()
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 BLOCKS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-TRAINING = [line for line in BLOCKS if re.search(r"dist_cifar/train\.py|dist_cifar train|dist-cifar train", line)]
+DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
+TRAINING = [line for line in BLOCKS if re.search(DOORS, line)]
 
 
 def test_there_are_commands():
@@ -34,11 +35,11 @@ def test_training_commands_parse(line, monkeypatch):
     load_config(options.config, options.overrides)
 
 
-@pytest.mark.parametrize("line", [line for line in BLOCKS if re.search(r"dist[_-]cifar (verify|data)", line)])
+@pytest.mark.parametrize("line", [line for line in BLOCKS if re.search(r"dist[_-]cifar (verify|data|submit)", line)])
 def test_other_commands_parse(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     words = shlex.split(line)
-    start = next(i for i, word in enumerate(words) if word in ("verify", "data"))
+    start = next(i for i, word in enumerate(words) if word in ("verify", "data", "submit"))
     options = cli._parser().parse_args(words[start:])
     load_config(options.config, options.overrides)
 

@@ -104,9 +104,9 @@ def test_preemption(cluster, submit, golden, script):
 
 
 def test_ten_preemptions(cluster, submit, golden):
-    job, run = submit("train_srun.sbatch", TWO_NODES)
+    job, run = submit("train_srun.sbatch", TWO_NODES, seconds="0.6")  # slow: they must not end before the last cycle
     for cycle in range(10):
-        goal = run.step() + 2
+        goal = run.step() + 1
         until(lambda goal=goal: run.step() >= goal, START_SECONDS, f"step {goal} in cycle {cycle}", [run])
         preempt(cluster, 2)
         until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, 30, f"requeue {cycle + 1}", [run])
