@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dist_cifar import __version__, signals
 from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.config import Config, describe, load_config, to_yaml
-from dist_cifar.distributed.env import DistEnv, available_cores, read_env
+from dist_cifar.distributed.env import DistEnv, available_cores, check_local_rank, read_env, refuse_lone_task
 from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
 from dist_cifar.rundir import RunDir
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _PATIENCE_SECONDS = 3.0
 """How long other ranks leave it to rank 0 to report an error that all ranks have."""
+_MEETING_GRACE_SECONDS = 1.0
+"""How much earlier than the clock of `_join` the meeting gives up by itself, which knows who has not come."""
 _LAST_WORDS_SECONDS = 10.0
 """How long a rank of several, which ends because of a failure, may take to say so."""
 
@@ -70,7 +72,8 @@ def _print_error(message: str, rank: str) -> None:
 
 
 def _rank_of_launcher() -> str:
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0")
 
 
 # --- the commands ------------------------------------------------------------------------------------------------
@@ -83,9 +86,12 @@ def _train(options: argparse.Namespace) -> int:
             print(to_yaml(config), end="")
         return EXIT_DONE
     env = read_env(os.environ)
+    if env.launcher == "none":
+        refuse_lone_task(os.environ)
+    check_local_rank(os.environ, options.local_rank)
     _refuse_what_accelerate_would_do(config)
     signals.install()  # before torch is imported, which takes seconds
-    if env.launcher == "torchrun" or _started_by_accelerate():
+    if env.launcher in ("torchrun", "mpi") or _started_by_accelerate():
         signals.die_with_launcher()
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
@@ -122,28 +128,25 @@ def _join(env: DistEnv, device: Any, timeout_seconds: float) -> Communicator:
     """
     from dist_cifar.distributed.communicator import Communicator
 
-    def end(message: str) -> NoReturn:
+    def end(message: str, code: int) -> NoReturn:
         _report(message)
-        _leave(LaunchError.exit_code)
+        _leave(code)
 
-    clock = threading.Timer(
-        timeout_seconds,
-        end,
-        [
-            f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
-            f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}:{env.master_port}; look for one that"
-            " failed, or set more if they start slowly"
-        ],
+    message = (
+        f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
+        f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}; look for one that failed, or set more"
+        " if they start slowly"
     )
+    clock = threading.Timer(timeout_seconds + _MEETING_GRACE_SECONDS, end, [message, LaunchError.exit_code])
     clock.daemon = True
     clock.start()
     try:
-        return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+        try:
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+        finally:
+            clock.cancel()
     except LaunchError as error:
-        clock.cancel()
-        end(str(error))
-    finally:
-        clock.cancel()
+        end(str(error), error.exit_code)
 
 
 class _FailureReport:
@@ -209,9 +212,10 @@ def _leave(code: int) -> NoReturn:
 def _verify(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     env = read_env(os.environ)
+    check_local_rank(os.environ, options.local_rank)
     _refuse_what_accelerate_would_do(config)
     signals.install()
-    if env.launcher == "torchrun" or _started_by_accelerate():
+    if env.launcher in ("torchrun", "mpi") or _started_by_accelerate():
         signals.die_with_launcher()
     from dist_cifar.verify import verify
 
@@ -299,6 +303,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist_cifar {__version__}")
+    parser.set_defaults(local_rank=None)
+    _add_local_rank(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -316,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         "--resume-anyway", action="store_true", help="go on even with what changes the result; the log says what does"
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    _add_local_rank(train)
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
 
@@ -324,8 +331,8 @@ def _parser() -> argparse.ArgumentParser:
         help="show that all world sizes, and a run that is killed and resumed, give the same bits on this machine",
         description="The acceptance test of a machine or cluster: train a few steps of a config in strategy exact at"
         " several world sizes, and once more while ranks are killed and go on at another world size, and compare every"
-        " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate or srun each process starts"
-        " its share of them.",
+        " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate, mpirun or srun each"
+        " process starts its share of them.",
         epilog="exit codes: 0 all equal, 2 bad usage or config, 70 something differs or failed, 74 disk or data, 75"
         " stopped by a signal, 130 by Ctrl-C",
         allow_abbrev=False,
@@ -345,6 +352,7 @@ def _parser() -> argparse.ArgumentParser:
         " removed when all is equal",
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    _add_local_rank(verify)
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
 
@@ -358,6 +366,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     augment.set_defaults(command=_bench_augment)
     return parser
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """DeepSpeed's launcher puts it before all that the user has written, so also before the command."""
+    parser.add_argument(
+        "--local_rank", "--local-rank", dest="local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
