@@ -7,8 +7,9 @@ once. So a taken port costs nothing, jobs do not mix whatever ports they share, 
 nobody in: it has closed its door, or its ranks are gone from there. Who has not come is known at the end of the wait.
 The launcher's own store is never used: it outlives a start of the job, with all that is in it.
 
-A line of the dialogue is JSON. From a client: `[_MAGIC, job, world_size, rank]`. From rank 0: `_HOLD` at once and then
-every second, at last `[_MAGIC, port of the store, address of rank 0 as a rank on another node sees it]`.
+A line of the dialogue is JSON. From a client: `[_MAGIC, job, world_size, rank]`, and `_GONE` when its wait ends. From
+rank 0: `_HOLD` at once and then every second, at last `[_MAGIC, port of the store, address]`, where the address is that
+of rank 0's node as ranks on other nodes see it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from dist_cifar.errors import EXIT_SAVED, LaunchError
 _MAGIC = "dist_cifar 1"
 _HOLD = b"[]\n"
 """Rank 0 is here and waits for others."""
+_GONE = b"[0]\n"
+"""A rank leaves the door because its own wait is over."""
 _HOLD_SECONDS = 1.0
 _CONNECT_SECONDS = 1.0
 _SILENCE_SECONDS = 3.0
@@ -49,16 +52,16 @@ def open_store(env: DistEnv, timeout_seconds: float, *, setting: str = "") -> di
     With ranks on several nodes it also sets GLOO_SOCKET_IFNAME, if it is not set, to the interface through which the
     others are reached: gloo would take the address of the hostname, on many hosts 127.0.1.1.
     Raises `LaunchError` if the ranks have not met within the timeout (`setting` is what it comes from) or a signal asks
-    to stop.
+    to stop, the latter with exit code 75: nothing was done that could be lost.
     """
-    wait = _Wait(env, timeout_seconds, setting)
     patience = datetime.timedelta(seconds=timeout_seconds)
     if env.rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=patience, wait_for_workers=False)
+        # Only now: torch looks up names for its log, which takes 5 s where a name server is lost.
         with _Door(env) as door:
-            address = door.admit(store.port, wait)
+            address = door.admit(store.port, _Wait(env, timeout_seconds, setting))
     else:
-        address, port, own = _knock(env, wait)
+        address, port, own = _knock(env, _Wait(env, timeout_seconds, setting))
         # The answer proves that the address is right and that the store is there.
         store = dist.TCPStore(env.master_addr, port, None, False, timeout=patience, wait_for_workers=False)
         address = address if _is_loopback(own) else own
@@ -84,7 +87,7 @@ class _Wait:
                 f"launch: {self._who} was stopped by {signals.first_received()} before all ranks had come together; run"
                 " it again"
             )
-            error.exit_code = EXIT_SAVED  # nothing was done that could be lost
+            error.exit_code = EXIT_SAVED
             raise error
         return time.monotonic() > self._deadline
 
@@ -113,6 +116,8 @@ class _Door:
         self._env = env
         self._listener = _listen(candidate_ports(env.master_port))
         self._guests: dict[socket.socket, _Guest] = {}
+        self._gone: set[int] = set()
+        """Ranks that were here until their own wait was over, which may end just before that of rank 0."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -128,12 +133,12 @@ class _Door:
     def admit(self, store_port: int, wait: _Wait) -> str:
         """Waits for all ranks and tells them the store's port; returns this node's address, as others see it."""
         held_at = time.monotonic()
-        while self._absent():
+        while absent := self._absent():
             if wait.is_over():
                 raise wait.error(
-                    f"ranks that have not come: {_listed(self._absent())}; it listens on {socket.gethostname()}, port"
-                    f" {self._listener.getsockname()[1]}; look at how they ended, and whether they can reach it at"
-                    f" {self._env.master_addr}"
+                    f"ranks that have not come: {_listed(set(absent) - self._gone or absent)}; it listens on"
+                    f" {socket.gethostname()}, port {self._listener.getsockname()[1]}; look at how they ended, and"
+                    f" whether they can reach it at {self._env.master_addr}"
                 )
             for key, _ in self._selector.select(timeout=0.1):
                 if key.fileobj is self._listener:
@@ -169,6 +174,8 @@ class _Door:
             data = guest.connection.recv(_LONGEST_LINE_BYTES)
         except OSError:
             data = b""
+        if guest.rank is not None and data == _GONE:
+            self._gone.add(guest.rank)
         guest.received += data
         if not data or guest.rank is not None or len(guest.received) > _LONGEST_LINE_BYTES:
             self._dismiss(guest)  # its process is gone, or it is none of ours
@@ -242,6 +249,8 @@ def _knock(env: DistEnv, wait: _Wait) -> tuple[str, int, str]:
                         case [str(magic), int(store_port), str(address)] if magic == _MAGIC:
                             return address, store_port, _address_of(connection)
                     break  # somebody else
+                if wait.is_over():
+                    connection.sendall(_GONE)
         time.sleep(_RETRY_SECONDS)
 
 
