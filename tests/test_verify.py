@@ -169,9 +169,11 @@ def test_ranks_get_nothing_of_the_launcher_but_their_place():
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_USE_CPU": "true",
         "SLURM_STEP_ID": "0",
+        "OMPI_COMM_WORLD_RANK": "1",
+        "PMIX_NAMESPACE": "7",
         "MASTER_PORT": "29500",
     }
-    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7)
+    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7, job="j")
     assert verify.rank_environ(environ, place) == {
         "PATH": "/bin",
         "CUDA_VISIBLE_DEVICES": "3",
@@ -182,6 +184,7 @@ def test_ranks_get_nothing_of_the_launcher_but_their_place():
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "h",
         "MASTER_PORT": "7",
+        "TORCHELASTIC_RUN_ID": "j",
     }
 
 
