@@ -408,6 +408,8 @@ def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"ACCELERATE_USE_DEEPSPEED": "true"},
         {"WORLD_SIZE": "2"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
         {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
     ],
 )
@@ -417,6 +419,12 @@ def test_a_broken_launch_is_refused(environ, config):
     assert "launch: " in only_error(err)
 
 
+def test_deepspeeds_option_is_refused_where_it_contradicts_the_variables(config, capsys, monkeypatch):
+    for command in (["train", "--local_rank=1"], ["--local-rank", "1", "verify"]):
+        assert main([*command, "--config", str(config)]) == 2
+        assert "launch: --local_rank=1 was given and LOCAL_RANK is not set" in capsys.readouterr().err
+
+
 # --- help --------------------------------------------------------------------------------------------------------
 
 
@@ -424,12 +432,12 @@ def test_help_lists_every_field_and_imports_no_torch():
     code, out, err = run("python -X importtime -m dist_cifar train --help")
     assert code == 0
     assert "optimizer.lr  (number > 0; 0.001)" in out and "What a cut multiplies the learning rate by" in out
-    assert "torch" not in err and "numpy" not in err and "cli" in err
+    assert "local_rank" not in out and "torch" not in err and "numpy" not in err and "cli" in err
 
 
 def test_help_of_the_program():
     code, out, _ = run("python -m dist_cifar --help")
-    assert code == 0 and "train" in out and "75 stopped and saved" in " ".join(out.split())
+    assert code == 0 and "local" not in out and "train" in out and "75 stopped and saved" in " ".join(out.split())
 
 
 def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):

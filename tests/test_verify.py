@@ -452,6 +452,14 @@ def test_one_wrong_bit_of_one_gradient_at_one_world_size_is_found(config, tmp_pa
     assert "fc.weight" not in facts["difference"]["names"]["world size 2"]
 
 
+def test_the_shell_of_a_job_of_several_tasks_starts_its_own_ranks(config, tmp_path):
+    """Where `train` would take itself for the only rank, and refuses."""
+    code, out, err = finish(
+        start("python -m " + command(config, tmp_path, "--world-sizes 1 --steps 4"), SLURM_JOB_ID="7", SLURM_NTASKS="4")
+    )
+    assert code == 0 and "all equal: " in out, out + err
+
+
 def test_a_phase_that_cannot_run_shows_the_error_of_its_rank_0(config, tmp_path):
     code, out, err = finish(
         start("python -m " + command(config, tmp_path, "--world-sizes 1 data.source=folder data.root=/nowhere"))
