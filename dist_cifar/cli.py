@@ -144,7 +144,7 @@ def _join(env: DistEnv, device: Any, timeout_seconds: float) -> Communicator:
         try:
             return Communicator(env, device=device, timeout_seconds=timeout_seconds)
         finally:
-            clock.cancel()
+            clock.cancel()  # before the report, which leaves rank 0 some seconds to say it
     except LaunchError as error:
         end(str(error), error.exit_code)
 

@@ -199,7 +199,7 @@ def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun of Open MPI")
 def test_two_ranks_of_mpirun(config, golden_hash, tmp_path):
     code, out, err = run(
-        "mpirun -np 2 --oversubscribe --allow-run-as-root python dist_cifar/train.py"
+        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
         f" --config {config} run.dir={tmp_path}/run"
     )
     assert code == 0, err
@@ -212,7 +212,7 @@ def test_two_ranks_of_mpirun(config, golden_hash, tmp_path):
 def test_ranks_do_not_outlive_mpirun(config, tmp_path):
     directory = tmp_path / "run"
     process = start(
-        "mpirun -np 2 --oversubscribe --allow-run-as-root python dist_cifar/train.py"
+        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
         f" --config {config} run.dir={directory} train.epochs=1000"
     )
     wait_for_step(directory, 1)
