@@ -135,10 +135,9 @@ def slurm(result: dict[str, Any]) -> str:
 
     return (
         f"From `sbatch` to the end of the first step {seconds('sbatch_to_first_step')}, from the signal of a preemption"
-        f" to a checkpoint on the disk {seconds('signal_to_checkpoint')}: n = {result['n']} jobs of {result['ranks']} CPU"
-        f" ranks on {result['nodes']} nodes, ResNet-20 on generated images, {result['slurm']}, a test cluster whose nodes"
-        f" share one {result['hardware']}. Nearly all of the start is the import of torch, in {result['ranks']} ranks and"
-        f" {result['nodes']} torchruns."
+        f" to a checkpoint on the disk {seconds('signal_to_checkpoint')}: n = {result['n']} jobs of {result['ranks']}"
+        f" CPU ranks on {result['nodes']} nodes, ResNet-20 on generated images, {result['slurm']}, a test cluster whose"
+        f" nodes share one {result['hardware']}."
     )
 
 

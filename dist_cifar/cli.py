@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dist_cifar import __version__, signals
 from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.config import Config, describe, load_config, to_yaml
-from dist_cifar.distributed.env import DistEnv, available_cores, read_env
+from dist_cifar.distributed.env import DistEnv, available_cores, check_local_rank, read_env, refuse_lone_task
 from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
 from dist_cifar.rundir import RunDir
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _PATIENCE_SECONDS = 3.0
 """How long other ranks leave it to rank 0 to report an error that all ranks have."""
+_MEETING_GRACE_SECONDS = 1.0
+"""How much earlier than the clock of `_join` the meeting gives up by itself, which knows who has not come."""
 _LAST_WORDS_SECONDS = 10.0
 """How long a rank of several, which ends because of a failure, may take to say so."""
 
@@ -71,7 +73,8 @@ def _print_error(message: str, rank: str) -> None:
 
 
 def _rank_of_launcher() -> str:
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0")
 
 
 # --- the commands ------------------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ def _train(options: argparse.Namespace) -> int:
         if _rank_of_launcher() == "0":
             print(config.run.dir)
         return EXIT_DONE
-    env = _take_part(config)
+    env = _take_part(config, options)
 
     # Accelerate and DDP warn about OMP_NUM_THREADS when it is missing; the number is set below.
     # Strategy `exact` has one thread on every machine: their number changes how sums are rounded.
@@ -123,28 +126,25 @@ def _join(env: DistEnv, device: Any, timeout_seconds: float) -> Communicator:
     """
     from dist_cifar.distributed.communicator import Communicator
 
-    def end(message: str) -> NoReturn:
+    def end(message: str, code: int) -> NoReturn:
         _report(message)
-        _leave(LaunchError.exit_code)
+        _leave(code)
 
-    clock = threading.Timer(
-        timeout_seconds,
-        end,
-        [
-            f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
-            f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}:{env.master_port}; look for one that"
-            " failed, or set more if they start slowly"
-        ],
+    message = (
+        f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
+        f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}; look for one that failed, or set more"
+        " if they start slowly"
     )
+    clock = threading.Timer(timeout_seconds + _MEETING_GRACE_SECONDS, end, [message, LaunchError.exit_code])
     clock.daemon = True
     clock.start()
     try:
-        return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+        try:
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+        finally:
+            clock.cancel()  # before the report, which leaves rank 0 some seconds to say it
     except LaunchError as error:
-        clock.cancel()
-        end(str(error))
-    finally:
-        clock.cancel()
+        end(str(error), error.exit_code)
 
 
 class _FailureReport:
@@ -209,7 +209,7 @@ def _leave(code: int) -> NoReturn:
 
 def _verify(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    env = _take_part(config)
+    env = _take_part(config, options)
     from dist_cifar.verify import verify
 
     try:
@@ -301,15 +301,18 @@ def _bench_augment(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _take_part(config: Config) -> DistEnv:
+def _take_part(config: Config, options: argparse.Namespace) -> DistEnv:
     """This process's place in its job, whose signals it heeds from now on; before torch is imported, which is slow.
 
     Raises `LaunchError` for a job that contradicts itself or the config.
     """
     env = read_env(os.environ)
+    if env.launcher == "none" and options.command is _train:  # `verify` starts its ranks itself
+        refuse_lone_task(os.environ)
+    check_local_rank(os.environ, options.local_rank)
     _refuse_what_accelerate_would_do(config)
     signals.install()
-    if env.launcher == "torchrun" or _started_by_accelerate():
+    if env.launcher in ("torchrun", "mpi") or _started_by_accelerate():
         signals.die_with_launcher()
     return env
 
@@ -376,6 +379,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"dist_cifar {__version__}")
+    parser.set_defaults(local_rank=None)
+    _add_local_rank(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -394,6 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     train.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
+    _add_local_rank(train)
     train.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. train.epochs=3")
     train.set_defaults(command=_train)
 
@@ -402,8 +408,8 @@ def _parser() -> argparse.ArgumentParser:
         help="show that all world sizes, and a run that is killed and resumed, give the same bits on this machine",
         description="The acceptance test of a machine or cluster: train a few steps of a config in strategy exact at"
         " several world sizes, and once more while ranks are killed and go on at another world size, and compare every"
-        " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate or srun each process starts"
-        " its share of them.",
+        " bit of every step. Alone it starts all ranks itself; under torchrun, accelerate, mpirun or srun each"
+        " process starts its share of them.",
         epilog="exit codes: 0 all equal, 2 bad usage or config, 70 something differs or failed, 74 disk or data, 75"
         " stopped by a signal, 130 by Ctrl-C",
         allow_abbrev=False,
@@ -423,6 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         " removed when all is equal",
     )
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    _add_local_rank(verify)
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
 
@@ -492,6 +499,13 @@ def _count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return number
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """DeepSpeed's launcher puts it before all that the user has written, so also before the command."""
+    parser.add_argument(
+        "--local_rank", "--local-rank", dest="local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -61,7 +62,7 @@ _NAMES_SHOWN = 5
 """Tensors that an error names."""
 _SUMS = ("loss", "correct predictions", "samples", "gradient norms", "steps", "skipped steps")
 """What `sums` of a line of digests holds, in its order."""
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_")
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
 _LAUNCHER_NAMES = {
     *DistEnv().variables(),
     *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
@@ -224,7 +225,7 @@ def rank_environ(environ: Mapping[str, str], place: DistEnv) -> dict[str, str]:
         for name, value in environ.items()
         if name == "ACCELERATE_USE_CPU" or not (name.startswith(_LAUNCHER_PREFIXES) or name in _LAUNCHER_NAMES)
     }
-    return kept | place.variables()
+    return kept | place.variables() | {"TORCHELASTIC_RUN_ID": place.job}
 
 
 def _this_slot(config: Config, env: DistEnv) -> Slot:
@@ -469,6 +470,7 @@ class _Job:
                 local_world_size=place.local_world_size,
                 master_addr=self.env.master_addr,
                 master_port=order["port"],
+                job=order["job"],
             )
             command = [sys.executable, str(train), "--config", str(directory / "config.yaml")]
             command.append(f"run.dir={directory / phase.directory}")
@@ -583,7 +585,7 @@ class _Leader:
         started = time.monotonic()
         digests = path / phase.directory / "digests.jsonl"
         tail = _Tail(digests)
-        order = {"directory": str(path), "port": _free_port()}
+        order = {"directory": str(path), "port": _free_port(), "job": uuid.uuid4().hex}
         try:
             with _Ranks() as ranks:
                 job.board.post(f"part/{number}", json.dumps(order))

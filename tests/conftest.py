@@ -23,7 +23,7 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """No test reads or writes the user's caches, uses the user's W&B key or takes the suite for a rank of a job."""
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "ACCELERATE_", "SLURM_")) or name in (
+        if name.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_", "TORCHELASTIC_")) or name in (
             "RANK",
             "WORLD_SIZE",
             "LOCAL_RANK",

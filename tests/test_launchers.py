@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,23 @@ def processes_with(argument: str) -> list[int]:
         except OSError:  # it has just ended
             continue
     return found
+
+
+def require_no_process(directory: Path) -> None:
+    """What trains in the run directory ends now."""
+    deadline = time.monotonic() + 5
+    while processes_with(f"run.dir={directory}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with(f"run.dir={directory}") == []
+
+
+def variable_of(pid: int, name: str) -> str | None:
+    """A variable of a process, as it was started with; None without it, or if the process has ended."""
+    try:
+        values = dict(part.partition("=")[::2] for part in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    except OSError:
+        return None
+    return values.get(name)
 
 
 @pytest.fixture
@@ -178,6 +196,58 @@ def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun of Open MPI")
+def test_two_ranks_of_mpirun(config, golden_hash, tmp_path):
+    code, out, err = run(
+        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
+        f" --config {config} run.dir={tmp_path}/run"
+    )
+    assert code == 0, err
+    assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
+    assert out.count("test accuracy") == 1 and "Warning" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun of Open MPI")
+def test_ranks_do_not_outlive_mpirun(config, tmp_path):
+    directory = tmp_path / "run"
+    process = start(
+        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
+        f" --config {config} run.dir={directory} train.epochs=1000"
+    )
+    wait_for_step(directory, 1)
+    process.kill()
+    process.communicate()
+    require_no_process(directory)
+
+
+@pytest.mark.slow
+def test_deepspeeds_option_is_taken_where_it_puts_it(config, golden_hash, tmp_path):
+    """Its launcher runs `SCRIPT --local_rank=N ARGUMENTS` with these variables, or `-m MODULE --local_rank=N ...`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    commands = ["python dist_cifar/train.py --local_rank=0", "python -m dist_cifar --local_rank=1 train"]
+    ranks = [
+        start(
+            f"{command} --config {config} run.dir={tmp_path}/run",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_SIZE="2",
+            CROSS_RANK="0",
+            CROSS_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank, command in enumerate(commands)
+    ]
+    for code, _, err in map(finish, ranks):
+        assert code == 0, err
+    assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
+
+
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_process_instead_of_two_is_found_out(config):
     code, _, err = run(f"accelerate launch --cpu --num_processes 2 dist_cifar/train.py --config {config}")
     assert code != 0
@@ -201,15 +271,46 @@ def test_killed_at_a_random_step_and_started_again(config, tmp_path):
     assert len(processes_with(f"run.dir={directory}")) >= 3
     process.kill()  # the agent; its ranks are in sessions of their own
     process.communicate()
-    deadline = time.monotonic() + 5
-    while processes_with(f"run.dir={directory}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert processes_with(f"run.dir={directory}") == []
+    require_no_process(directory)
     assert status(directory)["status"] == "running"
     code, out, err = run(command)
     assert code == 0, err
     assert step < 9 or "resume     from the checkpoint of step" in out
     assert summary(directory)["weights_sha256"] == summary(undisturbed)["weights_sha256"], f"killed after {step}"
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_killed_workers_by_itself(config, golden_hash, tmp_path):
+    """Three times in a row: while it starts, soon after, and later; rank 1, rank 0, rank 1."""
+    directory = tmp_path / "run"
+    process = start(
+        "torchrun --standalone --nproc-per-node 2 --max-restarts 3 dist_cifar/train.py"
+        f" --config {config} run.dir={directory}"
+    )
+    killed: list[int] = []
+    for attempt, (rank, step) in enumerate([(1, 0), (0, 5), (1, 40)]):
+        if step:
+            wait_for_step(directory, step)
+        killed.append(worker_of(directory, attempt, rank))
+        os.kill(killed[-1], signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert len(set(killed)) == 3
+    assert summary(directory)["weights_sha256"] == golden_hash(2)
+    assert int(re.findall(r"from the checkpoint of step (\d+)", out)[-1]) >= 33
+    require_no_process(directory)
+
+
+def worker_of(directory: Path, attempt: int, rank: int) -> int:
+    """Process id of torchrun's worker, as soon as there is one."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        for pid in processes_with(f"run.dir={directory}"):
+            wanted = {"TORCHELASTIC_RESTART_COUNT": str(attempt), "RANK": str(rank)}
+            if all(variable_of(pid, name) == value for name, value in wanted.items()):
+                return pid
+        time.sleep(0.01)
+    raise AssertionError(f"no rank {rank} of start {attempt}")
 
 
 @pytest.mark.slow
@@ -307,6 +408,8 @@ def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"ACCELERATE_USE_DEEPSPEED": "true"},
         {"WORLD_SIZE": "2"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
         {"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "5", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
     ],
 )
@@ -316,6 +419,12 @@ def test_a_broken_launch_is_refused(environ, config):
     assert "launch: " in only_error(err)
 
 
+def test_deepspeeds_option_is_refused_where_it_contradicts_the_variables(config, capsys, monkeypatch):
+    for command in (["train", "--local_rank=1"], ["--local-rank", "1", "verify"]):
+        assert main([*command, "--config", str(config)]) == 2
+        assert "launch: --local_rank=1 was given and LOCAL_RANK is not set" in capsys.readouterr().err
+
+
 # --- help --------------------------------------------------------------------------------------------------------
 
 
@@ -323,12 +432,12 @@ def test_help_lists_every_field_and_imports_no_torch():
     code, out, err = run("python -X importtime -m dist_cifar train --help")
     assert code == 0
     assert "optimizer.lr  (number > 0; 0.001)" in out and "What a cut multiplies the learning rate by" in out
-    assert "torch" not in err and "numpy" not in err and "cli" in err
+    assert "local_rank" not in out and "torch" not in err and "numpy" not in err and "cli" in err
 
 
 def test_help_of_the_program():
     code, out, _ = run("python -m dist_cifar --help")
-    assert code == 0 and "train" in out and "75 stopped and saved" in " ".join(out.split())
+    assert code == 0 and "local" not in out and "train" in out and "75 stopped and saved" in " ".join(out.split())
 
 
 def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):

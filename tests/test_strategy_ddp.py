@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dist_cifar.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.errors import LaunchError
 from dist_cifar.model import build_model
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy.ddp import DdpStrategy
@@ -118,3 +120,21 @@ def test_batchnorm_statistics_are_averaged_for_saving_and_evaluation_and_left_al
         assert np.array_equal(before, after)
         np.testing.assert_allclose(saved, mean, rtol=1e-6)
         assert np.array_equal(saved, averaged)
+
+
+def by_an_engine_that_sees_another_world(communicator: Communicator, name: str, value: int) -> str:
+    mutant = pytest.MonkeyPatch()
+    mutant.setattr(Accelerator, name, value)
+    try:
+        with pytest.raises(LaunchError) as caught:
+            by_strategy(communicator, "group", 1, 1, torch.float32)
+    finally:
+        mutant.undo()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "seen"), [("num_processes", 1, "of 1"), ("process_index", 7, "rank 7 of 2")])
+def test_an_engine_that_sees_another_world_is_refused(ranks, name, value, seen):
+    """As Accelerate does where it believes variables that the process group contradicts."""
+    for rank, message in enumerate(ranks.run(2, by_an_engine_that_sees_another_world, name, value)):
+        assert f"launch: this is rank {rank} of 2 and Accelerate takes it for rank" in message and seen in message

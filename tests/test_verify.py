@@ -169,9 +169,11 @@ def test_ranks_get_nothing_of_the_launcher_but_their_place():
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_USE_CPU": "true",
         "SLURM_STEP_ID": "0",
+        "OMPI_COMM_WORLD_RANK": "1",
+        "PMIX_NAMESPACE": "7",
         "MASTER_PORT": "29500",
     }
-    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7)
+    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7, job="j")
     assert verify.rank_environ(environ, place) == {
         "PATH": "/bin",
         "CUDA_VISIBLE_DEVICES": "3",
@@ -182,6 +184,7 @@ def test_ranks_get_nothing_of_the_launcher_but_their_place():
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "h",
         "MASTER_PORT": "7",
+        "TORCHELASTIC_RUN_ID": "j",
     }
 
 
@@ -447,6 +450,14 @@ def test_one_wrong_bit_of_one_gradient_at_one_world_size_is_found(config, tmp_pa
     assert not facts["equal"] and facts["difference"]["step"] == 3
     assert "fc.bias.exp_avg" in facts["difference"]["names"]["world size 2"]
     assert "fc.weight" not in facts["difference"]["names"]["world size 2"]
+
+
+def test_the_shell_of_a_job_of_several_tasks_starts_its_own_ranks(config, tmp_path):
+    """Where `train` would take itself for the only rank, and refuses."""
+    code, out, err = finish(
+        start("python -m " + command(config, tmp_path, "--world-sizes 1 --steps 4"), SLURM_JOB_ID="7", SLURM_NTASKS="4")
+    )
+    assert code == 0 and "all equal: " in out, out + err
 
 
 def test_a_phase_that_cannot_run_shows_the_error_of_its_rank_0(config, tmp_path):

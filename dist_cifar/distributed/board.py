@@ -6,7 +6,6 @@ With one process the notes stay in it, and torch is not imported. Not for tensor
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 from dist_cifar.distributed.env import DistEnv
@@ -17,21 +16,20 @@ _MEETING_SECONDS = 300.0
 
 
 class Board:
-    """The notes. With several processes all construct it: rank 0 keeps them, or torchrun's agent does."""
+    """The notes. With several processes all construct it, and rank 0 keeps them."""
 
     def __init__(self, env: DistEnv) -> None:
+        """Raises `LaunchError` if they do not meet."""
         self._notes: dict[str, str] = {}
         self._store: Any = None
-        self._where = f"{env.master_addr}:{env.master_port}"
+        self._where = env.master_addr
         if env.world_size == 1:
             return
-        import torch.distributed as dist
+        from dist_cifar.distributed.meeting import open_store
 
-        # What `init_process_group` does first. It knows torchrun, whose agent already listens at the address.
-        url = f"tcp://{self._where}?rank={env.rank}&world_size={env.world_size}"
         try:
-            self._store, *_ = next(dist.rendezvous(url, timeout=datetime.timedelta(seconds=_MEETING_SECONDS)))
-        except (RuntimeError, OSError, ValueError) as error:
+            self._store = open_store(env, _MEETING_SECONDS)
+        except RuntimeError as error:
             raise self._lost(error) from error
 
     def post(self, key: str, note: str) -> None:
@@ -40,7 +38,7 @@ class Board:
             self._notes[key] = note
             return
         try:
-            self._store.set(_PREFIX + key, note)
+            self._store.set(key, note)
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -49,16 +47,12 @@ class Board:
         if self._store is None:
             return self._notes.get(key)
         try:
-            return self._store.get(_PREFIX + key).decode() if self._store.check([_PREFIX + key]) else None
+            return self._store.get(key).decode() if self._store.check([key]) else None
         except RuntimeError as error:
             raise self._lost(error) from error
 
     def _lost(self, error: Exception) -> LaunchError:
         return LaunchError(
             f"launch: the other processes cannot be reached at {self._where} ({' '.join(str(error).split())[:200]});"
-            " the first of them has ended, or the address is wrong or the port taken"
+            " the first of them has ended"
         )
-
-
-_PREFIX = "dist_cifar/"
-"""torchrun's agent keeps its own notes in the same store."""

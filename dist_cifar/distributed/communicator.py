@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dist_cifar.distributed.env import DistEnv
 from dist_cifar.distributed.failures import Failure, FailureWatch, Position, odd_ranks, one_line, own_identity
+from dist_cifar.distributed.meeting import open_store
 from dist_cifar.errors import LaunchError, TrainingError, UserError
 
 _SETUP_TIMEOUT_SECONDS = 3600.0
@@ -37,7 +38,7 @@ class Communicator:
     def __init__(
         self, env: DistEnv, *, device: torch.device, timeout_seconds: float, store: dist.Store | None = None
     ) -> None:
-        """Without `store`, the ranks meet in the launcher's, or in that of rank 0 at the master's address."""
+        """Without `store` the ranks meet in one that rank 0 keeps (`meeting`). Raises `LaunchError` if they do not."""
         self.rank, self.world_size, self.device = env.rank, env.world_size, device
         self.identities = [own_identity()]
         self._position = Position()
@@ -45,11 +46,11 @@ class Communicator:
         self._background: dist.Work | None = None
         if env.world_size == 1:
             return
-        os.environ.update(env.variables())  # Accelerate and env:// read them
+        os.environ.update(env.variables())  # Accelerate reads them
         control_timeout = datetime.timedelta(seconds=_CONTROL_SHARE * timeout_seconds)
         try:
             if store is None:
-                store, _, _ = next(dist.rendezvous("env://", env.rank, env.world_size, timeout=control_timeout))
+                store = open_store(env, timeout_seconds, setting="run.timeout_seconds")
                 store.set_timeout(control_timeout)
             on_gpu = device.type == "cuda"
             dist.init_process_group(
@@ -67,8 +68,8 @@ class Communicator:
         except (RuntimeError, OSError) as error:
             raise LaunchError(
                 f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} cannot reach the others at"
-                f" {env.master_addr}:{env.master_port} ({' '.join(str(error).split())[:200]}); is the address"
-                " right and the port free?"
+                f" {env.master_addr} ({' '.join(str(error).split())[:200]}); look for one that ended, and whether"
+                " nodes can reach each other"
             ) from error
         # A connection of its own: one that another thread waits in serves nobody else.
         self._failure_store = dist.PrefixStore("failures", store).clone()

@@ -40,10 +40,11 @@ class DdpStrategy:
             mixed_precision={"fp32": "no", "bf16": "bf16"}[config.train.precision],
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
-        if self._accelerator.num_processes != communicator.world_size:
+        counted = self._accelerator.process_index, self._accelerator.num_processes
+        if counted != (communicator.rank, communicator.world_size):
             raise LaunchError(
-                f"launch: the job has {communicator.world_size} ranks and Accelerate counts"
-                f" {self._accelerator.num_processes}; start with the files of launch/accelerate or with torchrun"
+                f"launch: this is rank {communicator.rank} of {communicator.world_size} and Accelerate takes it for"
+                f" rank {counted[0]} of {counted[1]}; start with the files of launch/accelerate or with torchrun"
             )
         self.module = module.to(device, memory_format=torch.channels_last)
         self._optimizer = build_adam(module, config.optimizer)

@@ -5,8 +5,8 @@ forked from a zygote (`zygote.py`) that has imported everything: a job starts in
 are as good as launched ones: they can be killed (`Job.kill`), stopped (`Job.stop`) and looked at, and they have their
 own standard output and error (`Job.stdout`, `Job.stderr`: text so far).
 
-Where the ranks meet: with `agent=True` (the default) in a store that this process serves, which outlives any rank, as
-under torchrun; with `agent=False` in the store of rank 0, which dies with it, as under srun.
+Ranks meet in the store of rank 0, which dies with it. With `agent=True` (the default) this process serves another one
+at MASTER_PORT, as torchrun's agent does, and the ranks have torchrun's variables; with `agent=False` nobody is there.
 
 What must happen inside a rank (an exception at a step, a flipped bit) is injected: `inject={rank: [name, *arguments]}`
 names a function in `injections.py`, which the rank calls before it starts.

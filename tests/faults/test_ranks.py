@@ -122,7 +122,10 @@ def test_a_rank_that_stops_while_the_job_comes_together_ends_it(run):
     assert job.left_over() == [job.pids[1]]  # nobody has learned its name: its launcher kills it
     job.kill(1)
     assert job.wait(5) == [2, -9, 2]
-    assert len(job.errors(0)) == 1 and "launch: rank 0 of 3" in job.errors(0)[0], job
+    waited = (
+        f"launch: rank 0 of 3 has waited {TIMEOUT_SECONDS} s (run.timeout_seconds) for ranks that have not come: 1;"
+    )
+    assert len(job.errors(0)) == 1 and waited in job.errors(0)[0], job
 
 
 def test_ranks_that_do_not_come_together_end_within_the_timeout(run):
