@@ -195,7 +195,7 @@ def test_from_two_nodes_to_one(cluster, submit, golden):
     until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
     cluster.run("scontrol", "requeuehold", str(job))
     cluster.until(lambda: cluster.job(job)["JobState"] == "PENDING", 30, "a job that is held", job)
-    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1")
+    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=1")
     cluster.run("scontrol", "release", str(job))
     assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
     assert "2 x cpu" in run.log() and "1 x cpu" in run.log()
