@@ -4,7 +4,7 @@
 # checkpoint.
 #   NODES=2 HEAD=node1 launch/torchrun.sh --config configs/cifar10_resnet18.yaml run.dir=/shared/runs/first
 # NODES         how many nodes there are; default 1
-# HEAD          one of them, as the others reach it; needed for several nodes
+# HEAD          the hostname of one of them; needed for several nodes
 # PORT          a free port there; default 29400
 # RANKS         ranks of this node; default: one for each GPU, without a GPU 1
 # MAX_RESTARTS  how often the workers are started again; default 3

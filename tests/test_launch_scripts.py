@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,29 +96,6 @@ def test_local(config, require_golden, tmp_path):
 def test_local_with_a_number_of_ranks(config, require_golden, tmp_path):
     finish(start([str(LAUNCH / "local.sh"), "--ranks", "1", "--config", str(config)], Path("/")))
     require_golden(tmp_path / "run", 1)
-
-
-@pytest.mark.slow
-def test_torchrun_on_two_nodes_goes_on_by_itself_after_a_worker_was_killed(config, require_golden, tmp_path):
-    """Two nodes that are this machine: one agent each."""
-    head = {"NODES": "2", "HEAD": own_address(), "PORT": free_port(), "RANKS": "1"}
-    command = [str(LAUNCH / "torchrun.sh"), "--config", str(config), "train.epochs=20"]
-    agents = [start(command, tmp_path, **head) for _ in range(2)]
-    rows = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not (rows.exists() and len(rows.read_text().splitlines()) > 6):
-        assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
-        time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
-    assert len(workers) == 1
-    os.kill(int(workers[0]), signal.SIGKILL)
-    printed = "\n".join(finish(*agents))
-    assert "from the checkpoint of step" in printed
-    undisturbed = tmp_path / "undisturbed"
-    program = [sys.executable, "-m", "dist_cifar", "train", "--config", str(config)]
-    finish(start([*program, "train.epochs=20", f"run.dir={undisturbed}"], tmp_path))
-    assert summary(tmp_path / "run")["world_size"] == 2
-    assert summary(tmp_path / "run")["weights_sha256"] == summary(undisturbed)["weights_sha256"]
 
 
 @pytest.mark.slow

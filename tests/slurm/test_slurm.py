@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from runs import REPOSITORY, STEPS, Run, arguments, environment, until
+from runs import REPOSITORY, Run, arguments, environment, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -19,21 +19,6 @@ BOTH = ("train.sbatch", "train_srun.sbatch")
 ONE_RANK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
 START_SECONDS = 90
-
-
-@pytest.fixture(scope="session")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An undisturbed run on one rank, without SLURM."""
-    run = Run(tmp_path_factory.mktemp("golden"))
-    subprocess.run(
-        [sys.executable, "-m", "dist_cifar", "train", *arguments(run.dir)],
-        env=environment(run.folder),
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    assert run.step() == STEPS - 1
-    assert len({row["lr"] for row in run.rows()}) > 8  # warm-up, and cuts by the plateau
-    return run
 
 
 @pytest.fixture
