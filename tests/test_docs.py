@@ -126,3 +126,40 @@ def test_constants_are_those_of_the_code():
     assert f"at least {exact._BUCKET_BYTES // 2**20} MiB" in EXACTNESS
     assert metrics._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
     assert 2**53 * metrics._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
+
+
+# --- docs/slurm.md -----------------------------------------------------------------------------------------------
+
+SLURM = (DOCS / "slurm.md").read_text()
+SCRIPTS = {path.name: path.read_text() for path in (REPOSITORY / "slurm").iterdir()}
+SOURCES = re.sub(r'"\s*f?"', "", PACKAGE + "\n".join(SCRIPTS.values()))
+"""With strings that go on in the next line put together."""
+
+
+def first_column(heading: str) -> list[str]:
+    """What stands in backticks in the first column of the table below a heading."""
+    table = SLURM.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)]
+
+
+@pytest.mark.parametrize("message", [name for name in first_column("Messages") if not name.startswith("sbatch: ")])
+def test_messages_are_what_is_said(message):
+    """The longest part of it that is not a value."""
+    part = max(re.split(r"\d+|[A-Z]{4,}|\(.*?\)|crashed", message), key=len)
+    assert len(part) >= 9 and part in SOURCES
+
+
+@pytest.mark.parametrize("option", first_column("The scripts"))
+def test_options_of_the_scripts_exist(option):
+    if option.startswith("slurm/"):
+        assert option.removeprefix("slurm/") in SCRIPTS
+    else:
+        assert re.search(rf"^#+SBATCH {re.escape(option)}|^{option}=", SCRIPTS["train.sbatch"], re.MULTILINE)
+
+
+def test_every_script_and_option_is_described():
+    described = set(first_column("The scripts"))
+    assert described >= {f"slurm/{name}" for name in SCRIPTS}
+    settings = re.findall(r"^#+SBATCH (--[\w-]+)|^(\w+)=", SCRIPTS["train.sbatch"] + SCRIPTS["train_srun.sbatch"], re.M)
+    known = {name.partition("=")[0] for name in described} | {"--job-name", "--output", "--ntasks-per-node"}
+    assert {option or variable for option, variable in settings} <= known
