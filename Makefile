@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-slurm slurm-packages lint clean
 
 help:
 	@echo "make quickstart   train a small network on two CPU ranks, on generated images"
-	@echo "make test         run every test"
+	@echo "make test         run every test; those that this machine cannot run are skipped"
+	@echo "make test-slurm   run the tests on a SLURM cluster, which as root it installs where apt-get can"
 	@echo "make lint         check style and format"
 	@echo "make clean        remove .venv and runs/quickstart"
 
@@ -23,6 +25,17 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+test-slurm: $(VENV)/installed-test slurm-packages
+	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+# As another user than root, or without apt-get, it changes nothing: the tests then say what is missing.
+slurm-packages:
+	@{ command -v slurmctld && command -v slurmd && command -v sbatch && command -v munged && command -v ip; } >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(SLURM_PACKAGES) >/dev/null; \
+	fi
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
