@@ -194,8 +194,6 @@ class Cluster:
         """Cancels every job, heals every node, and waits until all are idle."""
         jobs = self.run("squeue", "--noheader", "--format=%A").split()
         if jobs:
-            # Killed at once, those that run; scancel alone would wait for KillWait.
-            self.run("scancel", "--full", "--signal=KILL", *set(jobs))
             self.scancel(*set(jobs))
         for node in self._dead | self._cut:
             self.heal(node)

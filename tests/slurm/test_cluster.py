@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from clusters import SCRIPT, Cluster, remains
 
 pytestmark = pytest.mark.slurm
 
-# Notes each signal that it gets, as a line `<who> <signal>`, until it is killed. The batch script starts one task first.
+# Notes each signal that it gets, as a line `<who> <signal>`, until a USR2 kills it. The batch script starts one task.
 RECORDER = """\
     import os, pathlib, signal, subprocess, sys
 
@@ -61,8 +61,18 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(cluster: Cluster, tmp_path: Path) -> Callable[..., Recorded]:
-    return lambda name, *options: Recorded(cluster, tmp_path / name, *options)
+def recorded(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Recorded]]:
+    """`recorded(name, *options)`: such a job."""
+    jobs = []
+
+    def start(name: str, *options: str) -> Recorded:
+        jobs.append(Recorded(cluster, tmp_path / name, *options))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if cluster.state(job.job) == "RUNNING":
+            cluster.signal(job.job, "USR2", "--full")
 
 
 @pytest.fixture
@@ -137,20 +147,17 @@ def test_who_gets_a_signal_that_is_sent(cluster, recorded):
     assert cluster.wait(job.job, 30)["JobState"] == "CANCELLED"
 
 
-def test_scancel_asks_everyone_and_then_kills(cluster, recorded):
-    job = recorded("job")
-    cluster.scancel(job.job)
-    job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
-    assert cluster.wait(job.job, 30)["JobState"] == "CANCELLED"
-    cluster.wait_until(lambda: not any(cluster.processes(node, "recorder") for node in cluster.nodes), 20, "no process")
-
-
-def test_requeue_asks_everyone(cluster, recorded):
+@pytest.mark.slow
+def test_requeue_and_scancel_ask_everyone_and_then_kill(cluster, recorded):
     job = recorded("job")
     cluster.run("scontrol", "requeue", str(job.job))
     job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
     job.expect({"batch ready", "task ready"}, 40)
     assert cluster.job(job.job)["Restarts"] == "1"
+    cluster.scancel(job.job)
+    job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
+    assert cluster.wait(job.job, 30)["JobState"] == "CANCELLED"
+    cluster.wait_until(lambda: not any(cluster.processes(node, "recorder") for node in cluster.nodes), 20, "no process")
 
 
 @pytest.mark.slow
@@ -175,13 +182,18 @@ def test_a_job_leaves_a_dead_node(cluster, recorded):
     cluster.fail(dead)
     assert "is dead" in cluster.run_on(dead, "true").stderr
     job.expect({"batch ready", "task ready"}, 60)
-    assert cluster.nodes_of(job.job) != [dead]
+    (other,) = cluster.nodes_of(job.job)
+    assert other != dead
     assert cluster.job(job.job)["Restarts"] == "1"
+    cluster.fail(other)
+    cluster.heal(other)  # before SLURM has missed it
+    job.expect({"batch ready", "task ready"}, 60)
+    assert cluster.job(job.job)["Restarts"] == "2"
 
 
 def hears(cluster: Cluster, node: str, other: str) -> bool:
     """Whether a node's slurmd accepts a connection from another node."""
-    return cluster.run_on(node, "timeout", "2", "bash", "-c", f": </dev/tcp/{other}/6818").returncode == 0
+    return cluster.run_on(node, "timeout", "1", "bash", "-c", f": </dev/tcp/{other}/6818").returncode == 0
 
 
 def test_a_cut_node_hears_nothing_and_runs_on(cluster, recorded):
