@@ -15,7 +15,8 @@ from clusters import SCRIPT, Cluster, remains
 
 pytestmark = pytest.mark.slurm
 
-# Notes each signal that it gets, as a line `<who> <signal>`, until a USR2 kills it. The batch script starts one task.
+# Notes each signal that it gets, as a line `<who> <signal>`, until it is killed, which USR2 does too. The batch script
+# starts one task and the task a worker, which SLURM never asks anything.
 RECORDER = """\
     import os, pathlib, signal, subprocess, sys
 
@@ -30,13 +31,18 @@ RECORDER = """\
     if who == "batch":
         subprocess.run(["srun", sys.executable, folder / "recorder.py", folder, "task"])
         os.write(log, b"batch end\\n")
+    if who == "task":
+        subprocess.Popen([sys.executable, folder / "recorder.py", folder, "worker"])
     while True:
         signal.pause()
 """
 
 
+READY = {"batch ready", "task ready", "worker ready"}
+
+
 class Recorded:
-    """A job of a batch script and one task that note their signals."""
+    """A job of a batch script, a task and its worker, that note their signals."""
 
     def __init__(self, cluster: Cluster, folder: Path, *options: str) -> None:
         folder.mkdir()
@@ -46,7 +52,7 @@ class Recorded:
         self._noted = 0
         options = (f"--output={folder}/out", "--nodes=1", "--open-mode=append", *options)
         self.job = cluster.sbatch(folder / "recorder.py", str(folder), "batch", options=options)
-        self.expect({"batch ready", "task ready"})
+        self.expect(READY)
 
     @property
     def lines(self) -> list[str]:
@@ -152,7 +158,7 @@ def test_requeue_and_scancel_ask_everyone_and_then_kill(cluster, recorded):
     job = recorded("job")
     cluster.run("scontrol", "requeue", str(job.job))
     job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
-    job.expect({"batch ready", "task ready"}, 40)
+    job.expect(READY, 40)
     assert cluster.job(job.job)["Restarts"] == "1"
     cluster.scancel(job.job)
     job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
@@ -181,14 +187,20 @@ def test_a_job_leaves_a_dead_node(cluster, recorded):
     (dead,) = cluster.nodes_of(job.job)
     cluster.fail(dead)
     assert "is dead" in cluster.run_on(dead, "true").stderr
-    job.expect({"batch ready", "task ready"}, 60)
-    (other,) = cluster.nodes_of(job.job)
-    assert other != dead
+    job.expect(READY, 60)
+    assert cluster.nodes_of(job.job) != [dead]
     assert cluster.job(job.job)["Restarts"] == "1"
+
+
+@pytest.mark.slow
+def test_a_node_is_back_before_slurm_has_missed_it(cluster, script):
+    job = cluster.sbatch(script("srun sleep 600"), options=["--nodes=2", "--output=/dev/null"])
+    cluster.wait_until(lambda: cluster.state(job) == "RUNNING", 20, "a running job")
+    _, other = cluster.nodes_of(job)
+    cluster.wait_until(lambda: cluster.processes(other, "sleep 600"), 20, "a task")
     cluster.fail(other)
-    cluster.heal(other)  # before SLURM has missed it
-    job.expect({"batch ready", "task ready"}, 60)
-    assert cluster.job(job.job)["Restarts"] == "2"
+    cluster.heal(other)
+    cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", 40, "a restart")
 
 
 def hears(cluster: Cluster, node: str, other: str) -> bool:
