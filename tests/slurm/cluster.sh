@@ -11,7 +11,7 @@
 #   env               what a client needs:  eval "$(tests/slurm/cluster.sh env)"
 #
 # Its state lies in $DIST_CIFAR_CLUSTER (/run/dist_cifar_slurm), from which it takes its other names too: clusters in
-# different directories do not meet. A node has its own network, process table, hostname, /dev/shm, IPC and cgroups_in; it
+# different directories do not meet. A node has its own network, process table, hostname, /dev/shm, IPC and cgroups; it
 # shares every other file with this machine, and has no route outside. Its GPUs are fakes. The kernel kills all of a node
 # with its process 1. Each node is also one cgroup, so what belongs to it is known even when whoever started it is gone.
 set -euo pipefail
@@ -30,7 +30,7 @@ die() {
 }
 
 usage() {
-    sed -n '4,10s/^#  *//p' "$0" >&2
+    sed -n '4,12s/^#  *//p' "$0" >&2
     exit 2
 }
 
@@ -113,7 +113,7 @@ live() { # live MACHINE ADDRESS: process 1 of a machine
     mount --bind "$root/etc/hosts" /etc/hosts
     # Where a job's environment has no SLURM_CONF; Debian's packages make the directory.
     [[ ! -d /etc/slurm ]] || mount --bind "$root/etc" /etc/slurm
-    # The cgroups_in of its jobs come below its own.
+    # The cgroups of its jobs come below its own.
     mount --bind "$root/cgroup/freezer/$name/$1" "$root/cgroup/freezer"
     ip link set lo up
     until ip link set eth0 up 2>/dev/null; do sleep 0.02; done
