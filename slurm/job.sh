@@ -45,7 +45,10 @@ exec "$@"'
 run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
     local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u dist_cifar/train.py "${@:2}")
     # A rank that leaves early, as all do when they have saved, must not end the others.
-    local step=(srun --kill-on-bad-exit=0 --wait=120 "${srun_options[@]}" "${container[@]}")
+    # What sbatch has said of the number of tasks is no longer so in a job that has been given other nodes.
+    local tasks=${SLURM_NTASKS_PER_NODE:-1}
+    local step=(srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=0
+        --wait=120 "${srun_options[@]}" "${container[@]}")
     case $1 in
     srun) ;;
     torchrun)

@@ -1,38 +1,41 @@
-"""The cluster of this folder's tests: a real one, for as long as the session takes."""
+"""The cluster of this folder's tests: one for the whole session, idle at the start of each test."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
-from clusters import Cluster
+from clusters import Cluster, missing, remains
 from runs import STEPS, Run, arguments, environment
-
-_NODES = 3
 
 
 @pytest.fixture(scope="session")
-def _cluster() -> Iterator[Cluster]:
-    missing = [name for name in ("slurmctld", "slurmd", "munged", "ip") if shutil.which(name) is None]
-    if os.geteuid() != 0:
-        missing.append("root")
-    if missing and os.environ.get("CI") != "true":
-        pytest.skip(f"a SLURM cluster needs {', '.join(missing)}; see make test-slurm")
-    cluster = Cluster(_NODES)
+def slurm(clean_environment: None) -> None:
+    """Skips where this machine cannot have a cluster. Fails instead in CI, and with DIST_CIFAR_SLURM=1."""
+    lacks = missing()
+    if lacks:
+        message = f"a SLURM cluster needs {' and '.join(lacks)}; see make test-slurm"
+        if os.environ.get("CI") == "true" or os.environ.get("DIST_CIFAR_SLURM") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def session_cluster(slurm: None) -> Iterator[Cluster]:
+    cluster = Cluster(3)
     yield cluster
     cluster.close()
+    assert remains(cluster.directory) == {}
 
 
 @pytest.fixture
-def cluster(_cluster: Cluster) -> Iterator[Cluster]:
+def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
     """Three nodes, idle."""
-    _cluster.reset()
-    yield _cluster
-    _cluster.reset()
+    yield session_cluster
+    session_cluster.reset()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ def test_workers_that_are_killed_start_again_by_themselves(cluster, golden, tmp_
         until(lambda step=step: run.step() >= step, 90, f"step {step}", [run])
         workers = cluster.processes(node, r"^\S*python\S* -u \S*train.py")
         assert len(workers) == 1
-        cluster.inside(node, "kill", f"-{signal.SIGKILL}", str(workers[0]))
+        cluster.run_on(node, "kill", f"-{signal.SIGKILL}", str(workers[0]))
     until(lambda: all(agent.poll() is not None for agent in agents), 120, "the end of both agents", [run])
     assert [agent.returncode for agent in agents] == [0, 0], run.log()
     assert run.log().count("from the checkpoint of step") == 2

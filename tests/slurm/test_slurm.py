@@ -57,7 +57,8 @@ def edited(tmp_path: Path, script: str, old: str, new: str) -> Path:
 
 def preempt(cluster: Cluster, nodes: int) -> int:
     """A job of the higher partition that wants all of some nodes, and ends at once."""
-    return cluster.sbatch_wrapped("true", options=["-p", "high", f"--nodes={nodes}", "--exclusive", "--time=1"])
+    options = ["--partition=high", f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    return int(cluster.run("sbatch", "--parsable", *options))
 
 
 @pytest.mark.parametrize("script", BOTH)
@@ -179,7 +180,7 @@ def test_from_two_nodes_to_one(cluster, submit, golden):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=1"])
     until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
     cluster.run("scontrol", "requeuehold", str(job))
-    cluster.until(lambda: "held" in cluster.run("squeue", "-h", "-j", str(job), "-o", "%r"), 30, "a held job", job)
+    cluster.wait_until(lambda: "held" in cluster.run("squeue", "-h", "-j", str(job), "-o", "%r"), 30, "a held job", job)
     cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=1", "NumCPUs=1")
     cluster.run("scontrol", "release", str(job))
     assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
@@ -192,12 +193,12 @@ def test_run_directory_that_one_node_cannot_write(cluster, submit, golden):
         job, run = submit("train_srun.sbatch", [*TWO_NODES, "--hold"], seconds="0", name=name)
         run.dir.mkdir()
         node = cluster.nodes[lost]
-        cluster.inside(node, "mount", "--bind", str(run.dir), str(run.dir))
-        cluster.inside(node, "mount", "-o", "remount,ro,bind", str(run.dir))
+        cluster.run_on(node, "mount", "--bind", str(run.dir), str(run.dir))
+        cluster.run_on(node, "mount", "-o", "remount,ro,bind", str(run.dir))
         cluster.run("scontrol", "update", f"JobId={job}", f"NodeList={cluster.nodes[0]},{cluster.nodes[1]}")
         cluster.run("scontrol", "release", str(job))
         state = cluster.wait(job, START_SECONDS)["JobState"]
-        cluster.inside(node, "umount", str(run.dir))
+        cluster.run_on(node, "umount", str(run.dir))
         if lost == 1:  # only rank 0 writes, and the log of the other rank is not worth a run
             assert state == "COMPLETED", run.log()
             run.require_equal(golden)
@@ -219,9 +220,9 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
     staged = [line for path in run.dir.glob("logs/*/rank-*.log") for line in path.read_text().splitlines()]
     assert sum("staging" in line for line in staged) == 1  # rank 0 says it for its node
     for node in cluster.nodes_of(job):
-        files = cluster.inside(node, "find", "/dev/shm/staged", "-name", "train_images.npy").split()
+        files = cluster.run_on(node, "find", "/dev/shm/staged", "-name", "train_images.npy").stdout.split()
         assert len(files) == 1
-        cluster.inside(node, "rm", "-r", "/dev/shm/staged")
+        cluster.run_on(node, "rm", "-r", "/dev/shm/staged")
 
 
 def test_array_of_four_with_two_at_a_time(cluster, tmp_path):

@@ -20,7 +20,7 @@ def submit(cluster, *arguments: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "dist_cifar", "submit", *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "SLURM_CONF": cluster.conf},
+        env={**os.environ, "SLURM_CONF": str(cluster.directory / "etc/slurm.conf")},
         capture_output=True,
         text=True,
     )
