@@ -257,3 +257,34 @@ def test_array_of_four_with_two_at_a_time(cluster, tmp_path):
     assert len(hashes) == 4
     assert all(sum(start <= moment < end for start, end in spans) <= 2 for moment, _ in spans)
     assert any(sum(start <= moment < end for start, end in spans) == 2 for moment, _ in spans)
+
+
+def test_preflight_on_two_nodes(cluster, tmp_path):
+    folder = tmp_path / "verify"
+    values = [value for value in arguments(tmp_path) if not value.startswith(("run.dir=", "tracking.", "checkpoint."))]
+    job = cluster.sbatch(
+        REPOSITORY / "slurm/preflight.sbatch",
+        *("--steps", "4", "--world-sizes", "1,2", "--dir", str(folder), *values),
+        options=[*TWO_NODES, f"--output={tmp_path}/job.log", "--cpus-per-task=1"],
+        cwd=REPOSITORY,
+    )
+    state = cluster.wait(job, 3 * START_SECONDS)["JobState"]
+    log = (tmp_path / "job.log").read_text()
+    assert state == "COMPLETED" and "all equal: " in log, log
+    assert len(re.findall(r"^[01]: node[12]: \d+ cores, \d+ GiB", log, re.MULTILINE)) == 2
+
+
+def test_data_are_cached_by_a_job_and_found_by_the_next(cluster, tmp_path):
+    values = [value for value in arguments(tmp_path) if value.startswith(("data.source", "data.synthetic"))]
+    options = [f"--output={tmp_path}/job.log", "--cpus-per-task=1", "--open-mode=append"]
+    for _ in range(2):
+        job = cluster.sbatch(
+            REPOSITORY / "slurm/data.sbatch",
+            *(*values, f"data.cache_dir={tmp_path}/cache"),
+            options=options,
+            cwd=REPOSITORY,
+        )
+        assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
+    lines = (tmp_path / "job.log").read_text().splitlines()
+    assert len(lines) == 6 and lines[:3] == lines[3:]
+    assert lines[1].startswith(f"cache    {tmp_path}/cache/synthetic-") and Path(lines[1].split()[1]).is_dir()
