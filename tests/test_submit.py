@@ -50,7 +50,7 @@ container=()      # e.g. (apptainer exec --nv /shared/torch.sif)
 if [[ -e .venv/bin/activate ]]; then source .venv/bin/activate; fi
 
 set -- --config configs/cpu_resnet20.yaml run.dir=runs/first
-source slurm/job.sh
+source slurm/job.sh || exit
 train_ranks torchrun "$@"
 """
 
