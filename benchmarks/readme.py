@@ -126,25 +126,48 @@ def checkpoint_damage(result: dict[str, Any]) -> str:
     )
 
 
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['p50']:.1f} ({row['min']:.1f} to {row['max']:.1f})"
+
+
+def _cluster(result: dict[str, Any]) -> str:
+    return (
+        f"p50 and range of n = {result['n']} jobs of {result['ranks']} CPU ranks on {result['nodes']} nodes, ResNet-20"
+        f" on generated images; {result['slurm']}, a test cluster whose nodes share one {result['hardware']}"
+    )
+
+
 def slurm(result: dict[str, Any]) -> str:
     """How long a job takes to begin, and to save when it is told to stop."""
-
-    def seconds(name: str) -> str:
-        row = result[f"{name}_seconds"]
-        return f"{row['p50']:.1f} s (p50; {row['min']:.1f} to {row['max']:.1f} s)"
-
+    start, saved = (_seconds(result[f"{name}_seconds"]) for name in ("sbatch_to_first_step", "signal_to_checkpoint"))
     return (
-        f"From `sbatch` to the end of the first step {seconds('sbatch_to_first_step')}, from the signal of a preemption"
-        f" to a checkpoint on the disk {seconds('signal_to_checkpoint')}: n = {result['n']} jobs of {result['ranks']}"
-        f" CPU ranks on {result['nodes']} nodes, ResNet-20 on generated images, {result['slurm']}, a test cluster whose"
-        f" nodes share one {result['hardware']}."
+        f"From `sbatch` to the end of the first step: {start} s. From the signal of a preemption to a checkpoint on the"
+        f" disk: {saved} s. ({_cluster(result)}.)"
+    )
+
+
+def preemption(result: dict[str, Any]) -> str:
+    """What happens when, in a preemption."""
+    saved, ended = (_seconds(result[f"{name}_seconds"]) for name in ("signal_to_checkpoint", "signal_to_requeue"))
+    rows = [
+        ("0", "SLURM sends SIGTERM to the tasks; torchrun hands it to its ranks, which finish their step"),
+        ("after that step", "the ranks agree to stop, their state is copied, and rank 0 writes the checkpoint"),
+        (saved, "the checkpoint is on the disk, and `status.json` says `saved`; the ranks end, then torchrun and srun"),
+        (ended, "the batch script has read `status.json`, notes why in `requeues.log` and asks SLURM for the requeue"),
+        ("`cred_expire` later", "SLURM starts the job again if there is room: by default after 120 seconds"),
+    ]
+    return (
+        "\n".join(
+            ["| seconds | what |", "|---|---|", *(f"| {when} | {what} |" for when, what in rows), "", _cluster(result)]
+        )
+        + "."
     )
 
 
 BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"real_job": real_job, "augment": augment, "epoch": epoch, "exactness": exactness, "slurm": slurm},
     "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
-    "docs/slurm.md": {"slurm": slurm},
+    "docs/slurm.md": {"slurm": preemption},
 }
 
 

@@ -1,4 +1,4 @@
-"""Seconds from sbatch to the first step, and from the signal of a preemption to a durable checkpoint.
+"""Seconds from sbatch to the first step, and from the signal of a preemption to a durable checkpoint and the requeue.
 
     python benchmarks/slurm.py --out benchmarks/results/slurm.json
 
@@ -59,8 +59,16 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
     cluster.run("scancel", "--signal=TERM", str(job))
     while (status := RunDir(run).status()).get("status") != "saved":
         time.sleep(0.01)
+    requeues = run / "requeues.log"
+    while not requeues.exists():
+        time.sleep(0.01)
+    requeued = requeues.stat().st_mtime
     cluster.reset()
-    return {"sbatch_to_first_step": first_step - submitted, "signal_to_checkpoint": status["time"] - signalled}
+    return {
+        "sbatch_to_first_step": first_step - submitted,
+        "signal_to_checkpoint": status["time"] - signalled,
+        "signal_to_requeue": requeued - signalled,
+    }
 
 
 def main() -> None:

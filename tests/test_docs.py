@@ -142,7 +142,9 @@ def first_column(heading: str) -> list[str]:
     return [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)]
 
 
-@pytest.mark.parametrize("message", [name for name in first_column("Messages") if not name.startswith(("sbatch: ", "slurm/"))])
+@pytest.mark.parametrize(
+    "message", [name for name in first_column("Messages") if not name.startswith(("sbatch: ", "slurm/"))]
+)
 def test_messages_are_what_is_said(message):
     """The longest part of it that is not a value."""
     part = max(re.split(r"\d+|[A-Z]{4,}|\(.*?\)|crashed", message), key=len)
