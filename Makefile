@@ -25,8 +25,11 @@ quickstart: $(VENV)/installed
 	@echo "  . $(BIN)/activate"
 	@echo "  accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py --config configs/cpu_resnet20.yaml"
 
+# The tests on a SLURM cluster mostly wait: they run beside the others, and their output follows.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/slurm >$(VENV)/slurm.log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/slurm; others=$$?; \
+	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; exit $$((others | slurm))
 
 test-slurm: $(VENV)/installed-test test-packages
 	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/slurm

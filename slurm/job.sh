@@ -75,6 +75,7 @@ requeue() { # requeue KIND LIMIT REASON: ends the script
     if ((${times:-0} >= $2)); then
         die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
     fi
+    mkdir -p "$run_dir" 2>/dev/null # the ranks may not have come so far
     if ! { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $3" >>"$run_dir/requeues.log"; } 2>/dev/null; then
         die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"
     fi

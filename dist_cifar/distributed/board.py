@@ -39,6 +39,7 @@ class Board:
             return
         try:
             self._store.set(key, note)
+            self._store.check([key])  # `set` does not wait for an answer; answers come in order
         except RuntimeError as error:
             raise self._lost(error) from error
 

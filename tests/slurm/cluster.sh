@@ -103,7 +103,8 @@ boot() { # boot MACHINE ADDRESS
     )
     until init=$(init_of "$1"); do sleep 0.02; done
     ip link delete "$bridge-$1" 2>/dev/null || true # the kernel removes a dead node's link some time later
-    ip link add "$bridge-$1" type veth peer name eth0 netns "$init"
+    # Always the same address on the link: the others remember it for minutes after the node has died.
+    ip link add "$bridge-$1" type veth peer name eth0 address "$(printf '02:dc:00:00:00:%02x' "${2##*.}")" netns "$init"
     ip link set "$bridge-$1" master "$bridge" up
 }
 
