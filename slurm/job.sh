@@ -25,8 +25,16 @@ on_usr1() {
     came=${came:-USR1}
     [[ -z $launcher ]] || kill -USR1 "$launcher" 2>/dev/null
 }
+# At the end of the time SLURM kills this script together with the ranks, which may not have saved by then.
+on_term() {
+    came=${came:-TERM}
+    if time_is_over && ((attempt < max_requeues)) && scontrol requeue "$SLURM_JOB_ID"; then
+        note stopped "the time is over"
+        say "the time is over; requeued"
+    fi
+}
 trap on_usr1 USR1
-trap 'came=${came:-TERM}' TERM
+trap on_term TERM
 
 job() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -oP "(?<= $1=)\S+"; } # job FIELD
 
@@ -75,17 +83,21 @@ requeue() { # requeue KIND LIMIT REASON: ends the script
     if ((${times:-0} >= $2)); then
         die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
     fi
-    mkdir -p "$run_dir" 2>/dev/null # the ranks may not have come so far
-    if ! { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $3" >>"$run_dir/requeues.log"; } 2>/dev/null; then
+    if ! note "$1" "$3"; then
         die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"
     fi
     requeue_now "$3"
 }
 
+note() { # note KIND REASON: in the log of the requeues
+    mkdir -p "$run_dir" 2>/dev/null && # the ranks may not have come so far
+        { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $2" >>"$run_dir/requeues.log"; } 2>/dev/null
+}
+
 leave_to_slurm() { # leave_to_slurm REASON: if SLURM is ending the job, and so knows whether it comes back
     local state
     state=$(job JobState)
-    [[ $state == RUNNING ]] || at_time_limit || die "$code" "$1; its state is ${state:-unknown}: left to SLURM"
+    [[ $state == RUNNING ]] || die "$code" "$1; its state is ${state:-unknown}: left to SLURM"
 }
 
 requeue_now() { # requeue_now REASON: ends the script
@@ -99,7 +111,7 @@ requeue_now() { # requeue_now REASON: ends the script
 
 was_stopped() { [[ -n $came || $(job PreemptTime) == 20* ]]; } # by a signal or a job of a higher priority
 
-at_time_limit() { [[ $SLURM_JOB_END_TIME =~ ^[0-9]+$ ]] && (($(date +%s) + 2 >= SLURM_JOB_END_TIME)); }
+time_is_over() { [[ $SLURM_JOB_END_TIME =~ ^[0-9]+$ ]] && (($(date +%s) + 2 >= SLURM_JOB_END_TIME)); }
 
 train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
     # 22.05 sets neither of the two for us: the end of the time, and the cores of a task in srun.

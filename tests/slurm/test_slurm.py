@@ -101,18 +101,23 @@ def test_ten_preemptions(cluster, submit, golden):
 
 
 def test_the_end_of_the_time(cluster, submit, golden):
-    """One job is told by SLURM (--signal), the other one watches the clock: both at once, on one node each."""
+    """Three jobs at once, on one node each: one is told by SLURM (--signal), one watches the clock, and the third is in
+    a step that is longer than its time, and is killed."""
     told, told_run = submit(
         "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@100"], seconds="2 0.1", name="told"
     )
     watching, watching_run = submit(
         "train_srun.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="2 0.1", name="watching"
     )
-    for job, run in ((told, told_run), (watching, watching_run)):
-        assert cluster.wait(job, 150)["JobState"] == "COMPLETED", run.log()
-        assert run.requeues() == ["saved"] * int(cluster.job(job)["Restarts"]) != []
+    late, late_run = submit(
+        "train.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="300 0.1", name="late"
+    )
+    for job, run, kind in ((told, told_run, "saved"), (watching, watching_run, "saved"), (late, late_run, "stopped")):
+        assert cluster.wait(job, 200)["JobState"] == "COMPLETED", run.log()
+        assert run.requeues() == [kind] * int(cluster.job(job)["Restarts"]) != []
         run.require_equal(golden)
     assert "death signal" in told_run.log() and "death signal" not in watching_run.log()
+    assert "the time is over; requeued" in late_run.log()
 
 
 def test_requeue_by_hand(cluster, submit, golden):
