@@ -267,7 +267,7 @@ def test_preflight_on_two_nodes(cluster, tmp_path):
     values = [value for value in arguments(tmp_path) if not value.startswith(("run.dir=", "tracking.", "checkpoint."))]
     job = cluster.sbatch(
         REPOSITORY / "slurm/preflight.sbatch",
-        *("--steps", "4", "--world-sizes", "1,2", "--dir", str(folder), *values),
+        *("--steps", "6", "--world-sizes", "1,2", "--dir", str(folder), *values),
         options=[*TWO_NODES, f"--output={tmp_path}/job.log", "--cpus-per-task=1"],
         cwd=REPOSITORY,
     )
@@ -278,7 +278,7 @@ def test_preflight_on_two_nodes(cluster, tmp_path):
 
 
 def test_data_are_cached_by_a_job_and_found_by_the_next(cluster, tmp_path):
-    values = [value for value in arguments(tmp_path) if value.startswith(("data.source", "data.synthetic"))]
+    values = [value for value in arguments(tmp_path) if value.startswith("data.")]
     options = [f"--output={tmp_path}/job.log", "--cpus-per-task=1", "--open-mode=append"]
     for _ in range(2):
         job = cluster.sbatch(
