@@ -36,11 +36,6 @@ OPTIONS = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1")
 
 def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
     """One job: submitted, signalled after its first step, cancelled when it has saved."""
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-    }
     run = folder / "run"
     submitted = time.time()
     job = cluster.sbatch(
@@ -48,7 +43,6 @@ def measure(cluster: Cluster, folder: Path) -> dict[str, float]:
         *ARGUMENTS,
         f"run.dir={run}",
         options=[*OPTIONS, f"--output={folder}/job.log"],
-        env=environment,
         cwd=REPOSITORY,
     )
     rows = run / "metrics.jsonl"

@@ -3,7 +3,7 @@
 #   launch/local.sh [--ranks N] --config configs/cifar10_resnet18.yaml run.dir=runs/first
 set -euo pipefail
 repository=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
-PATH=$PATH:$repository/.venv/bin # of `make quickstart`, if no other is active
+command -v torchrun >/dev/null || PATH=$repository/.venv/bin:$PATH # of `make quickstart`, if no other is active
 die() { echo "launch/local.sh: $*" >&2 && exit 2; }
 command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
 

@@ -10,7 +10,7 @@
 # MAX_RESTARTS  how often the workers are started again; default 3
 set -euo pipefail
 repository=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
-PATH=$PATH:$repository/.venv/bin # of `make quickstart`, if no other is active
+command -v torchrun >/dev/null || PATH=$repository/.venv/bin:$PATH # of `make quickstart`, if no other is active
 die() { echo "launch/torchrun.sh: $*" >&2 && exit 2; }
 command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
 

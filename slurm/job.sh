@@ -10,7 +10,6 @@
 attempt=${SLURM_RESTART_COUNT:-0}
 came=      # the first signal
 launcher=  # process id of the srun that runs the ranks
-before=    # what status.json said before
 
 say() { echo "dist_cifar: job $SLURM_JOB_ID, attempt $attempt: $*"; }
 
@@ -52,8 +51,8 @@ exec "$@"'
 
 run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
     local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u dist_cifar/train.py "${@:2}")
-    # A rank that leaves early, as all do when they have saved, must not end the others.
-    # What sbatch has said of the number of tasks is no longer so in a job that has been given other nodes.
+    # What sbatch has said of the number of tasks is no longer so in a job that has been given other nodes. A rank that
+    # leaves early, as all do when they have saved, must not end the others.
     local tasks=${SLURM_NTASKS_PER_NODE:-1}
     local step=(srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=0
         --wait=120 "${srun_options[@]}" "${container[@]}")
@@ -128,10 +127,10 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
         requeue_now "stopped before it began"
     fi
     ((code == 0)) || die "$code" "python -m dist_cifar does not run on $(hostname); not requeued"
+    local before now=none reason
     before=$(cat "$run_dir/status.json" 2>/dev/null)
     say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
     run_once "$@"
-    local now=none reason
     [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
     if ((code == 0)) || [[ $now == done ]]; then
         say "done"

@@ -183,10 +183,6 @@ class Cluster:
         self._dead.discard(node)
         self._cut.discard(node)
 
-    def drain(self, node: str) -> None:
-        """Gives a node no further job."""
-        self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
-
     def undrain(self, node: str) -> None:
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 

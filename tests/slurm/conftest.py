@@ -39,7 +39,7 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def golden(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """An undisturbed run on one rank, without SLURM."""
     run = Run(tmp_path_factory.mktemp("golden"))
     subprocess.run(

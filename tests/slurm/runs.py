@@ -1,8 +1,8 @@
 """The run that every test of this folder trains, and what must be true of it afterwards.
 
-Contract: `start` submits it to the cluster under the recorder (`recorder/sitecustomize.py`); a `Run` reads what it
-wrote. `Run.require_equal` compares weights, metrics and trained samples with an undisturbed run on one rank: strategy
-`exact` gives the same bits on any number of ranks.
+Contract: with `arguments` and `environment` a process trains it under the recorder (`recorder/sitecustomize.py`); a
+`Run` reads what it wrote. `Run.require_equal` compares weights, metrics and trained samples with an undisturbed run on
+one rank: strategy `exact` gives the same bits on any number of ranks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +113,3 @@ class Run:
         for step, samples in trained.items():
             assert set(samples) == set(wanted[step]), f"step {step}"
             assert not once or len(samples) == len(wanted[step]), f"step {step} was trained more than once"
-
-
-def until(condition: Any, seconds: float, what: str, runs: Sequence[Run] = ()) -> None:
-    """Waits for a condition. Fails with the logs of `runs`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError("\n".join([f"not within {seconds} s: {what}", *(run.log()[-4000:] for run in runs)]))
-        time.sleep(0.1)

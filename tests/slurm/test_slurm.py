@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-from runs import REPOSITORY, Run, arguments, environment, until
+from runs import REPOSITORY, Run, arguments, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -77,9 +77,9 @@ def test_two_nodes_of_two_ranks(cluster, submit, golden, script):
 def test_preemption(cluster, submit, golden):
     """Under torchrun; without it ten times, below."""
     job, run = submit("train.sbatch", TWO_NODES)
-    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    cluster.wait_until(lambda: run.step() >= 5, START_SECONDS, "step 5", job)
     preempt(cluster, 2)
-    until(lambda: run.status().get("status") == "saved", 20, "saved", [run])
+    cluster.wait_until(lambda: run.status().get("status") == "saved", 20, "saved", job)
     stopped_at = run.status()["step"]
     assert cluster.wait(job, START_SECONDS)["Restarts"] == "1"
     assert run.requeues() == ["saved"]
@@ -92,9 +92,9 @@ def test_ten_preemptions(cluster, submit, golden):
     job, run = submit("train_srun.sbatch", TWO_NODES, seconds="0.6")  # slow: they must not end before the last cycle
     for cycle in range(10):
         goal = run.step() + 1
-        until(lambda goal=goal: run.step() >= goal, START_SECONDS, f"step {goal} in cycle {cycle}", [run])
+        cluster.wait_until(lambda goal=goal: run.step() >= goal, START_SECONDS, f"step {goal} in cycle {cycle}", job)
         preempt(cluster, 2)
-        until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, 30, f"requeue {cycle + 1}", [run])
+        cluster.wait_until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, 30, f"requeue {cycle + 1}", job)
     assert cluster.wait(job, START_SECONDS)["Restarts"] == "10"
     assert run.requeues() == ["saved"] * 10
     run.require_equal(golden)
@@ -122,7 +122,7 @@ def test_the_end_of_the_time(cluster, submit, golden):
 
 def test_requeue_by_hand(cluster, submit, golden):
     job, run = submit("train.sbatch", TWO_NODES)
-    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    cluster.wait_until(lambda: run.step() >= 5, START_SECONDS, "step 5", job)
     cluster.run("scontrol", "requeue", str(job))
     assert cluster.wait(job, START_SECONDS)["Restarts"] == "1"
     assert run.requeues() == []  # SLURM does it
@@ -131,14 +131,14 @@ def test_requeue_by_hand(cluster, submit, golden):
 
 def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=2"])
-    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    cluster.wait_until(lambda: run.step() >= 5, START_SECONDS, "step 5", job)
     ours = "train.py|torchrun|job_script|slurmstepd"
     nodes = [node for node in cluster.nodes if cluster.processes(node, ours)]
     assert len(nodes) == 2
     cluster.run("scancel", str(job))
     assert cluster.wait(job, 30)["JobState"] == "CANCELLED"
     for node in nodes:
-        until(lambda node=node: not cluster.processes(node, ours), 20, f"no process on {node}", [run])
+        cluster.wait_until(lambda node=node: not cluster.processes(node, ours), 20, f"no process on {node}", job)
     assert run.status()["status"] == "saved"  # and it can go on where it is submitted again
     assert run.requeues() == []
     assert cluster.job(job)["Restarts"] == "0"
@@ -147,7 +147,7 @@ def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
 @pytest.mark.parametrize("how", ["killed", "cut", "killed under the batch script"])
 def test_node_failure(cluster, submit, golden, how):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=1"], "run.timeout_seconds=10")
-    until(lambda: run.step() >= 7, START_SECONDS, "step 7", [run])
+    cluster.wait_until(lambda: run.step() >= 7, START_SECONDS, "step 7", job)
     nodes = cluster.nodes_of(job)
     lost = nodes[0] if how.endswith("script") else nodes[1]
     (cluster.cut if how == "cut" else cluster.fail)(lost)
@@ -181,7 +181,7 @@ def test_refused_arguments_are_not_tried_again(cluster, submit):
 
 def test_from_two_nodes_to_one(cluster, submit, golden):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=1"])
-    until(lambda: run.step() >= 5, START_SECONDS, "step 5", [run])
+    cluster.wait_until(lambda: run.step() >= 5, START_SECONDS, "step 5", job)
     cluster.run("scontrol", "requeuehold", str(job))
     cluster.wait_until(lambda: "held" in cluster.run("squeue", "-h", "-j", str(job), "-o", "%r"), 30, "a held job", job)
     cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=1", "NumCPUs=1")
