@@ -213,11 +213,21 @@ class TrainConfig:
     """Passes over the training split."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps even if the epochs are not complete."""
-    strategy: Literal["exact", "ddp"] = "exact"
+    strategy: Literal["exact", "ddp", "deepspeed", "fsdp"] = "exact"
     """How replicas are kept in step: `exact` gives the same weights, to the last bit, for every world size; `ddp` is
-    Accelerate's DistributedDataParallel."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` is autocast with fp32 weights and fp32 gradients."""
+    Accelerate's DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's
+    `fully_shard`. A run may change its strategy at a resume."""
+    zero_stage: Annotated[int, Range(minimum=0, maximum=3)] = 1
+    """Strategy `deepspeed`: what is cut among the ranks. 0: nothing; 1: Adam's state; 2: the gradients too; 3: the
+    parameters too."""
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """`bf16` is autocast with fp32 weights and fp32 gradients; `auto` measures a layer in both at the first start and
+    takes bf16 where it is faster. The run directory keeps what was chosen."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """`torch.compile` of the module before it is wrapped. `auto` is on for GPUs with triton, but not in
+    strategy `exact`."""
+    grad_compression: Literal["none", "bf16"] = "none"
+    """Strategy `ddp`: `bf16` rounds gradients to half their size before they are sent."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
     """Label smoothing of the training loss; evaluation has none."""
     non_finite: Literal["raise", "skip"] = "raise"
@@ -322,6 +332,11 @@ CHANGEABLE_AT_RESUME = frozenset(
 )
 """Keys that a resumed run may set otherwise: they say where and how long, not what is trained."""
 
+ROUNDING_AT_RESUME = frozenset(
+    {"train.strategy", "train.zero_stage", "train.compile", "train.grad_compression", "batch.virtual_ranks"}
+)
+"""Keys that say how the same training is computed. Outside of `exact` a resumed run may set them otherwise."""
+
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the YAML file at `path`, then each `key=value` of `overrides`.
@@ -370,11 +385,13 @@ def to_yaml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def differences(old: Mapping[str, Any], config: Config) -> list[str]:
-    """One `key: old -> new` for each decisive key in which `config` differs from the flattened config `old`."""
+def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
+    """`key: old -> new` of each decisive key in which `config` differs from the flattened config `old`, by key."""
     new = flatten(config)
     keys = [key for key in dict.fromkeys([*old, *new]) if key not in CHANGEABLE_AT_RESUME]
-    return [f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}" for key in keys if old.get(key) != new.get(key)]
+    return {
+        key: f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}" for key in keys if old.get(key) != new.get(key)
+    }
 
 
 def describe() -> list[tuple[str, str, str, str]]:
@@ -511,6 +528,8 @@ def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
             raise ConfigError(f"{origin}: {key}: must be {arguments[1]}, found {_show(value)}")
         return number
     if kind is Literal:
+        if isinstance(value, bool) and "on" in arguments:
+            value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
         if value in arguments:
             return value
         wanted = f"must be one of {', '.join(arguments)}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import DataError, LaunchError
+from dist_cifar.errors import ConfigError, DataError, LaunchError
 from dist_cifar.files import write_atomic
 
 LOCK_SECONDS = 10.0
@@ -95,6 +95,13 @@ class RunDir:
     def write_config(self, config: Config) -> None:
         """Saves the resolved config."""
         write_atomic(self._config, configuration.to_yaml(config))
+
+    def begun_with(self) -> Config | None:
+        """The config that was saved last, or None if there is none that can be read."""
+        try:
+            return configuration.load_config(self._config) if self._config.exists() else None
+        except ConfigError:
+            return None
 
     def write_status(self, status: str, **details: Any) -> None:
         """Says how the run stands."""

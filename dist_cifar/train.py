@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
     sys.exit(main(["train", *sys.argv[1:]]))
 
+import copy
 import dataclasses
 import importlib.metadata
 import math
@@ -24,7 +25,7 @@ import socket
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from dist_cifar import signals
 from dist_cifar.augment import kernel, policy
 from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
-from dist_cifar.config import Config, differences, flatten
+from dist_cifar.config import ROUNDING_AT_RESUME, Config, differences, flatten
 from dist_cifar.data.dataset import Split, load_dataset, validation_split
 from dist_cifar.data.loader import Batch, prefetch
 from dist_cifar.data.sampler import GlobalBatchSampler
@@ -51,6 +52,7 @@ from dist_cifar.evaluate import evaluate
 from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums
 from dist_cifar.model import build_model
 from dist_cifar.numerics import numerics, pin
+from dist_cifar.precision import choose_precision, set_precision
 from dist_cifar.rundir import LOCK_SECONDS, RunDir
 from dist_cifar.schedule import (
     Plateau,
@@ -103,7 +105,26 @@ def train(
     lock = RunDir(config.run.dir).lock(say, wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
     with ExitStack() as held:
         communicator.on_first_rank(lambda: held.enter_context(lock))
+        config = _with_precision(config, communicator, say)
         return _Run(config, communicator, must_resume=must_resume, resume_anyway=resume_anyway).train()
+
+
+def _with_precision(config: Config, communicator: Communicator, say: Callable[[str], None]) -> Config:
+    """`config` with `train.precision=auto` turned into what its run directory was begun with, or else into what is
+    faster here."""
+    if config.train.precision != "auto":
+        return config
+
+    def choose() -> str:
+        begun_with = RunDir(config.run.dir or "").begun_with()
+        if begun_with is not None:
+            return begun_with.train.precision
+        chosen, line = choose_precision(communicator.device)
+        say(line)
+        return chosen
+
+    precision = communicator.on_first_rank(choose)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
 
 
 class _Run:
@@ -157,6 +178,10 @@ class _Run:
             seed=config.run.seed,
         )
         model = build_model(config.model, num_classes=len(self.dataset.classes), seed=config.run.seed)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        # A module of its own: a strategy may cut its one into pieces, whose forward passes need all ranks at once.
+        self.evaluated = copy.deepcopy(model).to(communicator.device, memory_format=torch.channels_last)
+        set_precision(self.evaluated, config.train.precision, communicator.device)
         self.strategy = build_strategy(model, config, communicator=communicator, plan=self.plan)
         lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)
         self.progress = Progress(plateau=start_plateau(config.plateau, lr))
@@ -185,7 +210,6 @@ class _Run:
         self._begin()
         device = self.communicator.device
         vote = Vote(self.communicator, 2)
-        strategy.module.train()
         with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
             while progress.step < plan.total_steps:
                 stops = signals.stop_requested() or self.deadline.is_near(self.store.write_seconds)
@@ -298,12 +322,14 @@ class _Run:
             names = dict.fromkeys([*old, *new])
             return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
-        refused = differences(state["config"], self.config)
-        refused += changed({"data": state["data_sha256"][:12]}, {"data": self.dataset.content_sha256[:12]})
+        found = differences(state["config"], self.config)
+        data = changed({"data": state["data_sha256"][:12]}, {"data": self.dataset.content_sha256[:12]})
         rounding = changed(state["numerics"], numerics(self.communicator.device))
-        if self.config.train.strategy == "exact":
-            return refused + rounding, []
-        return refused, changed({"ranks": state["world_size"]}, {"ranks": self.communicator.world_size}) + rounding
+        if self.config.train.strategy == state["config"]["train.strategy"] == "exact":
+            return [*found.values(), *data, *rounding], []
+        rounding = changed({"ranks": state["world_size"]}, {"ranks": self.communicator.world_size}) + rounding
+        refused = [text for key, text in found.items() if key not in ROUNDING_AT_RESUME]
+        return refused + data, [text for key, text in found.items() if key in ROUNDING_AT_RESUME] + rounding
 
     def _save(self, *, best: bool = False) -> None:
         """Begins to write a checkpoint, unless this step has one. Raises if the replicas do not agree."""
@@ -406,8 +432,7 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """Evaluates on the watched split and steps the plateau; returns whether this is the best model so far."""
-        self.strategy.average_buffers()
-        result = self._evaluation(*self.watched)
+        result = self._evaluation(self.strategy.model_tensors(), *self.watched)
         progress = self.progress
         self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
         if plateau_due(self.plan, self.config.eval.every_epochs, progress.step):
@@ -427,9 +452,12 @@ class _Run:
                 f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}"
             )
 
-    def _evaluation(self, split: Split, indices: npt.NDArray[np.int64]) -> Evaluation:
+    def _evaluation(
+        self, model: Mapping[str, torch.Tensor], split: Split, indices: npt.NDArray[np.int64]
+    ) -> Evaluation:
+        self.evaluated.load_state_dict(model)
         return evaluate(
-            self.strategy.module,
+            self.evaluated,
             split,
             indices,
             mean=self.dataset.mean,
@@ -458,7 +486,6 @@ class _Run:
     def _begin(self) -> None:
         """Says what is going to happen, opens the trackers and marks the run as running."""
         config, plan, communicator, say = self.config, self.plan, self.communicator, self.display.say
-        parameters = sum(parameter.numel() for parameter in self.strategy.module.parameters())
         validation = "none: the test set is watched" if self.watches_test else f"{len(self.watched[1]):,} images"
         virtual = f" ({plan.virtual_ranks} virtual ranks)" if config.train.strategy == "exact" else ""
         say(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
@@ -470,7 +497,7 @@ class _Run:
             f"data       {config.data.source}: {len(self.train_indices):,} images to train on, validation {validation},"
             f" test {len(self.test_indices):,} images, {len(self.dataset.classes)} classes"
         )
-        say(f"model      {config.model.name}, {config.model.norm} norm, {parameters:,} parameters")
+        say(f"model      {config.model.name}, {config.model.norm} norm, {self.parameters:,} parameters")
         say(
             f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
             f" {plan.micro_size}{virtual}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
@@ -512,12 +539,13 @@ class _Run:
         """Evaluates the best checkpoint on the test set and writes the summary."""
         self._leave_loop()
         progress, communicator = self.progress, self.communicator
-        final_sha256 = weights_sha256(self.strategy.model_tensors())
+        model = self.strategy.model_tensors()
+        final_sha256 = weights_sha256(model)
         if progress.best_step != progress.step:
             tensors: dict[str, torch.Tensor] = {}
             communicator.on_first_rank(lambda: tensors.update(self._best_tensors()))
-            self.strategy.load(communicator.broadcast_tensors(tensors), {}, {})
-        test = self._evaluation(self.dataset.test, self.test_indices)
+            model = communicator.broadcast_tensors(tensors)
+        test = self._evaluation(model, self.dataset.test, self.test_indices)
         self._track("test", **evaluation_fields(test))
         summary = {
             "name": self.config.run.name,

@@ -529,6 +529,8 @@ class _Leader:
         code, path = EXIT_INTERNAL, None
         try:
             path = _make_directory(directory)
+            if self._config.train.precision == "auto":  # once, and not anew for each of the runs
+                self._choose_precision()
             self._say_plan(path)
             write_atomic(path / "config.yaml", to_yaml(self._config))
             self._compare(path, json_file)
@@ -546,6 +548,15 @@ class _Leader:
         finally:
             self._dismiss(code)
         return code
+
+    def _choose_precision(self) -> None:
+        import torch
+
+        from dist_cifar.precision import choose_precision
+
+        chosen, line = choose_precision(torch.device("cuda" if self._job.slots[0].gpus else "cpu"))
+        print(line)
+        self._config = config_from_values(flatten(self._config) | {"train.precision": chosen})
 
     def _compare(self, path: Path, json_file: Path | None) -> None:
         """Runs every phase and reports. Raises `TrainingError` if one differs from the first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -99,6 +100,17 @@ def _serve(connection: Connection) -> None:
             connection.send((False, traceback.format_exc()))
 
 
+def _forget_deepspeed() -> None:
+    """It keeps groups of its own, and counts modules over the life of the process: on every rank as many."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = Init.param_id = 0
+
+
 def _call(call: _Call) -> Any:
     import torch
     import torch.distributed as dist
@@ -116,4 +128,5 @@ def _call(call: _Call) -> Any:
         return call.function(communicator, *call.arguments)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        _forget_deepspeed()
         communicator.close()

@@ -22,6 +22,7 @@ ORDER = [
     "data",
     "augment",
     "model",
+    "precision",
     "numerics",
     "metrics",
     "distributed",

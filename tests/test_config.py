@@ -176,10 +176,10 @@ def test_configs_are_frozen_and_keyword_only():
 
 def test_differences_name_what_decides_the_result():
     config = load_config(None, ["optimizer.lr=0.5", "run.log_every_steps=3", "run.dir=elsewhere"])
-    assert differences(flatten(load_config()), config) == ["optimizer.lr: 0.001 -> 0.5"]
+    assert differences(flatten(load_config()), config) == {"optimizer.lr": "optimizer.lr: 0.001 -> 0.5"}
     elsewhere = load_config(None, ["run.log_every_steps=3", "data.stage_dir=$SLURM_TMPDIR"])
     assert elsewhere.data.stage_dir == "$SLURM_TMPDIR"  # each node has its own
-    assert differences(flatten(load_config()), elsewhere) == []
+    assert differences(flatten(load_config()), elsewhere) == {}
 
 
 def test_the_config_imports_no_torch():

@@ -44,6 +44,7 @@ class Communicator:
         self._position = Position()
         self._control: dist.ProcessGroup | None = None
         self._background: dist.Work | None = None
+        self._env = env
         if env.world_size == 1:
             return
         os.environ.update(env.variables())  # Accelerate reads them
@@ -229,9 +230,16 @@ class Communicator:
             rank=odd[0],
         )
 
+    def require_process_group(self) -> None:
+        """Makes the process group that some libraries want of a single rank too."""
+        if not dist.is_initialized():
+            os.environ.update(self._env.variables())
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
     def close(self) -> None:
         """Ends the process group."""
-        if self._control is not None:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

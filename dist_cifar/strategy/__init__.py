@@ -18,9 +18,6 @@ Tensors = dict[str, torch.Tensor]
 class Strategy(Protocol):
     """One model on several ranks."""
 
-    module: nn.Module
-    """The model itself, for evaluation and saving; its forward has the strategy's precision."""
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
         ...
@@ -39,12 +36,8 @@ class Strategy(Protocol):
         """
         ...
 
-    def average_buffers(self) -> None:
-        """Gives every rank the mean over ranks of the floating-point buffers (BatchNorm's running statistics)."""
-        ...
-
     def model_tensors(self) -> Tensors:
-        """The model's state with its buffers averaged, the training undisturbed. A collective.
+        """The whole model's state with its buffers averaged over ranks, the training undisturbed. A collective.
 
         Tensors are on the device and may be the model's own: copy what must outlive the next step. So the next two.
         """
@@ -55,20 +48,22 @@ class Strategy(Protocol):
         ...
 
     def optimizer_tensors(self) -> Tensors:
-        """The optimizer's state."""
+        """Adam's state of whole parameters, `<parameter>.<moment>` to tensor. A collective."""
         ...
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
-        """Restores what the three methods above returned, on any number of ranks."""
+        """Restores what the three methods above returned, of any strategy and on any number of ranks."""
         ...
 
 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
     """The strategy that `train.strategy` names. What only another one needs is not imported."""
     if config.train.strategy == "exact":
-        from dist_cifar.strategy.exact import ExactStrategy
-
-        return ExactStrategy(module, config, communicator=communicator, plan=plan)
-    from dist_cifar.strategy.ddp import DdpStrategy
-
-    return DdpStrategy(module, config, communicator=communicator, plan=plan)
+        from dist_cifar.strategy.exact import ExactStrategy as Chosen
+    elif config.train.strategy == "fsdp":
+        from dist_cifar.strategy.fsdp import FsdpStrategy as Chosen
+    elif config.train.strategy == "deepspeed":
+        from dist_cifar.strategy.deepspeed import DeepSpeedStrategy as Chosen
+    else:
+        from dist_cifar.strategy.ddp import DdpStrategy as Chosen
+    return Chosen(module, config, communicator=communicator, plan=plan)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_cifar.config import OptimizerConfig
 from dist_cifar.strategy import Tensors
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Adam's state of one parameter."""
 
 
-def build_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
-    """Fused Adam over the parameters of `module`."""
-    return torch.optim.Adam(
-        module.parameters(),
+def build_adam(
+    parameters: Iterable[torch.Tensor], config: OptimizerConfig, kind: type[torch.optim.Adam] = torch.optim.Adam
+) -> torch.optim.Adam:
+    """Fused Adam, or a `kind` of it, over `parameters`."""
+    return kind(
+        parameters,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -24,16 +29,38 @@ def build_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
     )
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor) -> None:
-    """One step at `lr`, and no gradients left. Where the norm [] is not finite nothing changes.
+def clip(optimizer: torch.optim.Adam, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
+    """Scales the gradients, whose norm [] is given, to `clip_norm` where it is larger, and makes the next step of the
+    optimizer change nothing where it is not finite.
 
     The device decides: nothing waits for it.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    if clip_norm is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
     optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # what torch's GradScaler gives to fused optimizers
+
+
+def adam_step(optimizer: torch.optim.Adam, lr: float, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
+    """Clips, takes one step at `lr` and leaves no gradients; see `clip`."""
+    set_lr(optimizer, lr)
+    clip(optimizer, clip_norm, grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The L2 norm [], float32, of gradients of which every rank holds a part. A collective; no host waits for it."""
+    own = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+    squares = own.double().square()
+    dist.all_reduce(squares)
+    return squares.sqrt().float()
 
 
 def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
@@ -42,18 +69,18 @@ def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
     return {
         f"{names[parameter]}.{moment}": moments[moment].detach()
         for parameter, moments in optimizer.state.items()
-        for moment in _MOMENTS
+        for moment in MOMENTS
     }
 
 
 def load_adam(module: nn.Module, optimizer: torch.optim.Adam, tensors: Tensors) -> None:
     """Restores what `adam_tensors` gave; parameters without moments are left as new."""
     for name, parameter in module.named_parameters():
-        moments = {moment: tensors.get(f"{name}.{moment}") for moment in _MOMENTS}
+        moments = {moment: tensors.get(f"{name}.{moment}") for moment in MOMENTS}
         if moments["step"] is not None:
             # Like the parameter in memory format and device; the step count stays where fused Adam keeps it.
             optimizer.state[parameter] = {
-                "step": moments["step"].to(parameter.device),
+                "step": moments["step"].to(parameter.device, copy=True),
                 "exp_avg": torch.empty_like(parameter).copy_(moments["exp_avg"]),
                 "exp_avg_sq": torch.empty_like(parameter).copy_(moments["exp_avg_sq"]),
             }

@@ -15,15 +15,20 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DDPCommunicationHookType
 from torch import nn
 
 from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import LaunchError
+from dist_cifar.precision import prepare_forward
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
-from dist_cifar.strategy.statistics import RunningStatistics
+from dist_cifar.strategy.statistics import RankStatistics
+
+_HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+"""What rounds the gradients before they are sent, by `train.grad_compression`."""
 
 
 class DdpStrategy:
@@ -37,8 +42,12 @@ class DdpStrategy:
         self._micro_batches, self._pass = plan.micro_batches, 0
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision={"fp32": "no", "bf16": "bf16"}[config.train.precision],
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            mixed_precision="no",  # `prepare_forward` sets it, as for every strategy
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, comm_hook=_HOOKS[config.train.grad_compression]
+                )
+            ],
         )
         counted = self._accelerator.process_index, self._accelerator.num_processes
         if counted != (communicator.rank, communicator.world_size):
@@ -47,9 +56,11 @@ class DdpStrategy:
                 f" rank {counted[0]} of {counted[1]}; start with the files of launch/accelerate or with torchrun"
             )
         self.module = module.to(device, memory_format=torch.channels_last)
-        self._optimizer = build_adam(module, config.optimizer)
+        prepare_forward(module, config.train, device)
+        self._optimizer = build_adam(module.parameters(), config.optimizer)
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
-        self._statistics = RunningStatistics(module)  # only now: Accelerate moves the module to its name of the device
+        # Only now: Accelerate moves the module to its name of the device.
+        self._statistics = RankStatistics(module, communicator)
         if self._replica is not self.module:
             # As an argument it is deprecated in torch 2.15, and the name that replaces it is unknown to 2.11.
             self._replica.broadcast_buffers = False
@@ -82,42 +93,21 @@ class DdpStrategy:
     def step(self, lr: float) -> torch.Tensor:
         assert self._pass == self._micro_batches
         self._pass = 0
-        parameters = list(self.module.parameters())
-        if self._clip_norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = self._accelerator.clip_grad_norm_(parameters, self._clip_norm)
-        adam_step(self._optimizer, lr, norm)
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        adam_step(self._optimizer, lr, self._clip_norm, norm)
         self._statistics.rewind_where(~norm.isfinite())
         return norm
 
-    def average_buffers(self) -> None:
-        self._statistics.values.copy_(self._averaged_statistics())
-
     def model_tensors(self) -> Tensors:
-        state = self.module.state_dict()
-        parts = self._averaged_statistics().split([state[name].numel() for name in self._statistics.names])
-        return state | {
-            name: part.view_as(state[name]) for name, part in zip(self._statistics.names, parts, strict=True)
-        }
+        return self.module.state_dict() | self._statistics.averaged()
 
     def rank_tensors(self) -> Tensors:
-        # Rows of zeros and one sum: each rank's row arrives unchanged, in one collective.
-        values = self._statistics.values
-        rows = values.new_zeros(self._communicator.world_size, len(values))
-        rows[self._communicator.rank] = values
-        return {"buffers": self._communicator.sum(rows)} if len(values) else {}
+        return self._statistics.of_all_ranks()
 
     def optimizer_tensors(self) -> Tensors:
         return adam_tensors(self.module, self._optimizer)
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
-        rows = ranks.get("buffers")
-        if rows is not None and len(rows) == self._communicator.world_size:
-            self._statistics.values.copy_(rows[self._communicator.rank])
+        self._statistics.restore(ranks)
         load_adam(self.module, self._optimizer, optimizer)
-
-    def _averaged_statistics(self) -> torch.Tensor:
-        values = self._statistics.values
-        return self._communicator.sum(values.clone()) / self._communicator.world_size if len(values) else values

@@ -23,6 +23,7 @@ from torch import nn
 from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.distributed.tree import Bucket, LocalTree
+from dist_cifar.precision import prepare_forward
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
@@ -45,11 +46,9 @@ class ExactStrategy:
         # best: while a gradient is still in the cache.
         self._leaf_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
         self.module = module.to(device, memory_format=torch.channels_last)
-        if config.train.precision == "bf16":
-            in_bf16 = torch.autocast(device.type, torch.bfloat16)(module.forward)
-            module.forward = lambda images: in_bf16(images).float()
+        prepare_forward(module, config.train, device)
         self._statistics = RunningStatistics(module)
-        self._optimizer = build_adam(module, config.optimizer)
+        self._optimizer = build_adam(module.parameters(), config.optimizer)
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = list(reversed(list(module.parameters())))
@@ -100,11 +99,8 @@ class ExactStrategy:
         for bucket, place in zip(self._buckets, self._places, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
-        parameters = list(self.module.parameters())
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if self._clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-        adam_step(self._optimizer, lr, norm)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.module.parameters()])
+        adam_step(self._optimizer, lr, self._clip_norm, norm)
 
         statistics = self._statistics
         if statistics.names:
@@ -116,9 +112,6 @@ class ExactStrategy:
         self._statistics_tree.clear()
         self._pass = 0
         return norm
-
-    def average_buffers(self) -> None:
-        """Nothing to do: they are the same on every rank."""
 
     def model_tensors(self) -> Tensors:
         return self.module.state_dict()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.strategy import Tensors
+
 
 class RunningStatistics:
     """All buffers of a module. From construction on they are views: write to `values` and the module has it.
@@ -39,6 +42,39 @@ class RunningStatistics:
         """Goes back to the mark if `condition` (bool []) holds. The device decides: nothing waits for it."""
         self.values.copy_(torch.where(condition, self.start_values, self.values))
         self.counts.copy_(torch.where(condition, self.start_counts, self.counts))
+
+
+class RankStatistics(RunningStatistics):
+    """Those of a rank that normalises its own micro-batches: they differ between ranks, and their mean is saved."""
+
+    def __init__(self, module: nn.Module, communicator: Communicator) -> None:
+        super().__init__(module)
+        self._communicator = communicator
+        shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
+        self._shapes = [shapes[name] for name in self.names]
+
+    def averaged(self) -> Tensors:
+        """The mean over ranks of each floating-point buffer; this rank's are left as they are. A collective."""
+        if not self.names:
+            return {}
+        mean = self._communicator.sum(self.values.clone()) / self._communicator.world_size
+        parts = mean.split([shape.numel() for shape in self._shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self._shapes, strict=True)}
+
+    def of_all_ranks(self) -> Tensors:
+        """`{"buffers": float32 [ranks, n]}`, or nothing if there are no buffers. A collective."""
+        if not self.names:
+            return {}
+        # Rows of zeros and one sum: each rank's row arrives unchanged, in one collective.
+        rows = self.values.new_zeros(self._communicator.world_size, len(self.values))
+        rows[self._communicator.rank] = self.values
+        return {"buffers": self._communicator.sum(rows)}
+
+    def restore(self, ranks: Tensors) -> None:
+        """Takes this rank's row of what `of_all_ranks` gave, if there were as many ranks."""
+        rows = ranks.get("buffers")
+        if rows is not None and len(rows) == self._communicator.world_size:
+            self.values.copy_(rows[self._communicator.rank])
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:

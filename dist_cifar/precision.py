@@ -1,0 +1,86 @@
+"""How a module computes: in bf16 or fp32, as it is or compiled.
+
+Contract: `choose_precision` measures what `train.precision=auto` stands for on this machine; `prepare_forward` makes a
+module compute as a config says. Weights and gradients are float32 either way, logits too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import torch
+from torch import nn
+
+from dist_cifar.config import TrainConfig
+
+_PROBE_SHAPE = (16, 64, 32, 32)
+"""Of the layer that is measured: images, channels, height, width; a ResNet-18's first stage."""
+_PROBE_REPEATS = 5
+_PROBE_SECONDS = 0.3
+"""After which no other repeat is begun, for each precision."""
+_MUST_SAVE = 0.9
+"""bf16 rounds more coarsely: it has to take less than this share of the time of fp32."""
+
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """`bf16` or `fp32`, and a line that says why: one convolution, forward and backward, measured in both."""
+    seconds = {name: _layer_seconds(name, device) for name in ("fp32", "bf16")}
+    chosen = "bf16" if seconds["bf16"] < _MUST_SAVE * seconds["fp32"] else "fp32"
+    return chosen, (
+        f"precision  {chosen}: a convolution takes {seconds['fp32'] * 1e3:.2f} ms in fp32,"
+        f" {seconds['bf16'] * 1e3:.2f} ms in bf16"
+    )
+
+
+def prepare_forward(module: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Sets how `module` computes in training. Call it once, before the module is wrapped."""
+    set_precision(module, config.precision, device)
+    if compiles(config, device):
+        if config.strategy == "exact":
+            torch._inductor.config.deterministic = True
+        module.compile()
+
+
+def set_precision(module: nn.Module, precision: str, device: torch.device) -> None:
+    """Makes the forward pass of `module` compute in `precision`."""
+    assert precision in ("bf16", "fp32")
+    if precision == "bf16":
+        in_bf16 = torch.autocast(device.type, torch.bfloat16)(module.forward)
+        module.forward = lambda images: in_bf16(images).float()
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the module is compiled.
+
+    `auto`: on CPUs it was never faster than channels-last, and in `exact` the result would depend on the compiler.
+    """
+    if config.compile == "auto":
+        can = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return can and config.strategy != "exact"
+    return config.compile == "on"
+
+
+def _layer_seconds(precision: str, device: torch.device) -> float:
+    """The shortest of some forward and backward passes of one convolution."""
+    channels = _PROBE_SHAPE[1]
+    layer = nn.Conv2d(channels, channels, 3, padding=1).to(device, memory_format=torch.channels_last)
+    images = torch.zeros(_PROBE_SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    shortest, began = float("inf"), time.perf_counter()
+    for repeat in range(1 + _PROBE_REPEATS):
+        _wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            out = layer(images)
+        out.sum().backward()
+        _wait(device)
+        if repeat:  # the first one chooses kernels
+            shortest = min(shortest, time.perf_counter() - start)
+            if time.perf_counter() - began > _PROBE_SECONDS:
+                break
+    return shortest
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
