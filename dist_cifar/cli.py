@@ -330,10 +330,41 @@ def _refuse_what_accelerate_would_do(config: Config) -> None:
             f" {config.train.precision}; leave the former out and set train.precision"
         )
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true"):
+        if _is_set(f"ACCELERATE_USE_{name}") and config.train.strategy != name.lower():
+            hint = f"set train.strategy={name.lower()}, or leave it out" if name in _ENGINES else "leave it out"
             raise LaunchError(
-                f"launch: accelerate was told to use {name} and train.strategy is {config.train.strategy}; leave it out"
+                f"launch: accelerate was told to use {name} and train.strategy is {config.train.strategy}; {hint}"
             )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        _refuse_other_plugin_settings(config)
+
+
+_ENGINES = ("DEEPSPEED", "FSDP")
+"""What Accelerate starts and a strategy has the name of."""
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _refuse_other_plugin_settings(config: Config) -> None:
+    """Raises `LaunchError` for settings of Accelerate's DeepSpeed plugin that contradict the config."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(config.train.zero_stage))
+    if stage != str(config.train.zero_stage):
+        raise LaunchError(
+            f"launch: accelerate was given zero_stage={stage} and train.zero_stage is {config.train.zero_stage}; set"
+            f" train.zero_stage={stage}, or leave the former out"
+        )
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").lower() != "none":
+        raise LaunchError(
+            "launch: accelerate was given a deepspeed_config_file; the config says everything here: leave it out"
+        )
+    clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clip not in ("none", "auto") and float(clip) != (config.optimizer.clip_norm or 0.0):
+        raise LaunchError(
+            f"launch: accelerate was given gradient_clipping={clip} and optimizer.clip_norm is"
+            f" {config.optimizer.clip_norm}; leave the former out and set optimizer.clip_norm"
+        )
 
 
 def _device(config: Config, env: DistEnv) -> Any:
@@ -342,8 +373,7 @@ def _device(config: Config, env: DistEnv) -> Any:
 
     wanted = config.run.device
     if wanted == "auto":
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        wanted = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU") else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -299,12 +299,13 @@ class _Run:
                 self.communicator.broadcast_tensors(tensors.get(name)) for name in ("model", "optimizer", "ranks")
             )
             try:
-                self.strategy.load(model, optimizer, ranks)
+                self.evaluated.load_state_dict(model)
             except RuntimeError as error:  # only after --resume-anyway
                 raise ConfigError(
                     f"run.dir={self.run_dir.path}: its weights are not those of model.name={self.config.model.name}"
                     f" ({' '.join(str(error).split())[:200]}); give another run.dir"
                 ) from None
+            self.strategy.load(model, optimizer, ranks)
             progress = state["progress"]
             self.progress = Progress(**progress | {"plateau": Plateau(**progress["plateau"])})
             if self.is_first:

@@ -65,6 +65,18 @@ def status(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "status.json").read_text())
 
 
+def train_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` that are of training steps."""
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def wait_for_step(directory: Path, step: int) -> None:
     """Until `metrics.jsonl` has a row of that step or a later one."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
@@ -117,26 +129,30 @@ def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Hashes of undisturbed runs of `config`, by world size; filled by `golden_hash`."""
-    return {}
+def golden_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Directories of undisturbed runs of `config`, by world size; filled by `golden_run`."""
+    return {world_size: tmp_path_factory.mktemp("golden") / "run" for world_size in (1, 2)}
 
 
 @pytest.fixture
-def golden_hash(golden: dict[int, str], config: Path, tmp_path: Path) -> Callable[[int], str]:
-    def get(world_size: int) -> str:
-        if world_size not in golden:
-            directory = tmp_path / f"golden-{world_size}"
+def golden_run(golden_runs: dict[int, Path], config: Path) -> Callable[[int], Path]:
+    def get(world_size: int) -> Path:
+        directory = golden_runs[world_size]
+        if not directory.exists():
             code, out, err = run(
                 f"torchrun --standalone --nproc-per-node {world_size} dist_cifar/train.py --config {config}"
                 f" run.dir={directory}"
             )
             assert code == 0, err
             assert f"{world_size} x cpu" in out
-            golden[world_size] = summary(directory)["weights_sha256"]
-        return golden[world_size]
+        return directory
 
     return get
+
+
+@pytest.fixture
+def golden_hash(golden_run: Callable[[int], Path]) -> Callable[[int], str]:
+    return lambda world_size: summary(golden_run(world_size))["weights_sha256"]
 
 
 # --- the front doors are equivalent ------------------------------------------------------------------------------
@@ -176,9 +192,6 @@ def test_two_ranks_of_accelerate(config, golden_hash, tmp_path):
 
 @pytest.mark.slow
 def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     common = {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
@@ -186,7 +199,7 @@ def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
         "SLURM_NODEID": "0",
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_STEP_TASKS_PER_NODE": "2",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
     command = f"python dist_cifar/train.py --config {config} run.dir={tmp_path}/run"
     tasks = [start(command, **common, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
@@ -222,29 +235,33 @@ def test_ranks_do_not_outlive_mpirun(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_deepspeeds_option_is_taken_where_it_puts_it(config, golden_hash, tmp_path):
-    """Its launcher runs `SCRIPT --local_rank=N ARGUMENTS` with these variables, or `-m MODULE --local_rank=N ...`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    commands = ["python dist_cifar/train.py --local_rank=0", "python -m dist_cifar --local_rank=1 train"]
-    ranks = [
-        start(
-            f"{command} --config {config} run.dir={tmp_path}/run",
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_SIZE="2",
-            CROSS_RANK="0",
-            CROSS_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank, command in enumerate(commands)
-    ]
-    for code, _, err in map(finish, ranks):
-        assert code == 0, err
-    assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
+@pytest.mark.parametrize(
+    ("launcher", "overrides"),
+    [
+        ("accelerate launch --config_file launch/accelerate/deepspeed.yaml --num_processes 2", "train.zero_stage=3"),
+        ("accelerate launch --config_file launch/accelerate/fsdp.yaml --num_processes 2", "train.strategy=fsdp"),
+        ("accelerate launch --use_deepspeed --zero_stage 2 --num_processes 2 --num_machines 1", "train.zero_stage=2"),
+        ("deepspeed --num_accelerators 2", ""),
+    ],
+)
+def test_launchers_of_other_strategies(launcher, overrides, config, golden_run, tmp_path):
+    """DeepSpeed's own runs `SCRIPT --local_rank=N ARGUMENTS`. The first losses are those of `ddp`, to rounding."""
+    if launcher.startswith("deepspeed"):
+        launcher += f" --master_port {free_port()}"
+    code, out, err = run(
+        f"{launcher} dist_cifar/train.py --config {config} run.dir={tmp_path}/run train.epochs=1"
+        f" {'' if 'strategy' in overrides else 'train.strategy=deepspeed'} {overrides}",
+        DS_ACCELERATOR="cpu",
+    )
+    assert code == 0, err
+    assert summary(tmp_path / "run")["world_size"] == 2 and out.count("test accuracy") == 1
+    assert "Warning" not in err
+    rows, expected = (train_rows(path)[:3] for path in (tmp_path / "run", golden_run(2)))
+    assert len(rows) == 3
+    for row, other in zip(rows, expected, strict=True):
+        assert row["lr"] == other["lr"]
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -407,6 +424,7 @@ def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
     [
         {"ACCELERATE_MIXED_PRECISION": "fp16"},
         {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"ACCELERATE_USE_FSDP": "true"},
         {"WORLD_SIZE": "2"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
         {"OMPI_COMM_WORLD_SIZE": "2"},
@@ -417,6 +435,21 @@ def test_a_broken_launch_is_refused(environ, config):
     code, _, err = run(f"python dist_cifar/train.py --config {config}", **environ)
     assert code == 2
     assert "launch: " in only_error(err)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage=3 and train.zero_stage is 1; set train.zero_stage=3"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "a deepspeed_config_file; the config says everything"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping=0.5 and optimizer.clip_norm is 1.0"),
+    ],
+)
+def test_what_accelerates_plugin_would_set_otherwise_is_refused(environ, message, config, capsys, monkeypatch):
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **environ}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--config", str(config), "train.strategy=deepspeed"]) == 2
+    assert f"launch: accelerate was given {message}" in capsys.readouterr().err
 
 
 def test_deepspeeds_option_is_refused_where_it_contradicts_the_variables(config, capsys, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import time
 from pathlib import Path
@@ -301,6 +303,55 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):
     assert ranks.run(1, train, config) == [True]
     assert summary(config)["world_size"] == 1 and summary(config)["steps"] == 10
     assert summary(config)["inexact_since_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "world_size"),
+    [("exact", "fsdp", 2), ("fsdp", "deepspeed", 1), ("deepspeed", "ddp", 4), ("ddp", "exact", 2)],
+)
+def test_a_run_goes_on_in_another_strategy(ranks, tiny, tmp_path, first, second, world_size):
+    """The losses stay those of one that never changed, to rounding; where exactness ended is said and written."""
+    common = ("model.norm=group", "train.epochs=1", "run.log_every_steps=1", "train.zero_stage=3")
+    undisturbed = at(tiny(*common, f"train.strategy={first}"), tmp_path / "undisturbed")
+    ranks.run(2, train, undisturbed)
+    ranks.run(2, disturbed, tiny(*common, f"train.strategy={first}"), 2, 0, False)
+    config = tiny(*common, f"train.strategy={second}")
+    output = ranks.run(world_size, spoken, config)[0]
+    assert f"changed: train.strategy: {first} -> {second}" in output
+    assert summary(config)["strategy"] == second and summary(config)["inexact_since_step"] == 3
+    pairs = list(zip(rows(config, "train"), rows(undisturbed, "train"), strict=True))
+    assert len(pairs) == 5
+    for row, expected in pairs:
+        assert (row["step"], row["lr"]) == (expected["step"], expected["lr"])
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def spoken(communicator: Communicator, config: Config) -> str:
+    """What the run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train(communicator, config)
+    return out.getvalue()
+
+
+def test_automatic_precision_is_said_and_kept_by_the_run_directory(ranks, tiny, monkeypatch):
+    config = tiny("train.precision=auto")
+    assert (
+        "precision  bf16: a convolution"
+        in ranks.run(2, spoken_with, config, ("bf16", "precision  bf16: a convolution"))[0]
+    )
+    assert summary(config)["precision"] == "bf16"
+    longer = tiny("train.precision=auto", "train.epochs=3")
+    assert "precision  " not in ranks.run(2, spoken_with, longer, ("fp32", "precision  fp32"))[0]
+    assert summary(config)["precision"] == "bf16" and summary(config)["steps"] == 15
+
+
+def spoken_with(communicator: Communicator, config: Config, choice: tuple[str, str]) -> str:
+    """What the run prints if `choice` is what the measurement says."""
+    original, train_module.choose_precision = train_module.choose_precision, lambda device: choice
+    try:
+        return spoken(communicator, config)
+    finally:
+        train_module.choose_precision = original
 
 
 # --- strategy exact ----------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Strategy(Protocol):
         ...
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
-        """Restores what the three methods above returned, of any strategy and on any number of ranks."""
+        """Restores what the three methods above returned, for the same model, of any strategy and number of ranks."""
         ...
 
 
