@@ -101,10 +101,10 @@ def network() -> torch.nn.Module:
     return build_model(ModelConfig(name=JOB.model), num_classes=10, seed=0)
 
 
-def adam_options() -> dict[str, Any]:
-    """Arguments of torch's Adam."""
+def adam_options(*, may_fuse: bool = True) -> dict[str, Any]:
+    """Arguments of torch's Adam; `tuned` takes the fused one where it may."""
     options = {"lr": ADAM.lr, "betas": ADAM.betas, "eps": ADAM.eps, "weight_decay": ADAM.weight_decay}
-    return options | ({"fused": True} if JOB.tuned else {})
+    return options | ({"fused": True} if JOB.tuned and may_fuse else {})
 
 
 # --- the clock ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Source: https://lightning.ai/docs/pytorch/stable/notebooks/lightning_examples/cifar10-baseline.html and, for the ranks,
 https://lightning.ai/docs/pytorch/stable/accelerators/gpu_intermediate.html: a LightningModule with a learning rate that
 changes with every step, its Trainer with the default logger and progress bar, half as many workers as the machine has
-cores, `strategy="ddp"` on several ranks.
+cores, `strategy="ddp"` on several ranks. Its mixed precision refuses to clip gradients beside a fused optimizer.
 """
 
 import lightning as L
@@ -41,11 +41,9 @@ class LitResnet(L.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        settings = adam_options()
+        settings = adam_options(may_fuse=False)
         optimizer = torch.optim.Adam(self.parameters(), **settings)
-        scheduler = OneCycleLR(
-            optimizer, max_lr=settings["lr"], total_steps=EPOCHS * len(self.trainer.train_dataloader)
-        )
+        scheduler = OneCycleLR(optimizer, max_lr=settings["lr"], total_steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_end(self, outputs, batch, batch_index):  # measured
