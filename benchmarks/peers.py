@@ -54,7 +54,7 @@ SHAPES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Ranks and threads of each."""
 STEPS = {"resnet20": (5, 20), "resnet18": (2, 4)}
 """Steps that warm up, and steps that count: some ten seconds for a documented peer on two cores."""
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 1.0
 """Between two samples of the memory."""
 LIMIT_SECONDS = 600.0
@@ -179,8 +179,8 @@ def spread(name: str, values: Sequence[float], digits: int | None) -> dict[str, 
 
 
 def ratios(mine: dict[int, Sample], other: dict[int, Sample]) -> list[float]:
-    """Images/s of `mine` over those of `other` in each round that both ran in."""
-    return [mine[number].images_per_second / other[number].images_per_second for number in mine.keys() & other.keys()]
+    """Images/s of `mine` over those of `other` in each round."""
+    return [mine[number].images_per_second / other[number].images_per_second for number in mine]
 
 
 def slower_tuned(rates: dict[Row, float]) -> set[Row]:
