@@ -14,7 +14,7 @@ few left out; a ratio within a round. The variants of a peer:
 Ours is stopped by SIGTERM after its last counted step, since its end would be an evaluation; it logs every step, which
 is more than the peers do. Images are decoded and our kernel is compiled before anything is timed.
 
-Run it on a machine that does nothing else: about 40 minutes on two cores.
+Run it on a machine that does nothing else: about 50 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -52,8 +52,11 @@ BIN = Path(sys.executable).parent
 GLOBAL_BATCH = 128
 SHAPES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Ranks and threads of each."""
-STEPS = {"resnet20": (5, 20), "resnet18": (2, 4)}
-"""Steps that warm up, and steps that count: some ten seconds for a documented peer on two cores."""
+STEPS = {
+    "resnet20": {"warm_up": 4, "fp32": 16, "bf16": 30},
+    "resnet18": {"warm_up": 2, "fp32": 3, "bf16": 6},
+}
+"""Steps that warm up, and those that count in each precision: five to ten seconds on two cores."""
 POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 1.0
 """Between two samples of the memory."""
@@ -311,7 +314,7 @@ def _config(row: Row, data: Path, scratch: Path) -> str:
 def run(row: Row, data: Path, scratch: Path) -> Sample:
     """Runs the row's command once, with `scratch` (empty) for everything that it writes. Raises `RuntimeError`."""
     ranks, threads = SHAPES[row.shape]
-    warm_up, counted = STEPS[row.model]
+    warm_up, counted = STEPS[row.model]["warm_up"], STEPS[row.model][row.precision]
     config = scratch / "config.yaml"
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
     if row.is_ours:
@@ -534,7 +537,7 @@ def main() -> None:
         "data": options.data.name,
         "global_batch": GLOBAL_BATCH,
         "rounds": options.rounds,
-        "steps": {model: dict(zip(("warm_up", "counted"), STEPS[model], strict=True)) for model in options.models},
+        "steps": {model: STEPS[model] for model in options.models},
         "versions": versions() | {package: importlib.metadata.version(package) for package in sorted(packages)},
         "results": result_rows(samples),
         "comparisons": comparisons(samples),
