@@ -7,24 +7,20 @@ from torch import nn
 
 from dist_cifar.config import OptimizerConfig
 from dist_cifar.strategy import Tensors
+from dist_cifar.strategy.fused_adam import FusedAdam
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Adam's state of one parameter."""
 
 
-def build_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+def build_adam(module: nn.Module, config: OptimizerConfig) -> FusedAdam:
     """Fused Adam over the parameters of `module`."""
-    return torch.optim.Adam(
-        module.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+    return FusedAdam(
+        module.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor) -> None:
+def adam_step(optimizer: FusedAdam, lr: float, grad_norm: torch.Tensor) -> None:
     """One step at `lr`, and no gradients left. Where the norm [] is not finite nothing changes.
 
     The device decides: nothing waits for it.
@@ -36,7 +32,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, grad_norm: torch.Tensor) -
     optimizer.zero_grad()
 
 
-def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
+def adam_tensors(module: nn.Module, optimizer: FusedAdam) -> Tensors:
     """`<parameter>.<moment>` to tensor, on the device of the optimizer."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {
@@ -46,7 +42,7 @@ def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
     }
 
 
-def load_adam(module: nn.Module, optimizer: torch.optim.Adam, tensors: Tensors) -> None:
+def load_adam(module: nn.Module, optimizer: FusedAdam, tensors: Tensors) -> None:
     """Restores what `adam_tensors` gave; parameters without moments are left as new."""
     for name, parameter in module.named_parameters():
         moments = {moment: tensors.get(f"{name}.{moment}") for moment in _MOMENTS}
