@@ -114,6 +114,7 @@ class Gate:
 
 def trained(side: Side, model: str, precision: str, scratch: Path) -> None:
     """The trainer's loop, every step on the batch of the first one."""
+    keep_freed_memory()  # as the command line does
     communicator = Communicator(read_env(os.environ), device=torch.device("cpu"), timeout_seconds=3600)
     run_dir = scratch / side.name.replace(" ", "-")
     run_dir.mkdir(exist_ok=True)
@@ -192,7 +193,6 @@ def worker(options: argparse.Namespace) -> None:
         return reduction(model, Path(scratch))
     side = next(side for side in SIDES if side.name == name)
     torch.set_num_threads(side.threads)
-    keep_freed_memory()  # as the trainer does; for the loop written by hand too
     (plain if side.loop == "plain" else trained)(side, model, precision, Path(scratch))
 
 

@@ -182,5 +182,7 @@ def test_the_picture_of_the_peers_has_a_panel_for_each_model_and_shape(script, t
         "ResNet-20, 2 ranks with 1 thread each",
     )
     assert [bar.get_width() for bar in one.patches] == [690, 400, 240]
+    bf16, _, fp32 = (bar.get_y() + bar.get_height() / 2 for bar in one.patches)
+    assert bf16 < 0 and fp32 > 1  # above and below the place of their program
     assert [label.get_text() for label in one.get_yticklabels()] == ["dist_cifar, ddp", "timm train.py", "Lightning"]
     plot.plt.close(figures[0])
