@@ -34,13 +34,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
+from prediction import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, exact_bucket_counts, predict
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.allocator import keep_freed_memory
@@ -70,23 +71,6 @@ LOOPBACK = "lo"
 NAMESPACE = ["unshare", "--map-root-user", "--net", "sh", "-c", f'ip link set {LOOPBACK} up && exec "$@"', "sh"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """What the prediction assumes of the machine. The defaults: nodes of eight H100; none was measured."""
-
-    gpus_per_node: int = 8
-    within_bytes_per_second: float = 450e9
-    """Each GPU's NVLink, in one direction."""
-    between_bytes_per_second: float = 50e9
-    """Each GPU's share of the network, in one direction: one 400 Gbit/s port of InfiniBand."""
-    within_latency_seconds: float = 20e-6
-    """Of one collective, within a node."""
-    between_latency_seconds: float = 50e-6
-    """Of one collective over several nodes."""
-    memory_bytes_per_second: float = 2.5e12
-    """Reads and writes of an element-wise kernel: three quarters of what HBM3 has."""
-
-
 def wire_bytes_exact(counts: Iterable[int], ranks: int) -> float:
     """Bytes that one rank sends in one step, for flat float32 buckets of `counts` elements, each padded."""
     return sum(2 * (ranks - 1) / ranks * 4 * math.ceil(count / ranks) * ranks for count in counts)
@@ -97,76 +81,13 @@ def wire_bytes_ring(count: int, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * 4 * count
 
 
-def predict(
-    *,
-    ranks: int,
-    passes: int,
-    compute_seconds: float,
-    hidden_share: float,
-    exact_buckets: Sequence[int],
-    ddp_buckets: Sequence[int],
-    cluster: Cluster,
-) -> dict[str, float]:
-    """Seconds of one step's communication and memory traffic beside the computation, for both strategies.
-
-    `passes` forward and backward passes on each GPU take `compute_seconds` together and are the same on both sides;
-    collectives hide in the last `hidden_share` of that time, but for the last bucket's. Buckets are bytes, in order.
-    """
-    exact_seconds = [_all_to_all_seconds(n, ranks, cluster) + _ring_seconds(n, ranks, cluster) for n in exact_buckets]
-    # Twice the way of an all-gather, but one launch.
-    ddp_seconds = [2 * _ring_seconds(n, ranks, cluster) - _latency(ranks, cluster) for n in ddp_buckets]
-    size = sum(exact_buckets)
-    # Reads and writes of: adding up passes; packing; the sum over ranks in a tree; the division of a shard.
-    exact_memory = size * (3 * (passes - 1) + 2 + 3 * (ranks - 1) / ranks + 2 / ranks)
-    # Of: adding up passes; packing; the division before the all-reduce. The all-reduce's own are left out.
-    ddp_memory = sum(ddp_buckets) * (3 * (passes - 1) + 2 + 2)
-    steps = {}
-    for name, seconds, memory in (("exact", exact_seconds, exact_memory), ("ddp", ddp_seconds, ddp_memory)):
-        steps[f"{name}_communication_seconds"] = sum(seconds)
-        exposed = max(sum(seconds) - hidden_share * compute_seconds, seconds[-1]) if ranks > 1 else 0.0
-        steps[f"{name}_exposed_seconds"] = exposed
-        steps[f"{name}_memory_seconds"] = memory / cluster.memory_bytes_per_second
-        steps[f"{name}_step_seconds"] = compute_seconds + exposed + steps[f"{name}_memory_seconds"]
-    return steps | {"exact_over_ddp": steps["exact_step_seconds"] / steps["ddp_step_seconds"]}
-
-
-def _latency(ranks: int, cluster: Cluster) -> float:
-    return cluster.within_latency_seconds if ranks <= cluster.gpus_per_node else cluster.between_latency_seconds
-
-
-def _ring_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """One way round the ring, as in an all-gather of `size` bytes. Rings leave a node through all of its ports."""
-    bandwidth = cluster.within_bytes_per_second
-    if ranks > cluster.gpus_per_node:
-        bandwidth = min(bandwidth, cluster.gpus_per_node * cluster.between_bytes_per_second)
-    return (ranks - 1) / ranks * size / bandwidth + _latency(ranks, cluster)
-
-
-def _all_to_all_seconds(size: float, ranks: int, cluster: Cluster) -> float:
-    """Every GPU sends a part to every other, those of other nodes through its own port."""
-    near = min(ranks, cluster.gpus_per_node)
-    within = (near - 1) / ranks * size / cluster.within_bytes_per_second
-    between = (ranks - near) / ranks * size / cluster.between_bytes_per_second
-    return max(within, between) + _latency(ranks, cluster)
-
-
 PREDICTED = ((8, 8, 256), (8, 64, 256), (64, 64, 256), (64, 64, 64))
 """GPUs, virtual ranks, images of one step on one GPU."""
-HIDDEN_SHARE = 0.55
-"""Of a pass: its backward takes two thirds, and in ResNet-18 the first bucket is ready after a sixth of that."""
-DDP_BUCKET_BYTES = (2**20, 25 * 2**20)
-"""DDP's limits for its first bucket and for the others."""
 
 
 def predictions(cluster: Cluster) -> list[dict[str, Any]]:
     """ResNet-18 in fp32 gradients on H100."""
-    buckets = exact_bucket_counts("resnet18")
-    parameters = list(reversed(list(build_model(ModelConfig(name="resnet18"), num_classes=10, seed=0).parameters())))
-    ddp_buckets = [0]
-    for parameter in parameters:
-        if ddp_buckets[-1] >= DDP_BUCKET_BYTES[len(ddp_buckets) > 1]:
-            ddp_buckets.append(0)
-        ddp_buckets[-1] += parameter.nbytes
+    exact_buckets, ddp_buckets = exact_bucket_bytes("resnet18"), ddp_bucket_bytes("resnet18")
     rows = []
     for ranks, virtual_ranks, images in PREDICTED:
         passes = virtual_ranks // ranks
@@ -176,7 +97,7 @@ def predictions(cluster: Cluster) -> list[dict[str, Any]]:
             passes=passes,
             compute_seconds=compute_seconds,
             hidden_share=HIDDEN_SHARE / passes,
-            exact_buckets=[4 * count for count in buckets],
+            exact_buckets=exact_buckets,
             ddp_buckets=ddp_buckets,
             cluster=cluster,
         )
@@ -190,13 +111,6 @@ def predictions(cluster: Cluster) -> list[dict[str, Any]]:
             | {name: round(value, 6) for name, value in found.items()}
         )
     return rows
-
-
-def exact_bucket_counts(model: str) -> list[int]:
-    """Elements of each bucket of gradients, in their order."""
-    module = build_model(ModelConfig(name=model), num_classes=10, seed=0)
-    parameters = list(reversed(list(module.parameters())))
-    return [sum(parameter.numel() for parameter in parameters[place]) for place in exact._cut(parameters)]
 
 
 class Side:

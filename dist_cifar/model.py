@@ -1,58 +1,90 @@
 """The networks: ResNets for 32x32 images. Nothing here knows of ranks, devices or the training.
 
 Contract: `build_model(config, num_classes=..., seed=...)` gives the same weights for the same arguments, on every
-rank and whatever the global generator holds, and leaves that generator as it was.
+rank and whatever the global generator holds, and leaves that generator as it was. Names and weights of ResNet-18, -34
+and -50 are torchvision's for the same seed, but for the stem. torchvision is not imported: that would take longer than
+all else before the first step, torch itself excepted.
 
 Sources: He et al., "Deep residual learning for image recognition", CVPR 2016 (section 4.2 for the CIFAR ResNets);
-the blocks are torchvision's.
+torchvision.models.resnet, whose bottleneck has its stride in the 3x3 convolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
-from torchvision.models import resnet
-from torchvision.models.resnet import BasicBlock
 
 from dist_cifar.config import ModelConfig
 
 _GROUPS = 8
 """Groups of GroupNorm; divides every channel count of these networks."""
-_WIDE = {"resnet18": resnet.resnet18, "resnet34": resnet.resnet34, "resnet50": resnet.resnet50}
-_NARROW_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
-"""Blocks of each of the three stages: depth = 6 n + 2."""
 
 Norm = Callable[[int], nn.Module]
 
 
-class CifarResNet(nn.Module):
-    """He's CIFAR ResNet: a 3x3 stem, three stages of 16, 32 and 64 channels, identity shortcuts without weights."""
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is the identity if `downsample` is None."""
 
-    def __init__(self, blocks: int, num_classes: int, norm: Norm) -> None:
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = norm(16)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(16, 16, blocks, norm)
-        self.layer2 = _stage(16, 32, blocks, norm)
-        self.layer3 = _stage(32, 64, blocks, norm)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = norm(width)
+        self.downsample = downsample
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """float [n, 3, 32, 32] to logits [n, num_classes]."""
         hidden = self.relu(self.bn1(self.conv1(images)))
-        hidden = self.layer3(self.layer2(self.layer1(hidden)))
-        return self.fc(self.avgpool(hidden).flatten(1))
+        hidden = self.bn2(self.conv2(hidden))
+        hidden += images if self.downsample is None else self.downsample(images)
+        return self.relu(hidden)
 
 
-class _Shortcut(nn.Module):
+class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1 to four times the width, beside a shortcut as in `BasicBlock`."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = norm(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.relu(self.bn1(self.conv1(images)))
+        hidden = self.relu(self.bn2(self.conv2(hidden)))
+        hidden = self.bn3(self.conv3(hidden))
+        hidden += images if self.downsample is None else self.downsample(images)
+        return self.relu(hidden)
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+Shortcut = Callable[[int, int, int, Norm], nn.Module]
+"""Makes from (inputs, outputs, stride, norm) what stands beside the first block of a stage that changes its shape."""
+
+_WIDE: dict[str, tuple[Block, tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+"""Blocks of each of the four stages."""
+_NARROW_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+"""Blocks of each of the three stages: depth = 6 n + 2."""
+
+
+class _ZeroPadded(nn.Module):
     """Option A of the paper: every second pixel, and zeros for the new channels."""
 
     def __init__(self, new_channels: int) -> None:
@@ -64,16 +96,57 @@ class _Shortcut(nn.Module):
         return nn.functional.pad(hidden[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
 
 
-def _stage(inputs: int, outputs: int, blocks: int, norm: Norm) -> nn.Sequential:
-    grows = inputs != outputs
-    first = BasicBlock(
-        inputs,
-        outputs,
-        stride=2 if grows else 1,
-        downsample=_Shortcut(outputs - inputs) if grows else None,
-        norm_layer=norm,
-    )
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, norm_layer=norm) for _ in range(blocks - 1)))
+def _projection(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
+    """Option B of the paper."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+
+def _stage(
+    block: Block, blocks: int, *, inputs: int, width: int, stride: int, shortcut: Shortcut, norm: Norm
+) -> nn.Sequential:
+    outputs = width * block.expansion
+    changes = stride != 1 or inputs != outputs
+    first = block(inputs, width, stride, shortcut(inputs, outputs, stride, norm) if changes else None, norm)
+    return nn.Sequential(first, *(block(outputs, width, 1, None, norm) for _ in range(blocks - 1)))
+
+
+class ResNet(nn.Module):
+    """A stem, stages of blocks (the sides of the image halve and the width doubles from each to the next), the mean
+    over the pixels and a linear layer."""
+
+    def __init__(
+        self, block: Block, blocks: Sequence[int], *, stem: nn.Conv2d, shortcut: Shortcut, num_classes: int, norm: Norm
+    ) -> None:
+        """`blocks` of each stage, the first of which is as wide as the stem."""
+        super().__init__()
+        width = channels = stem.out_channels
+        self.conv1 = stem
+        self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
+        for number, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
+            stride = 2 if number else 1
+            self.add_module(
+                name,
+                _stage(block, count, inputs=channels, width=width, stride=stride, shortcut=shortcut, norm=norm),
+            )
+            width, channels = 2 * width, width * block.expansion
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                _draw(module)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float [n, 3, 32, 32] to logits [n, num_classes]."""
+        hidden = self.relu(self.bn1(self.conv1(images)))
+        for name in self.stages:
+            hidden = getattr(self, name)(hidden)
+        return self.fc(self.avgpool(hidden).flatten(1))
+
+
+def _draw(convolution: nn.Conv2d) -> None:
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
@@ -82,10 +155,19 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name in _NARROW_DEPTHS:
-            return CifarResNet(_NARROW_DEPTHS[config.name], num_classes, norm)
-        model = _WIDE[config.name](num_classes=num_classes, norm_layer=norm)
+            return ResNet(
+                BasicBlock,
+                [_NARROW_DEPTHS[config.name]] * 3,
+                stem=nn.Conv2d(3, 16, 3, padding=1, bias=False),
+                shortcut=lambda inputs, outputs, *_: _ZeroPadded(outputs - inputs),
+                num_classes=num_classes,
+                norm=norm,
+            )
+        block, blocks = _WIDE[config.name]
+        # The weights are drawn with torchvision's stem in its place, so that they are torchvision's.
+        theirs = nn.Conv2d(3, 64, 7, bias=False)
+        model = ResNet(block, blocks, stem=theirs, shortcut=_projection, num_classes=num_classes, norm=norm)
         # The stem for 32x32 images: torchvision's would shrink them to 8x8 before the first block.
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
+        _draw(model.conv1)
         return model

@@ -144,6 +144,7 @@ class _Run:
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
 
+        kernel.load()  # side by side; what follows has something to do only where there was nothing to load
         # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
         communicator.on_first_rank(lambda: kernel.warm_up(self.display.say))
         if not self.is_first:

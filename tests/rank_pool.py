@@ -101,14 +101,18 @@ def _serve(connection: Connection) -> None:
 
 
 def _forget_deepspeed() -> None:
-    """It keeps groups of its own, and counts modules over the life of the process: on every rank as many."""
+    """It keeps groups of its own, and stage 3 changes the process for good: two counters, and a `linear` whose
+    gradients come in another order, so that ranks with another past would reduce other things.
+    """
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-        from deepspeed.runtime.zero.partition_parameters import Init
+        from deepspeed.runtime.zero.partition_parameters import Init, InsertPostInitMethodToModuleSubClasses
 
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = Init.param_id = 0
+        if hasattr(InsertPostInitMethodToModuleSubClasses, "linear_bk"):
+            sys.modules["torch"].nn.functional.linear = InsertPostInitMethodToModuleSubClasses.linear_bk
 
 
 def _call(call: _Call) -> Any:

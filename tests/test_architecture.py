@@ -45,6 +45,7 @@ ONLY_IN = {
     "accelerate": ("strategy",),
     "wandb": ("tracking",),
     "deepspeed": ("strategy",),
+    "torchvision": ("augment",),
 }
 NO_DISTRIBUTION = ("augment", "model")
 

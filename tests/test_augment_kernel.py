@@ -387,3 +387,16 @@ def test_compiles_without_a_cache_where_nothing_can_be_written(monkeypatch):
 
     monkeypatch.setattr(numba, "njit", refuse_cache)
     assert jit.compiled(lambda number: number + 1)(2) == 3
+
+
+LOAD = "import sys; from dist_cifar.augment import kernel; sys.exit(not kernel.load())"
+
+
+def test_loading_compiles_nothing(tmp_path):
+    def loads() -> bool:
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", LOAD], env=environment, timeout=120).returncode == 0
+
+    assert not loads() and not list(tmp_path.rglob("*.nbc"))
+    subprocess.run([sys.executable, "-c", WARM_UP], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)
+    assert loads()

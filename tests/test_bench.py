@@ -71,8 +71,9 @@ def test_bench_names_its_entries_when_none_is_given(capsys):
 def strategy() -> ModuleType:
     specification = importlib.util.spec_from_file_location("strategy_benchmark", STRATEGY)
     module = importlib.util.module_from_spec(specification)
-    sys.modules["strategy_benchmark"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(STRATEGY.parent))  # as when it is run
+        specification.loader.exec_module(module)
     return module
 
 

@@ -112,3 +112,22 @@ def test_neither_imports_torch(tmp_path):
     code = "import sys; from dist_cifar.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for words in (["data", *SMALL, *arguments(tmp_path)], ["train", "--print-run-dir"]):
         subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+TRAIN_AND_LIST = """
+import sys
+from dist_cifar.cli import main
+code = main(["train", *sys.argv[1:]])
+print(code, *{name.partition(".")[0] for name in sys.modules}, "torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["exact", "ddp"])
+def test_one_rank_imports_no_slow_package(tmp_path, strategy):
+    """Each of them takes longer than all else that happens before the first step."""
+    words = [*SMALL, "batch.global_size=16", "run.device=cpu", "tracking.wandb=disabled", f"run.dir={tmp_path}/run"]
+    words += ["model.name=resnet20", "train.max_steps=1", f"train.strategy={strategy}"]
+    command = [sys.executable, "-c", TRAIN_AND_LIST, *words]
+    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
+    assert (last[0], last[-1]) == ("0", "False")
+    assert not {"torchvision", "wandb", "matplotlib", "deepspeed"} & set(last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -37,17 +39,22 @@ def test_logits(name, norm):
     assert (torch.nn.GroupNorm in kinds) == (norm == "group") != (torch.nn.BatchNorm2d in kinds)
 
 
-def test_resnet18_is_torchvisions_behind_the_stem():
-    ours = build_model(ModelConfig(name="resnet18"), num_classes=10, seed=0)
-    theirs = torchvision.models.resnet18(num_classes=10)
-    state = {name: tensor for name, tensor in ours.state_dict().items() if name != "conv1.weight"}
-    assert theirs.load_state_dict(state, strict=False).missing_keys == ["conv1.weight"]
-    hidden = torch.randn(2, 64, 32, 32)
-    for layer in ("layer1", "layer2", "layer3", "layer4"):
-        mine, other = getattr(ours, layer).eval(), getattr(theirs, layer).eval()
-        assert torch.equal(mine(hidden), other(hidden))
-        hidden = mine(hidden)
-    assert hidden.shape == (2, 512, 4, 4)  # the CIFAR stem keeps 32x32
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_wide_networks_are_torchvisions_behind_the_stem(name, norm):
+    ours = build_model(ModelConfig(name=name, norm=norm), num_classes=10, seed=3)
+    torch.manual_seed(3)
+    kind = {"batch": torch.nn.BatchNorm2d, "group": partial(torch.nn.GroupNorm, 8)}[norm]
+    theirs = getattr(torchvision.models, name)(num_classes=10, norm_layer=kind)
+    theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    torch.nn.init.kaiming_normal_(theirs.conv1.weight, mode="fan_out", nonlinearity="relu")
+    state = ours.state_dict()
+    assert list(state) == list(theirs.state_dict())
+    assert all(torch.equal(state[key], tensor) for key, tensor in theirs.state_dict().items())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours(images), theirs(images))
+    hidden = ours.layer4(ours.layer3(ours.layer2(ours.layer1(torch.randn(2, 64, 32, 32)))))
+    assert hidden.shape[2:] == (4, 4)  # the CIFAR stem keeps 32x32
 
 
 def test_the_shortcut_of_the_narrow_networks_has_no_weights():

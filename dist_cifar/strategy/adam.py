@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,26 +11,27 @@ from torch import nn
 
 from dist_cifar.config import OptimizerConfig
 from dist_cifar.strategy import Tensors
+from dist_cifar.strategy.fused_adam import FusedAdam
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """Adam's state of one parameter."""
 
 
-def build_adam(
-    parameters: Iterable[torch.Tensor], config: OptimizerConfig, kind: type[torch.optim.Adam] = torch.optim.Adam
-) -> torch.optim.Adam:
-    """Fused Adam, or a `kind` of it, over `parameters`."""
-    return kind(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+if TYPE_CHECKING:
+    Adam = FusedAdam | torch.optim.Adam
 
 
-def clip(optimizer: torch.optim.Adam, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
+def build_adam(parameters: Iterable[torch.Tensor], config: OptimizerConfig) -> FusedAdam:
+    """Fused Adam over `parameters`."""
+    return FusedAdam(parameters, **adam_options(config))
+
+
+def adam_options(config: OptimizerConfig) -> dict[str, Any]:
+    """The keyword arguments of Adam, torch's and ours."""
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+
+
+def clip(optimizer: Adam, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
     """Scales the gradients, whose norm [] is given, to `clip_norm` where it is larger, and makes the next step of the
     optimizer change nothing where it is not finite.
 
@@ -41,7 +43,7 @@ def clip(optimizer: torch.optim.Adam, clip_norm: float | None, grad_norm: torch.
     optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # what torch's GradScaler gives to fused optimizers
 
 
-def adam_step(optimizer: torch.optim.Adam, lr: float, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
+def adam_step(optimizer: FusedAdam, lr: float, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
     """Clips, takes one step at `lr` and leaves no gradients; see `clip`."""
     set_lr(optimizer, lr)
     clip(optimizer, clip_norm, grad_norm)
@@ -49,7 +51,7 @@ def adam_step(optimizer: torch.optim.Adam, lr: float, clip_norm: float | None, g
     optimizer.zero_grad()
 
 
-def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
+def set_lr(optimizer: Adam, lr: float) -> None:
     """The learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -63,7 +65,7 @@ def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.T
     return squares.sqrt().float()
 
 
-def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
+def adam_tensors(module: nn.Module, optimizer: Adam) -> Tensors:
     """`<parameter>.<moment>` to tensor, on the device of the optimizer."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return {
@@ -73,7 +75,7 @@ def adam_tensors(module: nn.Module, optimizer: torch.optim.Adam) -> Tensors:
     }
 
 
-def load_adam(module: nn.Module, optimizer: torch.optim.Adam, tensors: Tensors) -> None:
+def load_adam(module: nn.Module, optimizer: Adam, tensors: Tensors) -> None:
     """Restores what `adam_tensors` gave; parameters without moments are left as new."""
     for name, parameter in module.named_parameters():
         moments = {moment: tensors.get(f"{name}.{moment}") for moment in MOMENTS}

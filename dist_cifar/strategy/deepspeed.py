@@ -28,7 +28,7 @@ from dist_cifar.errors import LaunchError
 from dist_cifar.precision import prepare_forward
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy import Tensors
-from dist_cifar.strategy.adam import MOMENTS, adam_tensors, build_adam, clip, load_adam, set_lr, sharded_norm
+from dist_cifar.strategy.adam import MOMENTS, adam_options, adam_tensors, clip, load_adam, set_lr, sharded_norm
 from dist_cifar.strategy.statistics import RankStatistics
 
 
@@ -45,12 +45,11 @@ class DeepSpeedStrategy:
         self._utils = deepspeed.utils
         self.module = module.to(self._device)
         prepare_forward(module, config.train, self._device)
-        optimizer = build_adam(module.parameters(), config.optimizer, _ClippingAdam)
-        self._adam: _ClippingAdam = optimizer
+        self._adam = _ClippingAdam(module.parameters(), fused=True, **adam_options(config.optimizer))
         self._adam.clip_norm, self._adam.is_sharded = config.optimizer.clip_norm, self._stage > 0
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=self._adam,
             dist_init_required=False,
             config={
                 "train_micro_batch_size_per_gpu": plan.micro_size,
