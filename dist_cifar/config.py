@@ -72,6 +72,9 @@ class RunConfig:
     """Steps between two rows of the log and of `metrics.jsonl`."""
     log_digests: bool = False
     """Write the SHA-256 of every tensor of the state after every step to `digests.jsonl`. Slow."""
+    profile: bool = False
+    """Time the phases of some steps after each start, print a table of them and write it, with a chrome trace of each
+    rank, to `profile/` in the run directory."""
     straggler_factor: Annotated[float, Range(above=1)] = 1.5
     """The log names a rank that takes this many times the median rank's time before it can be waited for."""
     time_limit_seconds: PositiveFloat | None = None
@@ -313,6 +316,7 @@ CHANGEABLE_AT_RESUME = frozenset(
         "run.timeout_seconds",
         "run.log_every_steps",
         "run.log_digests",
+        "run.profile",
         "run.straggler_factor",
         "run.time_limit_seconds",
         "data.root",

@@ -33,7 +33,7 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints, self.profile = self.path / "checkpoints", self.path / "profile"
         self._config, self._status, self._summary = (
             self.path / name for name in ("config.yaml", "status.json", "summary.json")
         )
@@ -123,6 +123,12 @@ class RunDir:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""
         write_atomic(self._summary, json.dumps(summary, indent=2) + "\n")
+
+    def write_profile(self, summary: Mapping[str, Any]) -> Path:
+        """Saves where the time of a step goes; returns the directory, which holds the traces too."""
+        self.profile.mkdir(exist_ok=True)
+        write_atomic(self.profile / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return self.profile
 
     def append_digests(self, row: Mapping[str, Any]) -> None:
         """Adds one line to `digests.jsonl`."""

@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dist_cifar
-from dist_cifar import signals
+from dist_cifar import profile, signals
 from dist_cifar.augment import kernel, policy
 from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
@@ -53,6 +53,7 @@ from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums
 from dist_cifar.model import build_model
 from dist_cifar.numerics import numerics, pin
 from dist_cifar.precision import choose_precision, set_precision
+from dist_cifar.profile import phase
 from dist_cifar.rundir import LOCK_SECONDS, RunDir
 from dist_cifar.schedule import (
     Plateau,
@@ -200,6 +201,11 @@ class _Run:
         self.logged = dataclasses.replace(self.progress)
         """The progress at the last log."""
         self.trackers: list[Tracker] = []
+        self.profile = (
+            profile.Profile(self.run_dir.profile, rank=communicator.rank, device=communicator.device)
+            if config.run.profile
+            else None
+        )
 
     def train(self) -> bool:
         config, plan, progress, strategy = self.config, self.plan, self.progress, self.strategy
@@ -211,10 +217,12 @@ class _Run:
         self._begin()
         device = self.communicator.device
         vote = Vote(self.communicator, 2)
-        with closing(prefetch(self.make_batch, range(progress.step, plan.total_steps), device)) as batches:
+        steps = range(progress.step, plan.total_steps)
+        with closing(prefetch(self.make_batch, steps, device)) as batches, self.profile or nullcontext():
             while progress.step < plan.total_steps:
                 stops = signals.stop_requested() or self.deadline.is_near(self.store.write_seconds)
                 vote.cast(progress.step + 1, stops, self.store.failed)
+                phase("data")
                 step_started = time.perf_counter()
                 self.own_time.start()
                 batch = next(batches)
@@ -223,13 +231,18 @@ class _Run:
                 lr = progress.plateau.lr * warmup_factor(config.optimizer, plan, progress.step)
                 inputs, labels = batch.inputs.split(plan.micro_size), batch.labels.split(plan.micro_size)
                 for i in range(plan.micro_batches):
+                    phase("forward")
                     logits = strategy.forward(inputs[i])
                     loss = cross_entropy(logits, labels[i], label_smoothing=config.train.label_smoothing)
                     if i == plan.micro_batches - 1:
                         self.own_time.stop()
+                    phase("backward")
                     strategy.backward(loss)
+                    phase("other")
                     self.sums.add(loss, logits, labels[i])
+                phase("optimizer")
                 grad_norm = strategy.step(lr)
+                phase("other")
                 if self.is_first:  # it is the same on every rank
                     self.sums.add_step(grad_norm)
                 progress.step += 1
@@ -242,6 +255,8 @@ class _Run:
                 self.display.stepped()
                 if config.run.log_digests:
                     self._log_digests()
+                if self.profile is not None and self.profile.is_complete:
+                    self._report_profile()
                 if evaluation_due(plan, config.eval.every_epochs, progress.step):
                     self._save(best=self._evaluate())
                 stops, write_failed = vote.result()
@@ -335,6 +350,7 @@ class _Run:
 
     def _save(self, *, best: bool = False) -> None:
         """Begins to write a checkpoint, unless this step has one. Raises if the replicas do not agree."""
+        phase("checkpoint")
         if self.saved_step == self.progress.step:
             return
         rows = self.communicator.gather(self.sums.sums.tolist())
@@ -432,8 +448,23 @@ class _Run:
             digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
             self.run_dir.append_digests({"step": self.progress.step, "sums": _summed(rows), "digests": digests})
 
+    def _report_profile(self) -> None:
+        """Says and writes where the time of a step went, once. A collective."""
+        assert self.profile is not None
+        ranks = self.communicator.gather(self.profile.milliseconds())
+        self.profile = None
+        if not ranks[0]:
+            self.display.say(f"profile    nothing to say of: a start needs more than {profile.SKIPPED_STEPS + 1} steps")
+        elif self.is_first:
+            device = self.communicator.device.type
+            facts = {"strategy": self.config.train.strategy, "world_size": len(ranks), "device": device}
+            summary = facts | profile.summarize(ranks)
+            path = self.run_dir.write_profile(summary)
+            self.display.say(table([*profile.lines(summary), ("profile", str(path))]))
+
     def _evaluate(self) -> bool:
         """Evaluates on the watched split and steps the plateau; returns whether this is the best model so far."""
+        phase("evaluation")
         result = self._evaluation(self.strategy.model_tensors(), *self.watched)
         progress = self.progress
         self._track("eval", split="test" if self.watches_test else "validation", **evaluation_fields(result))
@@ -524,6 +555,8 @@ class _Run:
 
     def _leave_loop(self) -> None:
         """No more steps: when this returns, what was saved is on the disk."""
+        if self.profile is not None:
+            self._report_profile()
         self.communicator.on_first_rank(lambda: self.store.wait(must_succeed=True))
         self.display.stop()
 

@@ -23,6 +23,7 @@ ORDER = [
     "augment",
     "model",
     "precision",
+    "profile",
     "numerics",
     "metrics",
     "distributed",

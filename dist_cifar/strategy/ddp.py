@@ -22,6 +22,7 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import LaunchError
 from dist_cifar.precision import prepare_forward
+from dist_cifar.profile import reduction_follows
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
@@ -64,6 +65,8 @@ class DdpStrategy:
         if self._replica is not self.module:
             # As an argument it is deprecated in torch 2.15, and the name that replaces it is unknown to 2.11.
             self._replica.broadcast_buffers = False
+            if config.run.profile:
+                reduction_follows(module.parameters())
             self._settle_buckets(plan.micro_size)
 
     def _settle_buckets(self, micro_size: int) -> None:

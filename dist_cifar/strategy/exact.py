@@ -24,6 +24,7 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.distributed.tree import Bucket, LocalTree
 from dist_cifar.precision import prepare_forward
+from dist_cifar.profile import phase
 from dist_cifar.schedule import BatchPlan
 from dist_cifar.strategy import Tensors
 from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
@@ -95,7 +96,9 @@ class ExactStrategy:
 
     def step(self, lr: float) -> torch.Tensor:
         assert self._pass == self._local_passes and self._next_bucket == len(self._buckets)
+        phase("reduction")
         self._reductions.wait()
+        phase("optimizer")
         for bucket, place in zip(self._buckets, self._places, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
