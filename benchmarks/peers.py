@@ -11,8 +11,9 @@ few left out; a ratio within a round. The variants of a peer:
 - `tuned`: bf16 autocast, channels-last and fused Adam added by hand, and the better of no workers and the documented
   number: both run in the first round, the faster one in all.
 
-Ours is stopped by SIGTERM after its last counted step, since its end would be an evaluation; it logs every step, which
-is more than the peers do. Images are decoded and our kernel is compiled before anything is timed.
+Ours is stopped by SIGTERM after its last counted step, since its end would be an evaluation. It logs a row in as many
+steps as warm up (2 or 4), and its rate is taken between rows; the end of its first step is that of the first row less
+the mean time of the steps between. Images are decoded and our kernel is compiled before anything is timed.
 
 Run it on a machine that does nothing else: about 50 minutes on two cores.
 """
@@ -30,9 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +55,11 @@ GLOBAL_BATCH = 128
 SHAPES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Ranks and threads of each."""
 STEPS = {
-    "resnet20": {"warm_up": 4, "fp32": 16, "bf16": 30},
-    "resnet18": {"warm_up": 2, "fp32": 3, "bf16": 6},
+    "resnet20": {"warm_up": 4, "fp32": 16, "bf16": 32},
+    "resnet18": {"warm_up": 2, "fp32": 4, "bf16": 8},
 }
-"""Steps that warm up, and those that count in each precision: five to ten seconds on two cores."""
+"""Steps that warm up, and those that count in each precision: five to ten seconds on two cores. Ours logs once in as
+many steps as warm up, so those that count are a multiple of that."""
 POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 1.0
 """Between two samples of the memory."""
@@ -150,13 +153,15 @@ def rate_and_wait(ranks: Sequence[Sequence[Sequence[float]]], warm_up: int, batc
     return (len(ranks[0]) - warm_up) * batch / seconds, waited / seconds
 
 
-def marks_of_log(rows: Iterable[dict[str, Any]], batch: int) -> list[tuple[float, float]]:
-    """The same marks from the rows of `metrics.jsonl` of a run that logged every step."""
-    marks, waited = [], 0.0
-    for row in rows:
-        waited += row["data_wait_share"] * batch / row["images_per_second"]
-        marks.append((row["seconds"], waited))
-    return marks
+def rate_and_wait_of_log(rows: Sequence[dict[str, Any]], batch: int) -> tuple[float, float]:
+    """The same from the rows of `metrics.jsonl`; the steps up to the first row warm up."""
+    first, last = rows[0], rows[-1]
+    seconds = last["seconds"] - first["seconds"]
+    waited = sum(
+        row["data_wait_share"] * (row["step"] - before["step"]) * batch / row["images_per_second"]
+        for before, row in pairwise(rows)
+    )
+    return (last["step"] - first["step"]) * batch / seconds, waited / seconds
 
 
 def lines_of_code(source: str, without: Sequence[str]) -> int:
@@ -301,7 +306,11 @@ def _command(row: Row, config: Path) -> list[str]:
 def _config(row: Row, data: Path, scratch: Path) -> str:
     """The config file of a row of ours."""
     config = {
-        "run": {"dir": str(scratch / "run"), "threads_per_rank": SHAPES[row.shape][1], "log_every_steps": 1},
+        "run": {
+            "dir": str(scratch / "run"),
+            "threads_per_rank": SHAPES[row.shape][1],
+            "log_every_steps": STEPS[row.model]["warm_up"],
+        },
         "data": {"source": "folder", "root": str(data), "cache_dir": str(scratch.parent / "cache")},
         "model": {"name": row.model},
         "batch": {"global_size": GLOBAL_BATCH},
@@ -335,7 +344,7 @@ def run(row: Row, data: Path, scratch: Path) -> Sample:
         watched = Watched(_command(row, config), environment, log)
         try:
             if row.is_ours:
-                rows = watched.until_logged(scratch / "run/metrics.jsonl", warm_up + counted)
+                rows = watched.until_logged(scratch / "run/metrics.jsonl", 1 + counted // warm_up)
             else:
                 watched.until_ended()
         except RuntimeError as error:
@@ -345,14 +354,15 @@ def run(row: Row, data: Path, scratch: Path) -> Sample:
         finally:
             watched.end()
     if row.is_ours:
-        marks, first_step_at = [marks_of_log(rows, GLOBAL_BATCH)], watched.first_row_at
+        rate, wait = rate_and_wait_of_log(rows, GLOBAL_BATCH)
+        first_step_at = watched.first_row_at - (warm_up - 1) * GLOBAL_BATCH / rate
     else:
         written = [json.loads((scratch / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
         if {result["threads"] for result in written} != {threads}:
             raise RuntimeError(f"{row}: did not run with {threads} threads")
         marks = [result["marks"] for result in written]
         first_step_at = marks[0][0][0]
-    rate, wait = rate_and_wait(marks, warm_up, GLOBAL_BATCH)
+        rate, wait = rate_and_wait(marks, warm_up, GLOBAL_BATCH)
     return Sample(
         images_per_second=rate,
         data_wait_share=wait,
@@ -380,15 +390,15 @@ class Watched:
         if self._process.returncode:
             raise RuntimeError(f"exit code {self._process.returncode}")
 
-    def until_logged(self, path: Path, steps: int) -> list[dict[str, Any]]:
-        """The rows of the first `steps` steps in `metrics.jsonl`; then the command is stopped."""
+    def until_logged(self, path: Path, count: int) -> list[dict[str, Any]]:
+        """The first `count` rows of `metrics.jsonl`; then the command is stopped."""
         rows: list[dict[str, Any]] = []
-        while len(rows) < steps:
+        while len(rows) < count:
             if self._process.poll() is not None:
-                raise RuntimeError(f"exit code {self._process.returncode} after {len(rows)} steps")
+                raise RuntimeError(f"exit code {self._process.returncode} after {len(rows)} rows")
             self._tick()
             lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-            rows = [json.loads(line) for line in lines][:steps]
+            rows = [json.loads(line) for line in lines][:count]
             if rows and not self.first_row_at:
                 self.first_row_at = time.monotonic()
         self._process.send_signal(signal.SIGTERM)

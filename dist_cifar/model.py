@@ -93,7 +93,9 @@ class _ZeroPadded(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         before = self.new_channels // 2
-        return nn.functional.pad(hidden[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
+        # Every second pixel as a pooling: unlike that of a slice, its gradient keeps the memory format.
+        pixels = nn.functional.avg_pool2d(hidden, kernel_size=1, stride=2)
+        return nn.functional.pad(pixels, (0, 0, 0, 0, before, self.new_channels - before))
 
 
 def _projection(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:

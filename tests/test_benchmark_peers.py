@@ -41,12 +41,13 @@ def test_rate_counts_the_steps_after_the_warm_up_and_the_wait_of_all_ranks(peers
     assert peers.rate_and_wait(ranks, warm_up, 12) == (pytest.approx(rate), pytest.approx(wait))
 
 
-def test_the_log_of_ours_gives_the_same_marks(peers):
+def test_the_log_of_ours_gives_the_same_figures(peers):
     rows = [
-        {"seconds": 10.0, "images_per_second": 4.0, "data_wait_share": 0.5},
-        {"seconds": 13.5, "images_per_second": 6.0, "data_wait_share": 0.25},
+        {"step": 2, "seconds": 10.0, "images_per_second": 4.0, "data_wait_share": 0.5},
+        {"step": 4, "seconds": 14.0, "images_per_second": 6.0, "data_wait_share": 0.25},
+        {"step": 6, "seconds": 18.0, "images_per_second": 6.0, "data_wait_share": 0.0},
     ]
-    assert peers.marks_of_log(rows, 12) == [(10.0, 1.5), (13.5, 2.0)]
+    assert peers.rate_and_wait_of_log(rows, 12) == (4 * 12 / 8, 1.0 / 8)
 
 
 def test_lines_of_code_are_those_that_a_user_writes(peers):
@@ -137,7 +138,7 @@ def test_ours_is_the_real_command_with_a_config_that_it_takes(peers, tmp_path):
     (tmp_path / "config.yaml").write_text(peers._config(mine, Path("images.zip"), tmp_path))
     config = load_config(tmp_path / "config.yaml", [])
     assert (config.train.strategy, config.train.precision, config.batch.global_size) == ("exact", "bf16", 128)
-    assert config.run.log_every_steps == 1 and config.run.threads_per_rank == 1
+    assert config.run.log_every_steps == 4 and config.run.threads_per_rank == 1
     command = peers._command(mine, tmp_path / "config.yaml")
     assert "--nproc-per-node=2" in command and command[-3].endswith("dist_cifar/train.py")
     assert peers.code_and_config(mine)["lines_of_code"] == 0 < peers.code_and_config(mine)["lines_of_config"]

@@ -56,3 +56,15 @@ def test_an_error_in_the_loop_ends_the_thread():
         for _ in batches:
             raise ZeroDivisionError
     assert prefetch_threads() == 0
+
+
+def test_only_the_loop_has_several_threads_for_its_operators():
+    """More OpenMP workers than cores would all sleep where they wait, and the loop with them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with closing(prefetch(lambda _: make(torch.get_num_threads()), range(3))) as batches:
+            assert [int(batch.labels) for batch in batches] == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -75,3 +75,19 @@ def test_weights_are_a_function_of_the_seed_alone():
     other = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=4).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+def test_the_shortcut_takes_every_second_pixel_and_its_gradient_keeps_the_memory_format():
+    """A gradient in another layout than the activations costs a twentieth of the step."""
+    (shortcut,) = (
+        module
+        for module in build_model(ModelConfig(name="resnet20"), num_classes=10, seed=0).layer2.modules()
+        if type(module).__name__ == "_ZeroPadded"
+    )
+    hidden = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = shortcut(hidden)
+    assert torch.equal(out[:, 8:24], hidden[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+    out.backward(torch.randn_like(out))
+    assert hidden.grad.is_contiguous(memory_format=torch.channels_last)
+    assert hidden.grad[:, :, ::2, ::2].all() and not hidden.grad[:, :, 1::2].any()

@@ -51,6 +51,9 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
                 continue
 
     def work() -> None:
+        # A thread that uses OpenMP has workers of its own. With more of them than cores, all workers go to sleep where
+        # they wait, also those of the loop, which then is up to three times as slow.
+        torch.set_num_threads(1)
         try:
             for step in steps:
                 if stop.is_set():

@@ -160,7 +160,9 @@ class _Reductions:
         self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
         # With one rank there is nothing to wait for, so nothing to hide.
         threads = self._stream is None and communicator.world_size > 1
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce") if threads else None
+        # No OpenMP workers of its own, for the reason given in `dist_cifar.data.loader`.
+        single = partial(torch.set_num_threads, 1)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if threads else None
         self._futures: list[Future[None]] = []
 
     def submit(self, function: partial[None]) -> None:
