@@ -3,7 +3,7 @@
     python benchmarks/readme.py
 
 Each block of a page between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name makes of
-`results/NAME.json`, and left as it is where that file is missing. A test runs it and finds nothing to change.
+`results/NAME.json`. A test runs it and finds nothing to change.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def epoch(result: dict[str, Any]) -> str:
 
 MODELS = {"resnet20": "ResNet-20", "resnet18": "ResNet-18"}
 PEERS = {
-    "accelerate": "Accelerate",
-    "ddp_tutorial": "DDP tutorial",
+    "accelerate": "Accelerate's example",
+    "ddp_tutorial": "PyTorch's DDP tutorial",
     "pytorch_cifar": "pytorch-cifar",
     "timm": "timm",
     "lightning": "Lightning",
@@ -68,43 +68,83 @@ PEERS = {
 
 
 def peers(result: dict[str, Any]) -> str:
-    """Our rates, and their ratios to the best of the peers."""
+    """Rates of all programs, and the ratios of ours to the best of the others."""
+    cells = list(dict.fromkeys((row["model"], row["ranks"], row["threads_per_rank"]) for row in result["results"]))
+    heads = [f"{MODELS[model]}, {ranks} x {threads}" for model, ranks, threads in cells]
+    detail = cells[0]
     lines = [
-        "| | ranks x threads | dist_cifar | images/s | over the best documented peer | over the best tuned peer |",
-        "|---|---|---|---|---|---|",
+        f"| images/s (ranks x threads) | {' | '.join(heads)} | first step after | data wait | memory | lines of code |",
+        "|---" * (len(cells) + 5) + "|",
     ]
+    programs: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for row in result["results"]:
-        if row["name"] != "dist_cifar":
-            continue
-        shape = f"{row['ranks']}x{row['threads_per_rank']}"
-        against = {
-            found["against"]: f"{_ratio(found, 'ratio')}, {PEERS[found['peer']]}"
-            for found in result["comparisons"]
-            if [found[name] for name in ("model", "shape", "strategy", "precision")]
-            == [row["model"], shape, row["variant"], row["precision"]]
+        name = _program(row)
+        if name is not None:
+            programs.setdefault(name, {})[row["model"], row["ranks"], row["threads_per_rank"]] = row
+    for name, rows in programs.items():
+        rates = [f"{rows[cell]['images_per_second_median']:,.0f}" if cell in rows else "" for cell in cells]
+        row = rows[detail]
+        rates += [f"{row['startup_seconds_median']:.1f} s", f"{row['data_wait_share_median']:.1%}"]
+        rates += [f"{row['peak_pss_bytes_median'] / 2**20:,.0f} MiB", str(row["lines_of_code"])]
+        lines.append(f"| {name} | {' | '.join(rates)} |")
+    lines += ["", f"| over the best of the others | {' | '.join(heads)} |", "|---" * (len(cells) + 1) + "|"]
+    for strategy, precision, against in (
+        ("ddp", "fp32", "best documented"),
+        ("ddp", "bf16", "best documented"),
+        ("exact", "bf16", "best documented"),
+        ("ddp", "bf16", "best tuned"),
+        ("exact", "bf16", "best tuned"),
+    ):
+        found = {
+            (row["model"], row["shape"]): row
+            for row in result["comparisons"]
+            if (row["strategy"], row["precision"], row["against"]) == (strategy, precision, against)
         }
-        low, median, high = (f"{row[f'images_per_second_{kind}']:,.0f}" for kind in ("min", "median", "max"))
-        cells = [MODELS[row["model"]], shape.replace("x", " x "), f"`{row['variant']}` {row['precision']}"]
-        cells += [f"{median} ({low} to {high})", against.get("best documented", ""), against.get("best tuned", "")]
-        lines.append(f"| {' | '.join(cells)} |")
+        ratios = [found[model, f"{ranks}x{threads}"] for model, ranks, threads in cells]
+        texts = " | ".join(f"{_ratio(row, 'ratio')}, {PEERS[row['peer']]}" for row in ratios)
+        lines.append(f"| `{strategy}` {precision} over the {against} | {texts} |")
     packages = ("torch", "accelerate", "timm", "lightning")
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
     return "\n".join(
         [
             *lines,
             "",
-            f"Median and range of n = {result['rounds']} interleaved rounds, ratios within a round. Global batch"
-            f" {result['global_batch']}, {result['data']} as the images, the same model and augmentation; every program"
-            f" on the same cores: {result['hardware']}; {versions}. *Documented*: as the peer's documentation has it,"
-            " in fp32."
-            " *Tuned*: bf16, channels-last and fused Adam added by hand.",
+            f"Median (and range) of n = {result['rounds']} interleaved rounds, ratios within a round. The same model,"
+            f" images ({result['data']}), augmentation and global batch ({result['global_batch']}); all on"
+            f" {result['hardware']}; {versions}. *Documented*: as the program's documentation has it, in fp32. *Tuned*:"
+            " bf16, channels-last and fused Adam added by hand, and the better number of workers. The last four columns"
+            f" are of {heads[0]}; lines are those of a user's program.",
         ]
     )
+
+
+def _program(row: dict[str, Any]) -> str | None:
+    """The name of a row of the table; none for what is no program."""
+    if row["name"] == "dist_cifar":
+        return f"**dist_cifar**, `{row['variant']}` {row['precision']}"
+    return f"{PEERS[row['name']]}, {row['variant']}" if row["name"] in PEERS else None
 
 
 def _ratio(row: dict[str, Any], name: str) -> str:
     median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
     return f"{median:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def constant(result: dict[str, Any]) -> str:
+    """How near ours is to the same loop without data to prepare, for each model and shape of `peers.json`."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in result["results"]:
+        if row["name"] in ("dist_cifar", "constant") and row["variant"] == "ddp":
+            key = row["model"], row["ranks"], row["threads_per_rank"], row["precision"]
+            found.setdefault(key, {})[row["name"]] = row["images_per_second_median"]
+    texts = [
+        f"{MODELS[model]} {precision}, {ranks} x {threads}: {rates['dist_cifar'] / rates['constant']:.3f}"
+        for (model, ranks, threads, precision), rates in found.items()
+    ]
+    return (
+        f"Images/s of `ddp` over those of the same command with one constant batch: {'; '.join(texts)} (ratios of"
+        f" medians, n = {result['rounds']})."
+    )
 
 
 def startup(result: dict[str, Any]) -> str:
@@ -167,6 +207,40 @@ def scaling(result: dict[str, Any]) -> str:
         shares = f"{row['ddp_efficiency']:.0%} | {row['exact_efficiency']:.0%}"
         lines.append(f"| {row['gpus']} | {row['images_per_gpu']} | {shares} |")
     return "\n".join(lines)
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """What stands beside the training, as shares of a step."""
+    names = {"progress": "bar", "vote": "vote", "log": "log", "checkpoint": "checkpoint", "writing": "writing it"}
+    lines = [f"| share of a step | {' | '.join(names.values())} | together |", "|---" * (len(names) + 2) + "|"]
+    for row in result["results"]:
+        cells = [f"{row[name]['share_of_a_step']:.2%}" for name in names] + [f"{row['share_of_a_step']:.2%}"]
+        step = row["step"]["milliseconds_median"]
+        lines.append(f"| {MODELS[row['model']]} {row['precision']}, {step:.0f} ms | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"On {result['ranks']} ranks with a core each, global batch {result['global_batch']}, W&B offline:"
+            f" {result['hardware']}. n is in `benchmarks/results/overhead.json`.",
+        ]
+    )
+
+
+def settings(result: dict[str, Any]) -> str:
+    """What each setting gains."""
+    lines = ["| setting | model | images/s | without it | gain |", "|---" * 5 + "|"]
+    for row in result["results"]:
+        rates = f"{row['images_per_second_median']:,.0f} | {row['images_per_second_without_median']:,.0f}"
+        lines.append(f"| {row['setting']} | {MODELS[row['model']]} | {rates} | {_ratio(row, 'gain')} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`ddp`, bf16, one rank with {result['threads']} threads, global batch {result['global_batch']}: median and"
+            f" range of n = {result['rounds']} interleaved rounds, {result['hardware']}.",
+        ]
+    )
 
 
 def exactness(result: dict[str, Any]) -> str:
@@ -283,23 +357,29 @@ BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "peers": peers,
         "augment": augment,
         "epoch": epoch,
-        "startup": startup,
-        "scaling": scaling,
         "exactness": exactness,
         "slurm": slurm,
     },
     "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
+    "docs/performance.md": {
+        "constant": constant,
+        "startup": startup,
+        "scaling": scaling,
+        "overhead": overhead,
+        "settings": settings,
+    },
     "docs/slurm.md": {"slurm": preemption},
 }
+
+
+SOURCES = {"constant": "peers"}
+"""Blocks whose figures are in a result of another name."""
 
 
 def updated(page: str, text: str) -> str:
     """The text of a page with its figures as the results say."""
     for name, make in BLOCKS[page].items():
-        result = RESULTS / f"{name}.json"
-        if not result.exists():
-            continue
-        figures = make(json.loads(result.read_text()))
+        figures = make(json.loads((RESULTS / f"{SOURCES.get(name, name)}.json").read_text()))
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text, count = block.subn(lambda match, figures=figures: match[1] + figures + match[2], text)
         assert count == 1, f"{page} has {count} blocks {name}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -106,15 +105,25 @@ def peers_result() -> dict[str, Any]:
     rates |= {("timm", "documented", "fp32"): 240.0, ("constant", "ddp", "bf16"): 700.0}
     rows = [
         {"model": "resnet20", "ranks": ranks, "threads_per_rank": 2 // ranks, "name": name, "variant": variant}
-        | {"precision": precision, "n": 3}
+        | {"precision": precision, "n": 3, "workers": 0, "lines_of_code": 40}
         | spread("images_per_second", rate / ranks)
+        | spread("startup_seconds", 2.0)
+        | spread("data_wait_share", 0.125)
+        | spread("peak_pss_bytes", 2.0**30)
         for (name, variant, precision), rate in rates.items()
         for ranks in (1, 2)
     ]
-    comparison = {"model": "resnet20", "shape": "1x2", "strategy": "ddp", "precision": "bf16"}
     comparisons = [
-        comparison | {"against": "best tuned", "peer": "lightning"} | spread("ratio", 1.725),
-        comparison | {"against": "best documented", "peer": "timm"} | spread("ratio", 2.875),
+        {"model": "resnet20", "shape": shape, "strategy": strategy, "precision": precision}
+        | {"against": f"best {variant}", "peer": peer}
+        | spread("ratio", ratio)
+        for shape in ("1x2", "2x1")
+        for strategy in ("ddp", "exact")
+        for precision, variant, peer, ratio in (
+            ("fp32", "documented", "timm", 1.25),
+            ("bf16", "documented", "timm", 2.875),
+            ("bf16", "tuned", "lightning", 1.725),
+        )
     ]
     return {"benchmark": "peers", "hardware": "a machine", "rounds": 3, "global_batch": 128, "data": "images.zip"} | {
         "versions": {"torch": "2.15.0"},
@@ -125,13 +134,49 @@ def peers_result() -> dict[str, Any]:
 
 def test_block_of_the_peers(script):
     text = script("readme").peers(peers_result())
-    one, two = (line for line in text.splitlines() if line.startswith("| ResNet"))
-    assert one == (
-        "| ResNet-20 | 1 x 2 | `ddp` bf16 | 690 (621 to 759) | 2.88x (2.59 to 3.16), timm |"
-        " 1.73x (1.55 to 1.90), Lightning |"
-    )
-    assert two == "| ResNet-20 | 2 x 1 | `ddp` bf16 | 345 (310 to 380) |  |  |"
+    lines = text.splitlines()
+    assert "| **dist_cifar**, `ddp` bf16 | 690 | 345 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
+    assert "| timm, documented | 240 | 120 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
+    assert not any("constant" in line for line in lines)
+    tuned = "1.73x (1.55 to 1.90), Lightning"
+    assert f"| `ddp` bf16 over the best tuned | {tuned} | {tuned} |" in lines
+    assert {line.count("|") for line in lines if line.startswith("|")} == {4, 8}
     assert "n = 3" in text and "a machine" in text
+
+
+def test_ours_is_set_beside_the_same_loop_without_data(script):
+    result = peers_result()
+    text = script("readme").constant(result)
+    assert "ResNet-20 bf16, 1 x 2: 0.986; ResNet-20 bf16, 2 x 1: 0.986" in text
+
+
+def test_block_of_the_overhead(script):
+    calls = {"progress": 0.001, "vote": 0.002, "log": 0.0005, "checkpoint": 0.0, "writing": -0.001}
+    row = {name: {"share_of_a_step": share} for name, share in calls.items()}
+    row |= {"model": "resnet20", "precision": "bf16", "share_of_a_step": 0.0025, "step": {"milliseconds_median": 118.6}}
+    text = script("readme").overhead({"results": [row], "ranks": 2, "global_batch": 128, "hardware": "a machine"})
+    assert "| ResNet-20 bf16, 119 ms | 0.10% | 0.20% | 0.05% | 0.00% | -0.10% | 0.25% |" in text
+
+
+def test_block_of_the_settings(script):
+    row = {"model": "resnet20", "setting": "one thing", "n": 5} | spread("images_per_second", 1100)
+    row |= spread("images_per_second_without", 900) | spread("gain", 1.2)
+    text = script("readme").settings(
+        {"results": [row], "threads": 2, "global_batch": 128, "rounds": 5, "hardware": "x"}
+    )
+    assert "| one thing | ResNet-20 | 1,100 | 900 | 1.20x (1.08 to 1.32) |" in text
+
+
+def test_overhead_is_what_the_calls_and_the_slower_steps_take(script):
+    overhead = script("overhead")
+    calm, slow = (0.1, False), (0.12, True)
+    steps = [calm] * (overhead.WARM_UP_STEPS + 10) + [slow] * 3 + [calm] * 10
+    calls = {"progress": [1e-4] * 40, "vote": [1e-4] * 80, "log": [0.002, 0.003] * 8, "checkpoint": [9.0, 0.05, 0.05]}
+    row = overhead.figures(steps, calls, overhead.Config())
+    assert row["writing"]["n"] == 1 and row["writing"]["milliseconds_median"] == pytest.approx(60)
+    assert row["checkpoint"]["milliseconds_max"] == 50
+    expected = (1e-4 + 2e-4 + 0.005 / 50 + (0.05 + 0.06) / overhead.EPOCH_STEPS) / 0.1
+    assert row["share_of_a_step"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_block_of_the_starts(script):
@@ -159,15 +204,6 @@ def test_block_of_the_scaling(script):
     text = script("readme").scaling(result)
     assert "| ResNet-18 bf16 | 1.25x (1.25 to 1.25) | 1.25x (1.25 to 1.25) | 1.00x (1.00 to 1.00) | 0.80x" in text
     assert "Predicted, not measured" in text and "| 512 | 64 |" in text
-
-
-def test_a_block_without_a_result_is_left_alone(script, tmp_path, monkeypatch):
-    readme = script("readme")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    text = "<!-- peers -->\nnothing yet\n<!-- /peers -->\n"
-    assert readme.updated("README.md", text) == text
-    (tmp_path / "peers.json").write_text(json.dumps(peers_result()))
-    assert "| ResNet-20 |" in readme.updated("README.md", text)
 
 
 def test_the_picture_of_the_peers_has_a_panel_for_each_model_and_shape(script, tmp_path, monkeypatch):

@@ -1,0 +1,159 @@
+"""What the settings that the trainer makes by itself on a CPU gain: each is left out in turn.
+
+    python benchmarks/settings.py --out benchmarks/results/settings.json
+
+Contract: the trainer's own loop on one rank with as many threads as there are cores, strategy ddp, bf16, global batch
+128. In a round each variant runs once, in a process of its own, in an order that rotates; `gain` is the rate with all
+settings over that without the one, within a round. The settings:
+
+- `freed memory is kept` (`dist_cifar/allocator.py`): glibc does not give it back to the kernel after every step;
+- `one thread beside the loop` (`dist_cifar/data/loader.py`): the thread that prepares batches has no OpenMP workers.
+
+Run it on a machine that does nothing else: about five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cifar.allocator import keep_freed_memory
+from dist_cifar.bench import hardware
+from dist_cifar.config import load_config
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.env import read_env
+from dist_cifar.train import _Run, versions
+
+GLOBAL_BATCH = 128
+STEPS = {"resnet20": (10, 60), "resnet18": (4, 14)}
+"""Steps that warm up, and all."""
+MEMORY, THREADS = "freed memory is kept", "one thread beside the loop"
+VARIANTS = ("all", MEMORY, THREADS)
+"""All settings, or all but the one that is named."""
+
+
+def worker(variant: str, model: str, scratch: Path) -> None:
+    """Trains, and prints images/s."""
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    if variant != MEMORY:
+        keep_freed_memory()
+    if variant == THREADS:
+        torch.set_num_threads = lambda _: None
+    warm_up, steps = STEPS[model]
+    config = load_config(
+        None,
+        [
+            "data.source=synthetic",
+            "data.synthetic_train_size=10000",
+            "data.validation_size=200",
+            "data.synthetic_test_size=200",
+            f"model.name={model}",
+            f"batch.global_size={GLOBAL_BATCH}",
+            "train.strategy=ddp",
+            "train.precision=bf16",
+            "train.epochs=100",
+            f"train.max_steps={steps}",
+            "eval.every_epochs=100",
+            f"run.log_every_steps={steps}",
+            f"run.dir={scratch}",
+            "tracking.wandb=disabled",
+        ],
+    )
+    communicator = Communicator(read_env({}), device=torch.device("cpu"), timeout_seconds=600)
+    (scratch / "checkpoints").mkdir()
+    run = _Run(config, communicator)
+    take_step, ends = run.strategy.step, []
+
+    def step(lr: float) -> torch.Tensor:
+        norm = take_step(lr)
+        ends.append(time.perf_counter())
+        return norm
+
+    run.strategy.step = step
+    run.train()
+    # The last batches are no sample: the thread beside the loop has ended by then.
+    timed = ends[warm_up - 1 : -2]
+    print("rate", (len(timed) - 1) * GLOBAL_BATCH / (timed[-1] - timed[0]))
+
+
+def rate(variant: str, model: str) -> float:
+    """Images/s of one run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, __file__, "--worker", variant, model, scratch]
+        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "ACCELERATE_USE_CPU": "true"}
+        out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return float(out.splitlines()[-1].removeprefix("rate "))
+
+
+def measure(model: str, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for number in range(rounds):
+        first = number % len(VARIANTS)
+        for variant in (*VARIANTS[first:], *VARIANTS[:first]):
+            rates[variant].append(rate(variant, model))
+    rows = []
+    for variant in VARIANTS[1:]:
+        gains = [whole / without for whole, without in zip(rates["all"], rates[variant], strict=True)]
+        row: dict[str, Any] = {"model": model, "setting": variant, "n": rounds}
+        for name, values, digits in (
+            ("images_per_second", rates["all"], 1),
+            ("images_per_second_without", rates[variant], 1),
+            ("gain", gains, 3),
+        ):
+            row |= {f"{name}_{f.__name__}": round(f(values), digits) for f in (statistics.median, min, max)}
+        rows.append(row)
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """What a person reads."""
+    lines = [f"{result['hardware']}; one rank, {result['threads']} threads, ddp, bf16, n = {result['rounds']} rounds"]
+    for row in result["results"]:
+        lines.append(
+            f"{row['model']:9} {row['setting']:28} {row['images_per_second_median']:7.1f} images/s, without it"
+            f" {row['images_per_second_without_median']:7.1f}: gain {row['gain_median']:.2f}x"
+            f" ({row['gain_min']:.2f} to {row['gain_max']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds (default %(default)s)")
+    parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        variant, model, scratch = options.worker
+        return worker(variant, model, Path(scratch))
+    load = round(os.getloadavg()[0], 2)
+    result = {
+        "benchmark": "settings",
+        "hardware": hardware(),
+        "load_average_before": load,
+        "global_batch": GLOBAL_BATCH,
+        "threads": os.cpu_count() or 1,
+        "rounds": options.rounds,
+        "versions": versions(),
+        "results": [row for model in options.models for row in measure(model, options.rounds)],
+    }
+    print(table(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
