@@ -53,7 +53,8 @@ def set_precision(module: nn.Module, precision: str, device: torch.device) -> No
 def compiles(config: TrainConfig, device: torch.device) -> bool:
     """Whether the module is compiled.
 
-    `auto`: on CPUs it was never faster than channels-last, and in `exact` the result would depend on the compiler.
+    `auto`: on CPUs it gains too little for what the start then takes, and in `exact` the result would depend on the
+    compiler.
     """
     if config.compile == "auto":
         can = device.type == "cuda" and importlib.util.find_spec("triton") is not None

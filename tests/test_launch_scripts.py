@@ -126,17 +126,16 @@ def test_accelerate_on_one_gpu_without_it(config, require_golden, tmp_path):
     require_golden(tmp_path / "run", 1)
 
 
-@pytest.mark.parametrize(("name", "processes"), [("cpu", 2), ("one_gpu", 1), ("eight_gpus", 8), ("two_nodes", 16)])
+PROCESSES = {"cpu": 2, "one_gpu": 1, "eight_gpus": 8, "two_nodes": 16, "deepspeed": 8, "fsdp": 8}
+"""What each of Accelerate's files starts."""
+
+
+@pytest.mark.parametrize(("name", "processes"), PROCESSES.items())
 def test_accelerate_reads_its_files(name, processes):
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(LAUNCH / f"accelerate/{name}.yaml")).num_processes == processes
-    assert sorted(path.stem for path in LAUNCH.glob("accelerate/*.yaml")) == [
-        "cpu",
-        "eight_gpus",
-        "one_gpu",
-        "two_nodes",
-    ]
+    assert {path.stem for path in LAUNCH.glob("accelerate/*.yaml")} == set(PROCESSES)
 
 
 @pytest.mark.parametrize(
