@@ -207,7 +207,6 @@ def test_block_of_the_scaling(script):
 
 
 def test_the_picture_of_the_peers_has_a_panel_for_each_model_and_shape(script, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     plot = script("plot")
     figures = []
     monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
