@@ -55,8 +55,8 @@ def worker(variant: str, model: str, scratch: Path) -> None:
         None,
         [
             "data.source=synthetic",
-            "data.synthetic_train_size=10000",
-            "data.validation_size=200",
+            "data.synthetic_train_size=50000",
+            "data.validation_size=5000",
             "data.synthetic_test_size=200",
             f"model.name={model}",
             f"batch.global_size={GLOBAL_BATCH}",

@@ -52,7 +52,7 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
 
     def work() -> None:
         # A thread that uses OpenMP has workers of its own. With more of them than cores, all workers go to sleep where
-        # they wait, also those of the loop, which then is up to three times as slow.
+        # they wait, also those of the loop (`benchmarks/settings.py` says what that costs).
         torch.set_num_threads(1)
         try:
             for step in steps:
