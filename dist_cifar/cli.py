@@ -29,7 +29,8 @@ from dist_cifar.config import Config, describe, load_config, to_yaml
 from dist_cifar.distributed.env import DistEnv, available_cores, check_local_rank, read_env, refuse_lone_task
 from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
-from dist_cifar.rundir import RunDir
+from dist_cifar.files import write_atomic
+from dist_cifar.rundir import RunDir, require_run
 
 if TYPE_CHECKING:
     from dist_cifar.distributed.communicator import Communicator
@@ -298,6 +299,150 @@ def _data(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _predict(options: argparse.Namespace) -> int:
+    """Each picture's classes on standard output; what cannot be read on standard error, and then exit code 74."""
+    import json
+
+    import numpy as np
+
+    from dist_cifar.inference import batched, load_classifier, pictures, ranked
+
+    classifier = load_classifier(options.checkpoint, _own_device(), say=_note)
+    if options.checkpoint is None:
+        _note(f"with {classifier.checkpoint}")
+    top = min(options.top, len(classifier.classes))
+    failed = 0
+    for batch in batched(pictures(options.images, sys.stdin.buffer.read)):
+        for name, problem in batch:
+            if isinstance(problem, str):
+                failed += 1
+                _print_error(f"{name} is not a readable picture ({problem})", "0")
+        good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, str)]
+        if not good:
+            continue
+        found = classifier.probabilities(np.stack([pixels for _, pixels in good]), tta=options.tta)
+        width = max(len(name) for name, _ in good)
+        for (name, _), probabilities in zip(good, found, strict=True):
+            best = ranked(probabilities, classifier.classes, top)
+            if options.json:
+                listed = [{"class": label, "probability": share} for label, share in best]
+                print(json.dumps({"image": name, "predictions": listed}))
+            else:
+                print(f"{name:<{width}}  " + "  ".join(f"{label} {share:.1%}" for label, share in best))
+    return DataError.exit_code if failed else EXIT_DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    """The accuracy of a run's model, on the ranks of a launcher if there is one."""
+    import json
+
+    env = read_env(os.environ)
+    check_local_rank(os.environ, options.local_rank)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // env.local_world_size)))
+    import numpy as np
+
+    from dist_cifar.data.benchmarks import read_test_sets
+    from dist_cifar.data.dataset import load_dataset
+    from dist_cifar.display import table
+    from dist_cifar.evaluate import evaluate
+    from dist_cifar.inference import MirrorAveraged, load_classifier
+    from dist_cifar.predictions import wilson_interval
+
+    say = _note if env.rank == 0 else lambda line: None
+    device = _device(Config(), env)
+    classifier = load_classifier(options.run, device, say=say)
+    config = classifier.config
+    if options.data is None:
+        name = f"{config.data.source}, test split"
+        sets = {name: load_dataset(dataclasses.replace(config.data, stage_dir=None), say=say).test}
+    else:
+        sets = read_test_sets(options.data, classifier.classes, config.data.cache_dir)
+    communicator = _join(env, device, config.run.timeout_seconds)
+    found = {}
+    for name, split in sets.items():
+        result = evaluate(
+            MirrorAveraged(classifier.module) if options.tta else classifier.module,
+            split,
+            np.arange(len(split.labels)),
+            mean=classifier.mean,
+            std=classifier.std,
+            num_classes=len(classifier.classes),
+            batch_size=config.eval.batch_size,
+            communicator=communicator,
+        )
+        low, high = wilson_interval(result.correct, result.count)
+        found[name] = {
+            "accuracy": result.accuracy,
+            "accuracy_interval": [low, high],
+            "loss": result.loss,
+            "count": result.count,
+            "class_accuracy": dict(zip(classifier.classes, result.class_accuracy, strict=True)),
+        }
+    communicator.close()
+    if env.rank != 0:
+        return EXIT_DONE
+    rows = [("model", f"{classifier.checkpoint}" + (", mirror images averaged" if options.tta else ""))]
+    for name, one in found.items():
+        low, high = one["accuracy_interval"]
+        rows.append(
+            (name, f"{one['accuracy']:.2%} ({low:.2%} to {high:.2%}), loss {one['loss']:.4f}, {one['count']:,} images")
+        )
+    if len(found) > 1:
+        rows.append(("mean", f"{sum(one['accuracy'] for one in found.values()) / len(found):.2%}"))
+    else:
+        rows += [
+            (f"  {label}", "-" if share is None else f"{share:.1%}")
+            for label, share in next(iter(found.values()))["class_accuracy"].items()
+        ]
+    print(table(rows))
+    if options.json:
+        facts = {"checkpoint": str(classifier.checkpoint), "weights_sha256": classifier.sha256, "tta": options.tta}
+        write_atomic(options.json, json.dumps(facts | {"results": found}, indent=2) + "\n")
+    return EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from dist_cifar.inference import CHECKED_IMAGES, export, load_classifier
+
+    classifier = load_classifier(options.run, torch.device("cpu"), say=_note)
+    directory = options.out or classifier.checkpoint.parent.parent / "export"
+    path, difference = export(classifier, options.to, directory)
+    print(f"model    {path} ({path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")
+    print("input    uint8 [batch, 32, 32, 3], RGB; normalised inside the graph")
+    print(f"checked  on {CHECKED_IMAGES} images: logits differ from the model's by {difference:.1g} at most")
+    print(f"card     {directory / 'README.md'}")
+    return EXIT_DONE
+
+
+def _report_runs(options: argparse.Namespace) -> int:
+    from dist_cifar.report import write_report
+
+    path = write_report([require_run(run) for run in options.runs], options.out)
+    print(f"report   {path.absolute()}")
+    return EXIT_DONE
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from dist_cifar.watch import serve, show
+
+    runs = [require_run(run) for run in options.runs]
+    if options.terminal and len(runs) > 1:
+        raise ConfigError("watch: --terminal shows one run; leave it out to compare several on one page")
+    return show(runs[0]) if options.terminal else serve(runs, options.port, say=_note)
+
+
+def _note(line: str) -> None:
+    """For the person; standard output is for results."""
+    print(f"dist_cifar: {line}", file=sys.stderr, flush=True)
+
+
+def _own_device() -> Any:
+    """The device of a command that runs alone."""
+    return _device(Config(), DistEnv())
+
+
 def _bench_augment(options: argparse.Namespace) -> int:
     from dist_cifar.bench import bench_augment
 
@@ -508,6 +653,74 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
     data.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. data.cache_dir=PATH")
     data.set_defaults(command=_data)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="the accuracy of a run's model, on its test split or on other data",
+        description="Evaluate the best model of a run (or one of its checkpoints) on the run's test split or on --data:"
+        " a folder or zip as for data.source=folder, or the files of CIFAR-10.1 or CIFAR-10-C as published. Under a"
+        " launcher the ranks share the work, with the same result.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    evaluate.add_argument("--data", type=Path, metavar="PATH", help="default: the test split that the run names")
+    evaluate.add_argument("--tta", action="store_true", help="average each image with its mirror image")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    _add_local_rank(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    predict = commands.add_parser(
+        "predict",
+        help="classify pictures with the model of a run",
+        description="Classify pictures of any format and size with the best model of a run.",
+        allow_abbrev=False,
+    )
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE|FOLDER|-", help="files, folders of files, or - for bytes on standard input"
+    )
+    predict.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="run directory or checkpoint; default: the latest in runs/"
+    )
+    predict.add_argument("--top", type=_positive, default=3, metavar="K", help="classes to show; default: 3")
+    predict.add_argument("--tta", action="store_true", help="average each image with its mirror image")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line")
+    predict.set_defaults(command=_predict)
+
+    export = commands.add_parser(
+        "export",
+        help="write the model of a run for other programs: torch.export or ONNX",
+        description="Write the best model of a run as a graph that takes pixels (uint8, any number of images) and has"
+        " the normalisation inside, compare it with the model, and write a model card beside it.",
+        allow_abbrev=False,
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    export.add_argument("--to", choices=("torch", "onnx"), required=True)
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    export.set_defaults(command=_export)
+
+    report = commands.add_parser(
+        "report",
+        help="one HTML page about a run, or about several, compared",
+        description="Write one self-contained HTML page: results, curves, mistakes, timeline and settings of a run; of"
+        " several, side by side with what differs in their configs.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the run directory; of several: in this folder"
+    )
+    report.set_defaults(command=_report_runs)
+
+    watch = commands.add_parser(
+        "watch",
+        help="look at a run while it trains: a page on this machine, or in the terminal",
+        description="Serve the report of a run on this machine's loopback address, kept up to date, until Ctrl-C.",
+        allow_abbrev=False,
+    )
+    watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    watch.add_argument("--port", type=_count, default=8642, metavar="N", help="default: 8642; 0 takes any that is free")
+    watch.add_argument("--terminal", action="store_true", help="show it here; ends with the run")
+    watch.set_defaults(command=_watch)
 
     bench = commands.add_parser("bench", help="measure this machine", description="Measure this machine.")
     benchmarks = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -21,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from dist_cifar.errors import ConfigError
+from dist_cifar.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -512,8 +511,8 @@ def _unknown(key: str, known: typing.Iterable[str]) -> str:
 
 
 def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    match = nearest(word, known)
+    return f"; did you mean {match}?" if match else ""
 
 
 # --- types -------------------------------------------------------------------------------------------------------

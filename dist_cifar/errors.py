@@ -4,6 +4,11 @@ An error's message is one line: what was set, what was found, what to do. Anythi
 defect of the program and exits with `EXIT_INTERNAL`.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 EXIT_DONE = 0
 EXIT_USAGE = 2
 EXIT_INTERNAL = 70
@@ -47,3 +52,8 @@ class TrainingError(UserError):
         """`rank` is the one at fault, if all ranks raise this error because of one."""
         super().__init__(message)
         self.rank = rank
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a person who typed `word` most likely meant, if there is one."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)

@@ -85,6 +85,8 @@ class Evaluation:
     """Mean cross entropy in nats."""
     confusion: npt.NDArray[np.int64]
     """[classes, classes]: samples of the true class (row) that were predicted as (column)."""
+    logits: npt.NDArray[np.float32]
+    """[count, classes], in the order of the split."""
 
     @property
     def count(self) -> int:
@@ -92,9 +94,14 @@ class Evaluation:
         return int(self.confusion.sum())
 
     @property
+    def correct(self) -> int:
+        """Number of samples that were predicted right."""
+        return int(np.trace(self.confusion))
+
+    @property
     def accuracy(self) -> float:
         """Share of the samples that were predicted right."""
-        return int(np.trace(self.confusion)) / self.count
+        return self.correct / self.count
 
     @property
     def class_accuracy(self) -> list[float | None]:

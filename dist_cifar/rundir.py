@@ -1,13 +1,14 @@
 """The run directory: what a run writes, and what says whether and how it goes on.
 
 Contract: `config.yaml` is the resolved config of the latest start, `status.json` says `running`, `saved`, `done` or
-`failed` and is always whole, `metrics.jsonl` and `summary.json` hold the results, `checkpoints/` all that a resume
-needs. Only rank 0 writes, but for ranks that know of a failure and say so in `status.json`. One job at a time: rank 0
-holds the directory's lock, which ends with its process.
+`failed` and is always whole, `metrics.jsonl`, `summary.json` and `predictions.npz` hold the results, `events.jsonl`
+what happened when, `checkpoints/` all that a resume needs. Only rank 0 writes, but for ranks that know of a failure and
+say so in `status.json`. One job at a time: rank 0 holds the directory's lock, which ends with its process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError, DataError, LaunchError
+from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest
 from dist_cifar.files import write_atomic
 
 LOCK_SECONDS = 10.0
@@ -119,6 +120,7 @@ class RunDir:
             facts = {**status, "status": "failed", "rank": rank, "reason": reason, "time": time.time()}
             writer = f"-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
             write_atomic(self._status, json.dumps(facts, indent=2) + "\n", writer=writer)
+            self.append_event("failed", step=status.get("step"), rank=rank, reason=reason)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""
@@ -130,6 +132,15 @@ class RunDir:
         write_atomic(self.profile / "summary.json", json.dumps(summary, indent=2) + "\n")
         return self.profile
 
+    def append_event(self, event: str, **facts: Any) -> None:
+        """Adds one line to `events.jsonl`, the history that a resume does not rewrite.
+
+        `started`, `checkpoint`, `lr_cut`, `saved`, `failed` and `done`; each with the time and most with the step.
+        """
+        line = json.dumps({"time": time.time(), "event": event, **facts}) + "\n"
+        with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:  # one write: other ranks may append too
+            file.write(line)
+
     def append_digests(self, row: Mapping[str, Any]) -> None:
         """Adds one line to `digests.jsonl`."""
         with open(self.path / "digests.jsonl", "a", encoding="utf-8") as file:
@@ -139,9 +150,55 @@ class RunDir:
         """What `status.json` says; empty if there is none."""
         return json.loads(self._status.read_text()) if self._status.exists() else {}
 
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of `events.jsonl`, oldest first."""
+        return _rows(self.path / "events.jsonl")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`, as they were logged."""
+        return _rows(self.path / "metrics.jsonl")
+
+    def config(self) -> Config:
+        """The config of the latest start. Raises `ConfigError`."""
+        return configuration.load_config(self._config)
+
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says; empty if there is none."""
         return json.loads(self._summary.read_text()) if self._summary.exists() else {}
+
+
+def require_run(path: Path) -> Path:
+    """`path`, if it is a run directory; else a `ConfigError` that names the nearest one."""
+    if (path / "checkpoints").is_dir():
+        return path
+    beside = path.parent
+    runs = [entry.name for entry in beside.iterdir() if is_run(entry)] if beside.is_dir() else []
+    hint = nearest(path.name, runs)
+    hint = f"; did you mean {beside / hint}?" if hint else "; give the run.dir of a training"
+    raise ConfigError(f"{path}: this is no run directory{hint}")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a training has begun to write there."""
+    return (path / "checkpoints").is_dir()
+
+
+def latest_run(folder: Path) -> Path:
+    """The run directory in `folder` with a checkpoint whose status was written last. Raises `ConfigError`."""
+    runs = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
+    written = {path: (path / "status.json").stat().st_mtime for path in runs if (path / "status.json").exists()}
+    if not written:
+        raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
+    return max(written, key=written.__getitem__)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON that are whole: the last one may be half written."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _holder(descriptor: int) -> str:

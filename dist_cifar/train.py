@@ -36,7 +36,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dist_cifar
-from dist_cifar import profile, signals
+from dist_cifar import predictions, profile, report, signals
 from dist_cifar.augment import kernel, policy
 from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
@@ -68,6 +68,9 @@ from dist_cifar.schedule import (
 )
 from dist_cifar.strategy import build_strategy
 from dist_cifar.tracking import Tracker, open_trackers
+
+_SHOWN_IMAGES, _SHOWN_EPOCHS = 6, 9
+"""Of the augmentation, in the report."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -367,12 +370,20 @@ class _Run:
             "sums": _summed(rows),
             "config": flatten(self.config),
             "data_sha256": self.dataset.content_sha256,
+            "classes": self.dataset.classes,
+            "mean": self.dataset.mean,
+            "std": self.dataset.std,
             "world_size": self.communicator.world_size,
             "numerics": numerics(self.communicator.device),
             "versions": versions(),
         }
         step = self.progress.step
-        self.communicator.on_first_rank(lambda: self.store.begin_save(step, tensors, state, best=best))
+
+        def begin_save() -> None:
+            self.store.begin_save(step, tensors, state, best=best)
+            self.run_dir.append_event("checkpoint", step=step, best=best)
+
+        self.communicator.on_first_rank(begin_save)
         self.saved_step = step
 
     def _timed_progress(self) -> Progress:
@@ -484,6 +495,8 @@ class _Run:
                 f"plateau: no better {self.config.plateau.metric} for"
                 f" {self.config.plateau.patience_evaluations + 1} evaluations; lr {progress.plateau.lr:.6g}"
             )
+            if self.is_first:
+                self.run_dir.append_event("lr_cut", step=progress.step, lr=progress.plateau.lr)
 
     def _evaluation(
         self, model: Mapping[str, torch.Tensor], split: Split, indices: npt.NDArray[np.int64]
@@ -551,6 +564,16 @@ class _Run:
         world_size = self.communicator.world_size
         self.run_dir.write_config(self.config)
         self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
+        self.run_dir.append_event(
+            "started",
+            step=self.progress.step,
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            world_size=world_size,
+            host=socket.gethostname(),
+            device=device_name(self.communicator.device),
+            strategy=self.config.train.strategy,
+        )
         self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
 
     def _leave_loop(self) -> None:
@@ -566,6 +589,7 @@ class _Run:
         if self.is_first:
             for tracker in self.trackers:
                 tracker.finish(None, EXIT_SAVED)
+            self.run_dir.append_event("saved", step=self.progress.step)
             self.run_dir.write_status("saved", step=self.progress.step, world_size=self.communicator.world_size)
         self.display.say(f"stopped at step {self.progress.step} and saved; the same command goes on from there")
         return False
@@ -609,11 +633,34 @@ class _Run:
             "git_revision": git_revision(),
         }
         if self.is_first:
+            predictions.write(self.run_dir.path, self._predictions(test))
+            self.run_dir.append_event("done", step=progress.step)
             self.run_dir.write_summary(summary)
             for tracker in self.trackers:
                 tracker.finish(summary, 0)
             self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
+            self._report()
         self.display.say(result_table(summary, self.run_dir.path))
+
+    def _report(self) -> None:
+        try:
+            report.write_report([self.run_dir.path])
+        except Exception as error:  # the run is done all the same
+            self.display.say(f"warning: no report ({' '.join(str(error).split())}); see dist-cifar report --help")
+
+    def _predictions(self, test: Evaluation) -> predictions.Predictions:
+        """What the report shows of the test split and of the augmentation."""
+        images = self.dataset.train.images
+        shown = self.train_indices[:: max(1, len(self.train_indices) // _SHOWN_IMAGES)][:_SHOWN_IMAGES]
+        columns = [np.array(images[shown])]
+        for epoch in range(_SHOWN_EPOCHS):
+            params = policy.draw(self.config.augment, seed=self.config.run.seed, epoch=epoch, indices=shown)
+            scaled = kernel.augment(images, shown, params, (0, 0, 0), (1, 1, 1))  # what is erased is black
+            columns.append(scaled.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        split = self.dataset.test
+        return predictions.collect(
+            test.logits, split.labels, split.images, self.dataset.classes, np.stack(columns, axis=1)
+        )
 
     def _best_tensors(self) -> dict[str, torch.Tensor]:
         checkpoint = self.store.load_best()
@@ -661,6 +708,7 @@ def result_table(summary: Mapping[str, Any], path: Path) -> str:
             ),
             ("weights", f"sha256 {summary['weights_sha256'][:16]}"),
             ("run directory", str(path)),
+            ("report", str(path / report.NAME)),
         ]
     )
 

@@ -31,8 +31,12 @@ ORDER = [
     "checkpoint",
     "tracking",
     "evaluate",
+    "predictions",
     "display",
     "rundir",
+    "inference",
+    "report",
+    "watch",
     "train",
     "bench",
     "verify",
@@ -47,6 +51,8 @@ ONLY_IN = {
     "wandb": ("tracking",),
     "deepspeed": ("strategy",),
     "torchvision": ("augment",),
+    "onnxscript": ("inference",),
+    "onnxruntime": ("inference",),
 }
 NO_DISTRIBUTION = ("augment", "model")
 

@@ -80,6 +80,8 @@ def test_padding_is_caught(ranks):
 
 
 def test_per_class_accuracy():
-    result = Evaluation(loss=0.0, confusion=np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]))
+    result = Evaluation(
+        loss=0.0, confusion=np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), logits=np.zeros((6, 3), np.float32)
+    )
     assert result.class_accuracy == [0.75, 1.0, None]
     assert result.accuracy == 5 / 6

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dist_cifar.data.arrays import Arrays
 from dist_cifar.errors import DataError
@@ -190,18 +190,23 @@ def _decode_all(root: Path, names: Sequence[str], read: Callable[[str], bytes]) 
     images = np.empty((len(names), 32, 32, 3), np.uint8)
     for image, name in zip(images, names, strict=True):
         try:
-            image[:] = _decode(read(name))
+            image[:] = decode(read(name))
         except Exception as error:  # bytes that are no picture make the decoders raise anything
             reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise DataError(f"{root}: {name} is not a readable picture ({reason}); mend or remove it") from None
     return images
 
 
-def _decode(data: bytes) -> npt.NDArray[np.uint8]:
-    """The picture as uint8 [32, 32, 3]."""
+def decode(data: bytes, *, upright: bool = False) -> npt.NDArray[np.uint8]:
+    """The picture as uint8 [32, 32, 3]; `upright` turns it as its orientation tag says.
+
+    Bytes that are no picture make the decoders raise anything.
+    """
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
             raise ValueError(f"{image.width}x{image.height} pixels")
+        if upright:
+            image = ImageOps.exif_transpose(image)
         if image.mode == "P":
             image = image.convert("RGBA")  # straight to RGB, Pillow warns of a palette with transparency
         image = image.convert("RGB")

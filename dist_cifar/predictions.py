@@ -1,0 +1,102 @@
+"""What the best model says of every test image: the file behind the report's mistakes and calibration.
+
+Contract: `predictions.npz` in the run directory holds arrays only (nothing is pickled), is written whole, and has the
+few pictures that the report shows, so that it can be made where the data set is not.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_cifar.errors import DataError
+from dist_cifar.files import write_atomic
+
+NAME = "predictions.npz"
+WORST = 32
+"""How many mistakes are kept as pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Of the test split, in its order."""
+
+    labels: npt.NDArray[np.int64]
+    """[n], true classes."""
+    probabilities: npt.NDArray[np.float32]
+    """[n, classes]."""
+    classes: tuple[str, ...]
+    """Names, in the order of the labels."""
+    worst_indices: npt.NDArray[np.int64]
+    """[k], of the wrongly classified images: those whose true class had the least probability, the worst first."""
+    worst_images: npt.NDArray[np.uint8]
+    """[k, 32, 32, 3]."""
+    augmented: npt.NDArray[np.uint8]
+    """[rows, columns, 32, 32, 3]: training images, each as it is and then as some epochs see it."""
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """[n], the class with the highest probability."""
+        return self.probabilities.argmax(axis=1)
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Logits [n, classes] as probabilities, computed in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def collect(
+    logits: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    images: npt.NDArray[np.uint8],
+    classes: tuple[str, ...],
+    augmented: npt.NDArray[np.uint8],
+) -> Predictions:
+    """`logits` [n, classes], `labels` [n] and `images` [n, 32, 32, 3] of the test split."""
+    probabilities = softmax(logits)
+    wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
+    worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:WORST]
+    return Predictions(
+        labels=np.asarray(labels),
+        probabilities=probabilities,
+        classes=classes,
+        worst_indices=worst,
+        worst_images=np.array(images[worst]),
+        augmented=augmented,
+    )
+
+
+def write(run_dir: Path, predictions: Predictions) -> None:
+    """Writes the file of a run."""
+    data = io.BytesIO()
+    arrays = {name: np.asarray(value) for name, value in vars(predictions).items()}
+    np.savez_compressed(data, **arrays)
+    write_atomic(run_dir / NAME, data.getvalue())
+
+
+def read(run_dir: Path) -> Predictions | None:
+    """What a run has written; None if it has not come so far. Raises `DataError` for a damaged file."""
+    path = run_dir / NAME
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            values = {name: arrays[name] for name in Predictions.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, or run the training's end again") from None
+    return Predictions(**values | {"classes": tuple(values["classes"].tolist())})
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Bounds of a share, 95 % by default: the score interval of Wilson (1927)."""
+    share, weight = correct / count, z * z / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,32 @@
+"""Whole little runs for the commands that read run directories."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_cifar.config import load_config
+from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.env import DistEnv
+from dist_cifar.train import train
+
+VALUES = {
+    "run.device": "cpu",
+    "run.log_every_steps": "2",
+    "data.source": "synthetic",
+    "data.synthetic_train_size": "240",
+    "data.synthetic_test_size": "80",
+    "data.validation_size": "40",
+    "model.name": "resnet20",
+    "batch.global_size": "16",
+    "train.epochs": "2",
+    "train.precision": "fp32",
+    "tracking.wandb": "disabled",
+}
+
+
+def run(path, *overrides: str) -> None:
+    """Trains for some seconds on one rank, in this process."""
+    values = VALUES | {"run.dir": str(path)} | dict(override.split("=", 1) for override in overrides)
+    config = load_config(None, [f"{key}={value}" for key, value in values.items()])
+    communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
+    assert train(config, communicator)

@@ -1,0 +1,299 @@
+"""A trained model, used: predictions, evaluation on other data, exported graphs."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import small_runs
+import torch
+from PIL import Image
+
+from dist_cifar import inference
+from dist_cifar.cli import main
+from dist_cifar.data.synthetic import CLASSES, synthetic_split
+from dist_cifar.errors import CheckpointError
+from dist_cifar.inference import FromPixels, load_classifier
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "first"
+    small_runs.run(path)
+    return path
+
+
+@pytest.fixture
+def classifier(trained):
+    return load_classifier(trained, CPU, say=pytest.fail)
+
+
+def by_hand(classifier, images: np.ndarray) -> torch.Tensor:
+    """Logits from the definition: no kernel of ours, no graph."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std))
+    inputs = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        return classifier.module(inputs)
+
+
+# --- predict -----------------------------------------------------------------------------------------------------
+
+
+def predict(capsys, *words: str, code: int = 0) -> tuple[list[str], list[str]]:
+    assert main(["predict", *words]) == code
+    out, err = capsys.readouterr()
+    return out.splitlines(), err.splitlines()
+
+
+def save(pixels: np.ndarray, path: Path, **options) -> Path:
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_probabilities_are_the_softmax_of_the_model(classifier):
+    images = synthetic_split(1, 300)[0]  # more than one batch
+    expected = by_hand(classifier, images).softmax(1).numpy()
+    np.testing.assert_allclose(classifier.probabilities(images), expected, rtol=1e-3, atol=1e-5)
+    mirrored = by_hand(classifier, images[:, :, ::-1].copy()).softmax(1).numpy()
+    found = classifier.probabilities(images, tta=True)
+    np.testing.assert_allclose(found, (expected + mirrored) / 2, rtol=1e-3, atol=1e-5)
+    assert np.abs(found - expected).max() > 0.01
+
+
+def test_a_folder_file_and_standard_input_say_the_same(trained, classifier, tmp_path, capsys, monkeypatch):
+    images, _ = synthetic_split(1, 4)
+    (tmp_path / "sub").mkdir()
+    for i, pixels in enumerate(images):
+        save(pixels, tmp_path / "sub" / f"{i}.png")
+    (tmp_path / ".hidden").write_text("not a picture")
+    lines, _ = predict(capsys, str(tmp_path), "--json", "--top", "99", "--checkpoint", str(trained))
+    found = [json.loads(line) for line in lines]
+    assert [row["image"] for row in found] == [str(tmp_path / "sub" / f"{i}.png") for i in range(4)]
+    for row, expected in zip(found, classifier.probabilities(images), strict=True):
+        shares = [one["probability"] for one in row["predictions"]]
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
+        assert {one["class"]: one["probability"] for one in row["predictions"]} == pytest.approx(
+            dict(zip(CLASSES, expected.tolist(), strict=True)), abs=1e-5
+        )
+    data = (tmp_path / "sub/2.png").read_bytes()
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(data)))
+    (line,), _ = predict(capsys, "-", "--json", "--top", "99", "--checkpoint", str(trained))
+    piped = json.loads(line)
+    assert piped["image"] == "-" and [one["class"] for one in piped["predictions"]] == [
+        one["class"] for one in found[2]["predictions"]
+    ]
+    (line,), _ = predict(capsys, str(tmp_path / "sub/2.png"), "--top", "1", "--checkpoint", str(trained))
+    best = found[2]["predictions"][0]
+    assert line.split()[1:] == [best["class"], f"{best['probability']:.1%}"]
+
+
+def test_a_photo_is_turned_upright_and_resized(trained, tmp_path, capsys):
+    upright = np.asarray(Image.fromarray(synthetic_split(1, 8)[0][6]).resize((320, 320)))
+    plain = save(upright, tmp_path / "plain.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    turned = save(np.rot90(upright).copy(), tmp_path / "turned.png", exif=exif)
+    lines, _ = predict(capsys, str(plain), str(turned), "--json", "--checkpoint", str(trained))
+    first, second = (json.loads(line)["predictions"] for line in lines)
+    assert first == second
+
+
+def test_what_is_no_picture_is_named_and_the_rest_goes_on(trained, tmp_path, capsys):
+    save(synthetic_split(1, 1)[0][0], tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no")
+    lines, errors = predict(capsys, str(tmp_path), "--checkpoint", str(trained), code=74)
+    assert len(lines) == 1 and "good.png" in lines[0]
+    assert len(errors) == 1 and "bad.png is not a readable picture" in errors[0]
+
+
+def test_wrong_paths_get_the_nearest_name(trained, tmp_path, capsys):
+    save(synthetic_split(1, 1)[0][0], tmp_path / "photo.png")
+    _, (error,) = predict(capsys, str(tmp_path / "foto.png"), "--checkpoint", str(trained), code=74)
+    assert f"did you mean {tmp_path / 'photo.png'}?" in error
+    _, (error,) = predict(capsys, str(tmp_path), "--checkpoint", str(trained.parent / "frist"), code=2)
+    assert f"did you mean {trained}?" in error
+
+
+def test_the_latest_run_is_taken_where_none_is_said(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(trained)
+    save(synthetic_split(1, 1)[0][0], tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    _, (note,) = predict(capsys, "a.png")
+    assert "with runs/mine/checkpoints/step-" in note
+    (tmp_path / "runs/mine").unlink()
+    _, (error,) = predict(capsys, "a.png", code=2)
+    assert "there is no run in runs/" in error
+
+
+# --- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(tmp_path: Path, *words: str) -> dict[str, dict]:
+    assert main(["evaluate", *words, "--json", str(tmp_path / "found.json")]) == 0
+    return json.loads((tmp_path / "found.json").read_text())["results"]
+
+
+def test_the_test_split_gives_the_number_of_the_summary(trained, tmp_path):
+    summary = json.loads((trained / "summary.json").read_text())
+    (found,) = evaluate(tmp_path, str(trained)).values()
+    assert found["accuracy"] == summary["test_accuracy"] and found["loss"] == summary["test_loss"]
+    assert found["class_accuracy"] == summary["test_class_accuracy"] and found["count"] == 80
+    low, high = found["accuracy_interval"]
+    assert low < found["accuracy"] < high
+
+
+def test_mirrored_test_images_are_averaged(trained, classifier, tmp_path):
+    images, labels = synthetic_split(1, 80)
+    (found,) = evaluate(tmp_path, str(trained), "--tta").values()
+    right = classifier.probabilities(images, tta=True).argmax(1) == labels
+    assert found["accuracy"] == right.mean()
+
+
+def test_published_layouts_are_read(trained, classifier, tmp_path):
+    images, labels = synthetic_split(1, 50)
+    right = (classifier.probabilities(images).argmax(1) == labels).mean()
+    shifted = tmp_path / "shifted"
+    shifted.mkdir()
+    for name, part in (("v4", slice(10)), ("v6", slice(50))):
+        np.save(shifted / f"cifar10.1_{name}_data.npy", images[part])
+        np.save(shifted / f"cifar10.1_{name}_labels.npy", labels[part].astype(np.int32))
+    found = evaluate(tmp_path, str(trained), "--data", str(shifted))
+    assert list(found) == ["cifar10.1_v4", "cifar10.1_v6"] and found["cifar10.1_v6"]["accuracy"] == right
+
+    corrupted = tmp_path / "corrupted"
+    corrupted.mkdir()
+    black = np.zeros_like(images)
+    np.save(corrupted / "labels.npy", np.tile(labels, 5).astype(np.uint8))
+    np.save(corrupted / "fog.npy", np.concatenate([images, black, images, black, black]))
+    found = evaluate(tmp_path, str(trained), "--data", str(corrupted))
+    assert list(found) == [f"fog/{severity}" for severity in range(1, 6)]
+    assert found["fog/1"] == found["fog/3"] and found["fog/1"]["accuracy"] == right
+    assert found["fog/2"]["accuracy"] == 0.1  # one class for all
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no train/<class>/"),
+        ({"cifar10.1_v6_data.npy": np.zeros((3, 32, 32), np.uint8)}, r"is not uint8 \[n, 32, 32, 3\]"),
+        ({"cifar10.1_v6_data.npy": np.zeros((3, 32, 32, 3), np.uint8)}, "are not the labels of 3 images"),
+        ({"labels.npy": np.zeros(2, np.int64)}, "no <corruption>.npy"),
+        (
+            {"labels.npy": np.full(5, 10), "fog.npy": np.zeros((5, 32, 32, 3), np.uint8)},
+            "labels are not all from 0 to 9",
+        ),
+    ],
+)
+def test_other_files_are_refused(trained, tmp_path, capsys, files, message):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, array in files.items():
+        np.save(folder / name, array)
+    if "cifar10.1_v6_data.npy" in files:
+        np.save(folder / "cifar10.1_v6_labels.npy", np.zeros(2 if "labels of 3" in message else 3, np.int64))
+    assert main(["evaluate", str(trained), "--data", str(folder)]) == 74
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_pickle_is_not_loaded(trained, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.save(folder / "labels.npy", np.array([Path()], dtype=object), allow_pickle=True)
+    np.save(folder / "fog.npy", np.zeros((5, 32, 32, 3), np.uint8))
+    assert main(["evaluate", str(trained), "--data", str(folder)]) == 74
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_ranks_share_the_evaluation(ranks, trained):
+    """The result of `evaluate` is that of one rank, on three."""
+    classifier = load_classifier(trained, CPU, say=pytest.fail)
+    found = ranks.run(3, _evaluated, str(trained))
+    images, labels = synthetic_split(1, 80)
+    logits = by_hand(classifier, images).numpy()
+    for confusion, collected in found:
+        np.testing.assert_allclose(collected, logits, rtol=1e-3, atol=1e-3)
+        assert np.trace(confusion) == (logits.argmax(1) == labels).sum()
+
+
+def _evaluated(communicator, path):
+    from dist_cifar.data.dataset import Split
+    from dist_cifar.evaluate import evaluate
+
+    classifier = load_classifier(Path(path), CPU, say=print)
+    images, labels = synthetic_split(1, 80)
+    result = evaluate(
+        classifier.module,
+        Split(images=images, labels=labels),
+        np.arange(80),
+        mean=classifier.mean,
+        std=classifier.std,
+        num_classes=10,
+        batch_size=16,
+        communicator=communicator,
+    )
+    return result.confusion, result.logits
+
+
+# --- export ------------------------------------------------------------------------------------------------------
+
+
+def test_onnx_gives_the_models_logits_for_any_batch(trained, classifier, tmp_path, capsys):
+    assert main(["export", str(trained), "--to", "onnx", "--out", str(tmp_path)]) == 0
+    assert "checked  on 256 images" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for images in (synthetic_split(1, 256)[0], synthetic_split(0, 1)[0], np.zeros((17, 32, 32, 3), np.uint8)):
+        (logits,) = session.run(None, {"images": images})
+        np.testing.assert_allclose(logits, by_hand(classifier, images), rtol=1e-3, atol=1e-3)
+    facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert json.loads(facts["classes"]) == list(CLASSES) and facts["weights_sha256"] == classifier.sha256
+    assert json.loads(facts["normalisation"])["mean"] == list(classifier.mean)
+
+
+def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier):
+    assert main(["export", str(trained), "--to", "torch"]) == 0
+    extra = {"metadata.json": ""}
+    module = torch.export.load(trained / "export/model.pt2", extra_files=extra).module()
+    for images in (synthetic_split(1, 256)[0], synthetic_split(0, 1)[0]):
+        np.testing.assert_allclose(
+            module(torch.from_numpy(images)).detach(), by_hand(classifier, images), rtol=1e-3, atol=1e-3
+        )
+    assert json.loads(extra["metadata.json"])["classes"] == list(CLASSES)
+
+
+def test_a_graph_that_computes_something_else_is_not_written(classifier, tmp_path, monkeypatch):
+    class Wrong(FromPixels):
+        def forward(self, images):
+            return super().forward(images) * (1 if not torch.compiler.is_compiling() else 1.1)
+
+    monkeypatch.setattr(inference, "FromPixels", Wrong)
+    with pytest.raises(CheckpointError, match="differ from the model's"):
+        inference.export(classifier, "torch", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_says_what_the_summary_says(trained, classifier, tmp_path):
+    main(["export", str(trained), "--to", "torch", "--out", str(tmp_path)])
+    card = (tmp_path / "README.md").read_text()
+    summary = json.loads((trained / "summary.json").read_text())
+    assert f"{summary['test_accuracy']:.2%}" in card and classifier.sha256 in card
+    assert all(f"| {name} |" in card for name in CLASSES) and "uint8 [batch, 32, 32, 3]" in card
+
+
+def test_a_checkpoint_is_a_model_too(trained, classifier, tmp_path):
+    (first, *_) = sorted((trained / "checkpoints").glob("step-*"))
+    named = load_classifier(first, CPU, say=pytest.fail)
+    assert named.step == int(first.name.partition("-")[2]) and named.checkpoint == first
+    if named.step != classifier.step:
+        main(["export", str(first), "--to", "torch", "--out", str(tmp_path)])
+        assert "Not evaluated on the test split" in (tmp_path / "README.md").read_text()
