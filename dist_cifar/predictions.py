@@ -87,7 +87,7 @@ def read(run_dir: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in Predictions.__dataclass_fields__}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, or run the training's end again") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import time
@@ -498,7 +499,7 @@ def segments(run: Run) -> list[Segment]:
     """The jobs of a run, oldest first."""
     found = []
     starts = [i for i, event in enumerate(run.events) if event["event"] == "started"]
-    for i, after in zip(starts, [*starts[1:], len(run.events)], strict=True):
+    for i, after in itertools.pairwise([*starts, len(run.events)]):
         job = run.events[i:after]
         ends = [event for event in job if event["event"] in ("saved", "failed", "done")]
         if ends:

@@ -1,0 +1,348 @@
+"""The report: what it says is what the run wrote, on a page that a browser shows without complaint."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+from PIL import Image
+
+from dist_cifar import predictions, report, watch
+from dist_cifar.cli import main
+from dist_cifar.data.synthetic import synthetic_split
+from dist_cifar.predictions import collect, wilson_interval
+from dist_cifar.report import read_run, render, segments
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "first"
+    small_runs.run(path, "run.profile=true")
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "second"
+    small_runs.run(path, "run.name=<second>", "optimizer.lr=0.01", "train.epochs=1")
+    return path
+
+
+class Page(HTMLParser):
+    """Text, tags that are open at the end, addresses, and pictures of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.addresses: list[str] = []
+        self.headings: list[str] = []
+        self.series: dict[str, list[dict]] = {}
+        self.feed(html)
+        self.text = " ".join("".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.addresses += [found[name] for name in ("src", "href") if name in found]
+        if "data-series" in found:
+            self.series[found["aria-label"]] = json.loads(found["data-series"])
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data + " ")
+            if self.open[-1] in ("h1", "h2"):
+                self.headings.append(data)
+
+
+def page_of(*runs: Path) -> Page:
+    return Page(render([read_run(path) for path in runs]))
+
+
+def test_the_end_of_a_run_writes_it(trained):
+    html = (trained / "report.html").read_text()
+    page = Page(html)
+    assert (page.open == [] and page.headings[0] == "first: done") or page.headings[0].endswith(": done")
+    assert len(html) < 3_000_000
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "http://www.w3.org" in html and not re.findall(r"https?://(?!www\.w3\.org)", html)
+
+
+def test_the_first_screen_says_what_the_summary_says(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    text = page_of(trained).text.partition("Curves")[0]
+    low, high = wilson_interval(round(summary["test_accuracy"] * 80), 80)
+    assert f"{summary['test_accuracy']:.2%}" in text and f"{low:.2%} to {high:.2%}" in text
+    assert f"{summary['images_per_second']:,.0f} images/s" in text and summary["device"] in text
+    assert f"{summary['best_step'] * 2 / summary['steps']:g} of 2" in text
+
+
+def test_every_section_is_there(trained):
+    assert page_of(trained).headings[1:] == [
+        "Curves",
+        "Classes",
+        "Worst mistakes",
+        "Calibration",
+        "Augmentation",
+        "Where the time of a step goes",
+        "Timeline",
+        "Settings",
+    ]
+
+
+def test_curves_have_every_row(trained):
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    trained_rows, evaluated = ([row for row in rows if row["kind"] == kind] for kind in ("train", "eval"))
+    (training, validation) = page_of(trained).series["Loss over epochs"]
+    assert training["text"] == [f"{row['loss']:.4g} at epoch {row['epoch']:.4g}" for row in trained_rows]
+    assert validation["text"] == [f"{row['loss']:.4g} at epoch {row['epoch']:.4g}" for row in evaluated]
+    assert training["px"] == sorted(training["px"])
+
+
+def test_confusion_and_mistakes_are_those_of_the_test_split(trained):
+    html = (trained / "report.html").read_text()
+    summary = json.loads((trained / "summary.json").read_text())
+    cells = [int(text or 0) for text in re.findall(r'<td class="(?:good|bad)"[^>]*>(\d*)</td>', html)]
+    assert cells == np.array(summary["test_confusion"]).flatten().tolist()
+    found = predictions.read(trained)
+    images, labels = synthetic_split(1, 80)
+    assert (found.labels == labels).all()
+    assert np.trace(summary["test_confusion"]) == (found.predicted == labels).sum()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)" alt="test image (\d+)', html)
+    assert [int(index) for _, index in pictures] == found.worst_indices.tolist() and pictures
+    for data, index in pictures:
+        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) == images[int(index)]).all()
+    shares = [found.probabilities[i, labels[i]] for i in found.worst_indices]
+    wrong = found.predicted != labels
+    assert shares == sorted(shares) and shares[0] == found.probabilities[wrong, labels[wrong]].min()
+
+
+def test_calibration_error_is_that_of_the_definition(trained):
+    found = predictions.read(trained)
+    confidence, right = found.probabilities.max(1), found.predicted == found.labels
+    error = 0.0
+    for i in range(10):
+        inside = (confidence >= i / 10) & (confidence < (i + 1) / 10 if i < 9 else confidence <= 1)
+        if inside.any():
+            error += abs(right[inside].sum() - confidence[inside].astype(float).sum()) / len(right)
+    assert f"Expected calibration error {error:.2%}" in page_of(trained).text
+
+
+def test_augmented_pictures_begin_with_the_pictures_themselves(trained):
+    augmented = predictions.read(trained).augmented
+    images = synthetic_split(0, 240)[0]
+    originals = {image.tobytes() for image in images}
+    assert all(row[0].tobytes() in originals for row in augmented)
+    assert all(other.tobytes() not in originals for row in augmented for other in row[1:])
+
+
+def test_wilson_interval_is_that_of_the_paper():
+    low, high = wilson_interval(9, 10)  # the roots of (p - x)^2 = z^2 x (1 - x) / n
+    for root in (low, high):
+        assert (0.9 - root) ** 2 == pytest.approx(1.959964**2 * root * (1 - root) / 10)
+    assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
+
+
+def test_two_runs_are_compared(trained, other):
+    page = page_of(trained, other)
+    table = page.text.partition("Settings that differ")[2]
+    assert "optimizer.lr" in table and "0.01" in table and "train.epochs" in table
+    assert "<second>" in page.text, "escaped in the source, so it is text here"
+    assert {series["name"] for series in page.series["Accuracy over epochs"]} >= {"<second>, validation"}
+    assert page.headings[:4] == ["2 runs", "Results", "Curves", "Settings that differ"]
+    same = page_of(trained, trained)
+    assert "The configs are equal." in same.text
+
+
+def event(name: str, at: float, **facts) -> str:
+    return json.dumps({"time": at, "event": name, **facts})
+
+
+def start(at: float, step: int, world_size: int) -> str:
+    facts = {"total_steps": 26, "steps_per_epoch": 13, "host": "n1", "device": "cpu", "strategy": "exact"}
+    return event("started", at, step=step, world_size=world_size, **facts)
+
+
+def test_the_timeline_has_every_job_and_its_end(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    lines = [
+        start(100, 0, 4),
+        event("checkpoint", 110, step=5, best=True),
+        event("saved", 120, step=7),
+        start(200, 7, 2),
+        event("checkpoint", 220, step=9, best=False),
+        start(300, 9, 1),
+        event("failed", 310, step=9, rank=0, reason="a <reason>"),
+        start(400, 9, 4),
+        event("lr_cut", 405, step=13, lr=1e-4),
+        event("done", 500, step=26),
+    ]
+    (run / "events.jsonl").write_text("\n".join(lines) + '\n{"time": 1, "ev')
+    found = segments(read_run(run))
+    assert [job.start["world_size"] for job in found] == [4, 2, 1, 4]
+    assert [job.end for job in found] == ["saved", "lost", "failed", "done"]
+    assert [job.end_time for job in found] == [120, 220, 310, 500]
+    page = page_of(run)
+    assert "4 → 2 → 1 → 4" in page.text and "a <reason>" in page.text
+    assert render([read_run(run)]).count("plateau: lr 0.0001") == 3  # loss, accuracy and rate
+
+
+def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained / "config.yaml", run)
+    assert page_of(run).headings[-1] == "Settings"
+    (run / "events.jsonl").write_text(start(time.time(), 0, 2) + "\n")
+    (run / "status.json").write_text('{"status": "running"}')
+    (run / "metrics.jsonl").write_text((trained / "metrics.jsonl").read_text().splitlines()[0] + '\n{"kind')
+    page = page_of(run)
+    assert "running, step 2 of 26" in page.text and "Worst mistakes" not in page.text
+
+
+def test_values_that_are_not_finite_leave_a_gap(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["loss"], rows[1]["loss"] = "nan", None
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before, after = (page_of(path).series["Loss over epochs"][0]["px"] for path in (trained, run))
+    assert len(after) == len(before) - 2
+
+
+def test_the_command_writes_and_refuses(trained, other, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(trained), str(other)]) == 0
+    assert (tmp_path / "report.html").exists() and str(tmp_path / "report.html") in capsys.readouterr().out
+    assert main(["report", str(trained), "--out", "one.html"]) == 0 and (tmp_path / "one.html").exists()
+    assert main(["report", str(trained.parent / "firts")]) == 2
+    assert f"did you mean {trained}?" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_named(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "predictions.npz").write_bytes((run / "predictions.npz").read_bytes()[:1000])
+    assert main(["report", str(run)]) == 74
+    assert "predictions.npz: cannot be read" in capsys.readouterr().err
+
+
+def test_only_mistakes_are_worst():
+    logits = np.array([[9, 0], [0, 1], [5, 0], [0, 3]], np.float32)
+    labels = np.array([0, 0, 1, 1])
+    images, augmented = np.zeros((4, 32, 32, 3), np.uint8), np.zeros((1, 1, 32, 32, 3), np.uint8)
+    found = collect(logits, labels, images, ("a", "b"), augmented)
+    assert found.worst_indices.tolist() == [2, 1]
+    np.testing.assert_allclose(found.probabilities.sum(1), 1, rtol=1e-6)
+
+
+def test_a_report_that_fails_leaves_the_run_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "render", lambda runs: 1 / 0)
+    small_runs.run(tmp_path / "run", "train.epochs=1")
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "done"
+    assert "warning: no report (division by zero)" in capsys.readouterr().out
+
+
+# --- watch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(trained, tmp_path):
+    run = tmp_path / "live"
+    shutil.copytree(trained, run)
+    made = watch.make_server([run], 0)
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield run, f"http://127.0.0.1:{made.server_address[1]}/"
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def get(address: str) -> str:
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_the_live_page_follows_the_run(server):
+    run, address = server
+    before = get(address + "version")
+    assert get(address + "version") == before
+    page = get(address)
+    assert "setInterval" in page and "setInterval" not in (run / "report.html").read_text()
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row | {"step": 99, "epoch": 7.5, "loss": 0.123456}) + "\n")
+    assert get(address + "version") != before
+    assert "0.1235 at epoch 7.5" in get(address)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get(address + "../../etc/passwd")
+
+
+def test_the_page_is_for_this_machine_alone():
+    made = watch.make_server([], 0)
+    assert made.server_address[0] == "127.0.0.1"
+    made.server_close()
+
+
+def test_a_port_in_use_is_an_error(server, trained, capsys):
+    port = server[1].rpartition(":")[2].strip("/")
+    assert main(["watch", str(trained), "--port", port]) == 2
+    assert "give another with --port" in capsys.readouterr().err
+
+
+def test_the_terminal_shows_it_once_where_it_is_none(trained, capsys):
+    assert main(["watch", "--terminal", str(trained)]) == 0
+    out = capsys.readouterr().out
+    assert "step 24 of 24, 100%" in out and " test  step" in out and "training loss" in out
+
+
+def test_sparklines_follow_the_values():
+    assert watch.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert watch.sparkline([0, 0, 7, 7], 2) == "▁█" and watch.sparkline([5.0], 9) == "▁"
+
+
+# --- in a browser ------------------------------------------------------------------------------------------------
+
+
+def browse(address: str, screenshot: Path, *options: str) -> str:
+    """What the browser says on its console."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={screenshot.parent}/profile", f"--screenshot={screenshot}", *options, address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; Debian's package is called chromium")
+def test_a_browser_shows_it_without_complaint(trained, other, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(render([read_run(trained), read_run(other)]))
+    for size in ("1280,900", "390,844"):
+        picture = tmp_path / f"{size}.png"
+        assert browse(page.as_uri(), picture, f"--window-size={size}") == ""
+        assert len(np.unique(np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3), axis=0)) > 20
+    page.write_text(page.read_text().replace("wire();", "nothing_of_this_name();", 1))
+    assert "nothing_of_this_name" in browse(page.as_uri(), tmp_path / "broken.png")
