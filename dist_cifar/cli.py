@@ -13,13 +13,14 @@ import dataclasses
 import errno
 import gc
 import os
+import re
 import socket
 import sys
 import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +29,16 @@ from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.config import Config, describe, load_config, to_yaml
 from dist_cifar.distributed.env import DistEnv, available_cores, check_local_rank, read_env, refuse_lone_task
 from dist_cifar.distributed.failures import Failure, FailureWatch, is_lost_peer, one_line, own_failure
-from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, ConfigError, DataError, LaunchError, UserError
+from dist_cifar.errors import (
+    EXIT_DONE,
+    EXIT_INTERNAL,
+    EXIT_SAVED,
+    ConfigError,
+    DataError,
+    LaunchError,
+    UserError,
+    nearest,
+)
 from dist_cifar.files import write_atomic
 from dist_cifar.rundir import RunDir, require_run
 
@@ -546,7 +556,23 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with this program's way of reporting errors."""
 
     def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            message += _hint(choice[1], re.findall(r"[\w-]+", choice[2]))
         raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    meant = nearest(word, known)
+    return f"; did you mean {meant}?" if meant else ""
+
+
+class _Command(_Parser):
+    """The parser of one command, which leaves itself among the options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.set_defaults(parser=self)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -560,7 +586,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dist_cifar {__version__}")
     parser.set_defaults(local_rank=None)
     _add_local_rank(parser)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Command)
 
     train = commands.add_parser(
         "train",
@@ -757,10 +783,12 @@ def _add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """argparse takes the `key=value`s of one place only; a person writes some before an option and some behind it."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command not in (_train, _data, _submit) or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options, rest = _parser().parse_known_args(arguments)
+    flags = [argument for argument in rest if argument.startswith("-")]
+    if flags or (rest and "overrides" not in options):
+        known = [option for action in options.parser._actions for option in action.option_strings]
+        hint = _hint(flags[0].partition("=")[0], known) if flags else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides += rest
     return options

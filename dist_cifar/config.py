@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from dist_cifar.errors import ConfigError, nearest
+from dist_cifar.errors import ConfigError, nearest, nearest_path
 
 
 @dataclass(frozen=True)
@@ -447,8 +447,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"--config {path}: no such file{_nearest(str(path), near) or '; give a YAML file'}") from None
+        near = nearest_path(path, Path("configs"))
+        hint = f"did you mean {near}?" if near else "give a YAML file"
+        raise ConfigError(f"--config {path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error}); give a YAML file") from None
     tree = _parse_yaml(text, str(path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -57,3 +58,12 @@ class TrainingError(UserError):
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a person who typed `word` most likely meant, if there is one."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def nearest_path(path: Path, *folders: Path) -> Path | None:
+    """The file or folder that a person who typed `path` most likely meant: one beside it, or else in `folders`."""
+    for folder in (path.parent, *folders):
+        name = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
+        if name is not None:
+            return folder / name
+    return None

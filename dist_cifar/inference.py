@@ -26,7 +26,7 @@ from dist_cifar.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_ch
 from dist_cifar.config import Config, config_from_values
 from dist_cifar.data.folder import decode
 from dist_cifar.data.synthetic import synthetic_split
-from dist_cifar.errors import CheckpointError, ConfigError, DataError, nearest
+from dist_cifar.errors import CheckpointError, ConfigError, DataError, nearest_path
 from dist_cifar.files import make_dirs, write_atomic
 from dist_cifar.model import build_model
 from dist_cifar.precision import set_precision
@@ -155,9 +155,9 @@ def pictures(sources: Sequence[str], stdin: Callable[[], bytes]) -> Iterator[tup
         elif path.exists():
             yield source, _pixels(path.read_bytes)
         else:
-            hint = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else None
-            hint = f"; did you mean {path.parent / hint}?" if hint else "; give a picture, a folder of them, or -"
-            raise DataError(f"{source}: there is no such file{hint}")
+            near = nearest_path(path)
+            hint = f"did you mean {near}?" if near else "give a picture, a folder of them, or -"
+            raise DataError(f"{source}: there is no such file; {hint}")
 
 
 def _pixels(read: Callable[[], bytes]) -> npt.NDArray[np.uint8] | str:

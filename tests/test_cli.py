@@ -13,6 +13,7 @@ from test_data_dataset import as_arrays
 
 from dist_cifar import cli
 from dist_cifar.cli import main
+from dist_cifar.config import describe
 from dist_cifar.data import dataset
 from dist_cifar.data.dataset import load_dataset
 
@@ -117,6 +118,7 @@ def test_neither_imports_torch(tmp_path):
 TRAIN_AND_LIST = """
 import sys
 from dist_cifar.cli import main
+from dist_cifar.config import describe
 code = main(["train", *sys.argv[1:]])
 print(code, *{name.partition(".")[0] for name in sys.modules}, "torch._dynamo" in sys.modules)
 """
@@ -131,3 +133,71 @@ def test_one_rank_imports_no_slow_package(tmp_path, strategy):
     last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert (last[0], last[-1]) == ("0", "False")
     assert not {"torchvision", "wandb", "matplotlib", "deepspeed"} & set(last)
+
+
+# --- typos --------------------------------------------------------------------------------------------------------
+
+COMMANDS = ["train", "verify", "submit", "data", "evaluate", "predict", "export", "report", "watch", "bench"]
+
+
+def misspelt(word: str) -> list[str]:
+    """One letter left out, two swapped, one doubled; in the middle of the word's last part."""
+    at = word.rfind(".") + 1 + (len(word) - word.rfind(".")) // 2
+    swapped = word[: at - 1] + word[at : at + 1] + word[at - 1] + word[at + 1 :]
+    return [word[:at] + word[at + 1 :], swapped, word[:at] + word[at - 1 :]]
+
+
+def meant(capsys, words: list[str]) -> str:
+    """What the one line of error takes the typo for."""
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    found = re.search(r"did you mean (\S+?)\?", line)
+    assert found, line
+    return found[1]
+
+
+@pytest.mark.parametrize("key", [key for key, *_ in describe()])
+def test_a_misspelt_key_gets_the_right_one(capsys, key):
+    keys = {key for key, *_ in describe()}
+    for typo in misspelt(key):
+        if typo not in keys:
+            assert meant(capsys, ["train", f"{typo}=1"]) == key
+
+
+@pytest.mark.parametrize("key", [key for key, kind, *_ in describe() if re.fullmatch(r"\w+( \| \w+)+", kind)])
+def test_a_misspelt_value_gets_the_right_one(capsys, key):
+    (kind,) = (kind for other, kind, *_ in describe() if other == key)
+    for value in (value for value in kind.split(" | ") if len(value) > 3):
+        assert meant(capsys, ["train", f"{key}={value[:2]}{value[3:]}"]) == value
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_command_gets_the_right_one(capsys, command):
+    assert meant(capsys, [command[:-2] + command[-1]]) == command
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["train", "--confg", "x"], "--config"),
+        (["train", "--resume-anway"], "--resume-anyway"),
+        (["verify", "--step", "3"], "--steps"),
+        (["submit", "--node", "2"], "--nodes"),
+        (["predict", "a.png", "--chekpoint", "x"], "--checkpoint"),
+        (["export", "x", "--to", "onx"], "onnx"),
+        (["bench", "augmnt"], "augment"),
+    ],
+)
+def test_a_misspelt_option_gets_the_right_one(capsys, words, right):
+    assert meant(capsys, words) == right
+
+
+def test_a_misspelt_path_gets_the_right_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/mine.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert meant(capsys, ["train", "--config", "configs/mien.yaml"]) == "configs/mine.yaml"
+    assert meant(capsys, ["train", "--config", "mine.yml"]) == "configs/mine.yaml"
+    (tmp_path / "images.zip").write_text("")
+    assert main(["data", "data.source=folder", "data.root=imges.zip", "data.cache_dir=cache"]) == 74
+    assert "did you mean images.zip?" in capsys.readouterr().err

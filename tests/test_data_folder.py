@@ -160,7 +160,7 @@ def test_what_is_neither_folder_nor_zip(tmp_path):
     path.write_bytes(b"no zip")
     with pytest.raises(DataError, match="neither a folder nor a zip"):
         read_folder(path, silent)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file or folder"):
         signature(tmp_path / "missing")
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dist_cifar.config import DataConfig
 from dist_cifar.data.dataset import Split, load_dataset
-from dist_cifar.errors import DataError
+from dist_cifar.errors import DataError, nearest_path
 
 SEVERITIES = 5
 _LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.npy, or with train/ and test/"
@@ -28,7 +28,9 @@ _LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.n
 def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> dict[str, Split]:
     """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`."""
     if not root.exists():
-        raise DataError(f"--data {root}: there is no such file or folder; {_LAYOUTS}")
+        near = nearest_path(root)
+        hint = f"did you mean {near}?" if near else _LAYOUTS
+        raise DataError(f"--data {root}: there is no such file or folder; {hint}")
     if root.is_dir():
         found = [path.name.removesuffix("_data.npy") for path in sorted(root.glob("cifar10.1_v*_data.npy"))]
         if found:

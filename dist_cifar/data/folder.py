@@ -27,7 +27,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dist_cifar.data.arrays import Arrays
-from dist_cifar.errors import DataError
+from dist_cifar.errors import DataError, nearest_path
 
 SPLITS = ("train", "test")
 _MAX_PIXELS = 64_000_000
@@ -167,6 +167,11 @@ def _digest(root: Path, of_file: Callable[[str], str]) -> str:
             parts = [name] if name.endswith("/") else [name, of_file(f"{root}/{name}")]
             digest.update(b"".join(os.fsencode(part) + b"\0" for part in parts))  # no name holds a zero byte
         return digest.hexdigest()
+    except FileNotFoundError:
+        near = nearest_path(root)
+        raise DataError(
+            f"{root}: there is no such file or folder; {f'did you mean {near}?' if near else _LAYOUT}"
+        ) from None
     except OSError as error:
         raise DataError(f"{root}: cannot be read ({error}); {_LAYOUT}") from None
 
