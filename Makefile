@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py
 
-# Debian's: the suite's cluster, and mpirun.
-TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin
+# Debian's: the suite's cluster, mpirun, and a browser for the report.
+TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin chromium
 
 .PHONY: help quickstart test test-slurm test-packages lint clean
 
@@ -36,7 +36,7 @@ test-slurm: $(VENV)/installed-test test-packages
 
 # As another user than root, or without apt-get, it changes nothing: the tests then say what is missing.
 test-packages:
-	@(for name in slurmctld slurmd sbatch munged ip pgrep mpirun; do command -v $$name || exit 1; done) >/dev/null || \
+	@(for name in slurmctld slurmd sbatch munged ip pgrep mpirun chromium; do command -v $$name || exit 1; done) >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(TEST_PACKAGES) >/dev/null; \

@@ -242,6 +242,16 @@ def _verify(options: argparse.Namespace) -> int:
         raise DataError(f"verify: {error}; free space, or give a directory that can be written with --dir") from error
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    env = _take_part(config, options)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dist_cifar.doctor import doctor
+
+    return doctor(config, env, _device(config, env), json_file=options.json)
+
+
 def _submit(options: argparse.Namespace) -> int:
     from dist_cifar.schedule import require_shareable
     from dist_cifar.submit import REPOSITORY, Request, render, submit, template
@@ -637,6 +647,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_local_rank(verify)
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="look for what would waste GPU hours: versions, network, disk, data, limits",
+        description="Check this machine, or under a launcher (torchrun, srun, accelerate, mpirun) all ranks of a job,"
+        " for what would make a training fail or slow, and say what to do. Takes about half a minute.",
+        epilog="exit codes: 0 nothing failed (there may be warnings), 1 something failed, 2 bad usage or config",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings for programs")
+    _add_local_rank(doctor)
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. run.dir=/shared/run")
+    doctor.set_defaults(command=_doctor)
 
     submit = commands.add_parser(
         "submit",

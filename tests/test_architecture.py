@@ -40,6 +40,7 @@ ORDER = [
     "train",
     "bench",
     "verify",
+    "doctor",
     "submit",
     "cli",
     "__main__",

@@ -137,7 +137,7 @@ def test_one_rank_imports_no_slow_package(tmp_path, strategy):
 
 # --- typos --------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["train", "verify", "submit", "data", "evaluate", "predict", "export", "report", "watch", "bench"]
+COMMANDS = ["train", "verify", "doctor", "submit", "data", "evaluate", "predict", "export", "report", "watch", "bench"]
 
 
 def misspelt(word: str) -> list[str]:

@@ -66,7 +66,7 @@ def load_or_build(
     `build` is called by one process per file system, and only where there is no good entry. Raises `DataError` if the
     entry cannot be written, and whatever `build` raises.
     """
-    directory = cache_dir / f"{name}-{key[:32]}-v{FORMAT_VERSION}"
+    directory = entry_directory(cache_dir, name, key)
     entry = read_entry(directory, key)
     if entry is not None:
         return entry
@@ -89,6 +89,11 @@ def load_or_build(
     if entry is None:
         raise DataError(f"{directory}: does not read back as written; set data.cache_dir to another disk")
     return entry
+
+
+def entry_directory(cache_dir: Path, name: str, key: str) -> Path:
+    """Where the entry of the content `key` is, if there is one."""
+    return cache_dir / f"{name}-{key[:32]}-v{FORMAT_VERSION}"
 
 
 def remembered(cache_dir: Path, path: Path, signature: str, find_out: Callable[[], str]) -> str:

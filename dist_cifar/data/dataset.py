@@ -89,6 +89,18 @@ def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> D
     )
 
 
+def missing_download(config: DataConfig) -> str | None:
+    """The address from which `load_dataset` would fetch the data set; None if it is here, or needs no fetching."""
+    spec = ARCHIVES.get(config.source)
+    if spec is None:
+        return None
+    root = Path(config.root).expanduser()
+    here = root.is_file() or (root / spec.filename).exists() or (root / spec.folder).is_dir()
+    entry = cache.entry_directory(cache.cache_directory(config.cache_dir), config.source, spec.sha256)
+    here = here or cache.read_entry(entry, spec.sha256) is not None
+    return None if here else config.url or spec.url
+
+
 def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the training and of the `size` validation images among `labels`: int64 each.
 

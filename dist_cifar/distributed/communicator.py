@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,19 @@ class Communicator:
         if self._control is not None:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
+
+    def time_sums(self, size_bytes: int, repeats: int) -> list[float]:
+        """Seconds that each of `repeats` sums of a tensor of `size_bytes` takes this rank. A collective."""
+        tensor = torch.zeros(size_bytes // 4, device=self.device)
+        seconds = []
+        for _ in range(repeats + 1):
+            self.gather(None, "time sums")
+            started = time.perf_counter()
+            dist.all_reduce(tensor, group=self._control if self.device.type == "cpu" else None)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
+        return seconds[1:]  # the first one opens connections
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Part r of `sent` goes to rank r; part r of `received` is what rank r sent here. Both flat, in equal parts."""

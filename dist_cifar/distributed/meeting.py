@@ -308,6 +308,14 @@ def _is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
 
 
+def interface_towards(host: str) -> str | None:
+    """The network interface of this host that leads to `host`; None where that is not told. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect((host, 9))
+        return interface_of(probe.getsockname()[0])
+    return None
+
+
 def interface_of(address: str) -> str | None:
     """The network interface of this host that has this IPv4 address; None if none has, or where that is not told."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

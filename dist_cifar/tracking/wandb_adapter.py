@@ -45,6 +45,12 @@ def wanted_mode(asked: str, environ: Mapping[str, str]) -> str:
     return asked if asked != "auto" else _MODES.get(environ.get("WANDB_MODE", ""), "auto")
 
 
+def is_wanted_online(config: Config, environ: Mapping[str, str]) -> bool:
+    """Whether a run would try to reach the server; where only wandb could tell whether there is a key, yes."""
+    mode = wanted_mode(config.tracking.wandb, environ)
+    return mode == "online" or (mode == "auto" and _may_have_key(environ))
+
+
 def named(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row under the names that W&B gets."""
     return {_SHARED.get(name, f"{row['kind']}/{name}"): value for name, value in row.items() if name != "kind"}
