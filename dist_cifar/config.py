@@ -280,6 +280,10 @@ class TrackingConfig:
     """W&B user or team; default as wandb decides."""
     wandb_group: str | None = None
     """W&B group of runs that belong together."""
+    wandb_job_type: str | None = None
+    """W&B job type, which tells runs of a group apart."""
+    wandb_notes: str | None = None
+    """W&B notes on the run."""
     wandb_tags: tuple[str, ...] = ()
     """W&B tags."""
 

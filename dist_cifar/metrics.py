@@ -5,6 +5,7 @@ Contract: sums are exact, so they are the same for every way of splitting the sa
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass
 
@@ -75,6 +76,13 @@ class OwnTime:
         self._seconds = 0.0
         self._events.clear()
         return seconds
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has had so far: of its GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 @dataclass(frozen=True, kw_only=True)

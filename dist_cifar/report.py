@@ -239,7 +239,8 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         ),
         Chart(title="Learning rate", series=lines("train", "lr", "learning rate"), log=True, marks=cuts),
         Chart(title="Gradient norm, before clipping", series=lines("train", "grad_norm", "mean since the last row")),
-        Chart(title="Training images/s", series=lines("train", "images_per_second", "all ranks") + _of_ranks(runs)),
+        Chart(title="Training images/s", series=lines("train", "images_per_second", "all ranks")),
+        Chart(title="Own work of each rank, before it waits, share of a step", series=_of_ranks(runs), percent=True),
         Chart(
             title="Data wait, share of a step", series=lines("train", "data_wait_share", "mean of ranks"), percent=True
         ),
@@ -249,24 +250,14 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _of_ranks(runs: Sequence[Run]) -> list[Series]:
-    """What each rank would do alone, of a single run: their own work's time is known."""
-    rows = [row for row in runs[0].of_kind("train") if "rank_images_per_second" in row] if len(runs) == 1 else []
-    ranks = max((len(row["rank_images_per_second"]) for row in rows), default=0)
-    if ranks < 2:
-        return []
-    return [
-        Series(
-            name=f"rank {rank}, its own work",
-            color=rank + 1,
-            faint=True,
-            points=[
-                (row["epoch"], row["rank_images_per_second"][rank])
-                for row in rows
-                if rank < len(row["rank_images_per_second"])
-            ],
-        )
-        for rank in range(ranks)
-    ]
+    """What each rank of a single run did by itself: the one with the most is the one that others wait for."""
+    rows = [row for row in runs[0].of_kind("train") if "rank_work_share" in row] if len(runs) == 1 else []
+    ranks = max((len(row["rank_work_share"]) for row in rows), default=0)
+    found = []
+    for rank in range(ranks):
+        own = [row | {"work": row["rank_work_share"][rank]} for row in rows if rank < len(row["rank_work_share"])]
+        found.append(Series(name=f"rank {rank}", color=rank, points=_points(own, "work")))
+    return found
 
 
 def _points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -49,7 +49,7 @@ from dist_cifar.display import Display, table
 from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.errors import EXIT_SAVED, CheckpointError, ConfigError, TrainingError
 from dist_cifar.evaluate import evaluate
-from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums
+from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums, peak_memory_bytes
 from dist_cifar.model import build_model
 from dist_cifar.numerics import numerics, pin
 from dist_cifar.precision import choose_precision, set_precision
@@ -417,12 +417,18 @@ class _Run:
         loss, correct, count, norms, steps, skipped = _summed(rows)
         progress, last = self.progress, self.logged
         seconds = progress.train_seconds - last.train_seconds
-        waited, own, hosts = zip(
+        waited, own, memory, hosts = zip(
             *self.communicator.gather(
-                (progress.wait_seconds - last.wait_seconds, self.own_time.take(), socket.gethostname())
+                (
+                    progress.wait_seconds - last.wait_seconds,
+                    self.own_time.take(),
+                    peak_memory_bytes(self.communicator.device),
+                    socket.gethostname(),
+                )
             ),
             strict=True,
         )
+        slowest, median = max(range(len(own)), key=own.__getitem__), statistics.median_low(own)
         skips: dict[str, int] = {}
         if self.config.train.non_finite == "skip":
             progress.skipped_steps += int(skipped)
@@ -435,6 +441,9 @@ class _Run:
             grad_norm=norms / steps if steps else None,
             images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
             data_wait_share=sum(waited) / self.communicator.world_size / seconds,
+            rank_work_share=[share / seconds for share in own],
+            straggler_ratio=own[slowest] / median if median else 1.0,
+            memory_bytes=max(memory),
             **skips,
         )
         self.logged = dataclasses.replace(progress)
@@ -443,7 +452,6 @@ class _Run:
                 f"step {progress.step}: {progress.skipped_steps} steps had gradients that were not finite, more than"
                 f" train.max_skipped_steps={self.config.train.max_skipped_steps}; lower optimizer.lr"
             )
-        slowest, median = max(range(len(own)), key=own.__getitem__), statistics.median_low(own)
         if own[slowest] > self.config.run.straggler_factor * median:
             self.display.say(
                 f"straggler: rank {slowest} on {hosts[slowest]} worked {own[slowest] / median:.1f}x as long as the"
@@ -574,7 +582,13 @@ class _Run:
             device=device_name(self.communicator.device),
             strategy=self.config.train.strategy,
         )
-        self.trackers = open_trackers(self.config, self.run_dir.path, resume_step=self.saved_step, say=self.display.say)
+        self.trackers = open_trackers(
+            self.config,
+            self.run_dir.path,
+            resume_step=self.saved_step,
+            git_revision=git_revision,
+            say=self.display.say,
+        )
 
     def _leave_loop(self) -> None:
         """No more steps: when this returns, what was saved is on the disk."""
@@ -633,11 +647,12 @@ class _Run:
             "git_revision": git_revision(),
         }
         if self.is_first:
-            predictions.write(self.run_dir.path, self._predictions(test))
+            found = self._predictions(test)
+            predictions.write(self.run_dir.path, found)
             self.run_dir.append_event("done", step=progress.step)
             self.run_dir.write_summary(summary)
             for tracker in self.trackers:
-                tracker.finish(summary, 0)
+                tracker.finish(summary, 0, found)
             self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
             self._report()
         self.display.say(result_table(summary, self.run_dir.path))

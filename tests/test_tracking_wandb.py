@@ -1,6 +1,7 @@
 """The W&B adapter. Whatever opens a run does so in a process of its own, with a fake key and a server on loopback."""
 
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -11,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import small_runs
 import wandb_file
 from fake_wandb import FakeWandb
+from PIL import Image
 
+from dist_cifar import predictions
 from dist_cifar.config import load_config
 from dist_cifar.errors import ConfigError
 from dist_cifar.tracking import open_trackers
@@ -162,7 +167,7 @@ def test_the_offline_file_holds_everything_and_a_resume_has_the_same_id(tmp_path
 
     content = wandb_file.read(file)
     assert [without_own(row) for row in content["history"]] == HISTORY
-    assert without_own(content["config"]) == public_config(load_config(None, config))
+    assert without_own(content["config"]) == public_config(load_config(None, config)) | {"git_revision": None}
     assert content["summary"]["test/accuracy"] == 0.5 and content["exit_code"] == 75
     assert content["metrics"] == {"global_step": "", "*": "global_step"}
     assert content["run_id"] == (tmp_path / "run" / "wandb_id").read_text().strip()
@@ -193,6 +198,37 @@ def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path):
     tracker.log({"kind": "train", "step": 2})
     tracker.finish(None, 0)
     assert len(said) == 2 and "the helper is gone" in said[0] and f"wandb sync {tmp_path}/offline-run" in said[1]
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_in_its_offline_file(tmp_path):
+    """Two ranks under torchrun: every row, the config, the summary, tables and pictures."""
+    words = [f"{key}={value}" for key, value in (small_runs.VALUES | {"tracking.wandb": "offline"}).items()]
+    words += [f"run.dir={tmp_path / 'run'}", "tracking.wandb_job_type=train", "tracking.wandb_notes=two ranks"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "dist_cifar/train.py", *words]
+    subprocess.run(command, cwd=REPOSITORY, env=environment(tmp_path), check=True, timeout=120)
+    (file,) = offline_files(tmp_path)
+    content = wandb_file.read(file)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    rows = [named(json.loads(line)) for line in lines]
+    *history, last = [without_own(row) for row in content["history"]]
+    assert history == rows
+    ranks = [key for key in rows[0] if key.startswith("train/rank_work_share/")]
+    assert ranks == ["train/rank_work_share/0", "train/rank_work_share/1"]
+    assert {"train/grad_norm", "train/lr", "train/memory_bytes", "train/straggler_ratio"} <= rows[0].keys()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert content["summary"]["test_accuracy"] == summary["test_accuracy"] and content["exit_code"] == 0
+    assert content["config"]["git_revision"] == summary["git_revision"]
+    files = file.parent / "files"
+    confusion = json.loads((files / last["test/confusion.path"]).read_text())["data"]
+    assert [count for _, _, count in confusion] == np.array(summary["test_confusion"]).flatten().tolist()
+    classes = json.loads((files / last["test/classes.path"]).read_text())["data"]
+    assert {name: accuracy for name, accuracy, _ in classes} == summary["test_class_accuracy"]
+    found = predictions.read(tmp_path / "run")
+    pictures = [np.asarray(Image.open(files / name)) for name in last["test/worst_mistakes.filenames"]]
+    assert (np.stack(pictures) == found.worst_images).all() and len(pictures) == len(found.worst_indices) > 0
+    record = next(record.run for record in wandb_file.records(file) if record.WhichOneof("record_type") == "run")
+    assert (record.job_type, record.notes) == ("train", "two ranks")
 
 
 # --- a server, and none ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_cifar.config import Config
+from dist_cifar.predictions import Predictions
 from dist_cifar.tracking.jsonl import JsonlTracker
 from dist_cifar.tracking.wandb_adapter import open_wandb
 
@@ -23,18 +24,25 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row; returns at once."""
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int) -> None:
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
         """Takes the results of the run, if it has any, and closes; called once, nothing is logged after it."""
 
 
 def open_trackers(
-    config: Config, run_dir: Path, *, resume_step: int | None, say: Callable[[str], None]
+    config: Config,
+    run_dir: Path,
+    *,
+    resume_step: int | None,
+    say: Callable[[str], None],
+    git_revision: Callable[[], str | None] = lambda: None,
 ) -> list[Tracker]:
     """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
 
     `run_dir` exists. `resume_step` is the step of the checkpoint that the run goes on from, `None` at a fresh start.
-    `say` prints one line for the person who watches. Raises `ConfigError` where W&B is asked for and not installed.
+    `say` prints one line for the person who watches; `git_revision` names the source, and is asked if W&B is used.
+    Raises `ConfigError` where W&B is asked for and not installed.
     """
-    wandb = open_wandb(config, run_dir, say)  # first: its ConfigError must not leave a truncated metrics.jsonl
+    # First: its ConfigError must not leave a truncated metrics.jsonl.
+    wandb = open_wandb(config, run_dir, say, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
     return [jsonl] if wandb is None else [jsonl, wandb]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.files import write_atomic
+from dist_cifar.predictions import Predictions
 
 
 def encode(row: Mapping[str, Any]) -> str:
@@ -53,7 +54,7 @@ class JsonlTracker:
             self._file.write(encode(row) + "\n")
             self._file.flush()
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int) -> None:
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
         """Closes the file. The summary is not a row: it has a file of its own."""
         self._file.close()
 

@@ -12,7 +12,10 @@ the run directory. What is logged:
     epoch, samples  as they are in the row
     <kind>/<name>   everything else of a row of that kind: `train/loss`, `eval/accuracy`
 
-The config goes up under its dotted keys (`optimizer.lr`), addresses without user names, passwords and queries.
+    test/confusion, test/classes, test/worst_mistakes   at the end: two tables, and the worst mistakes as pictures
+
+The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
+passwords and queries.
 
 wandb replaces `sys.exit` and `sys.excepthook` by wrappers of its own, to learn the exit code. It leaves the handlers of
 signals alone, and its helper process has a session of its own: a signal to the job's process group does not reach it.
@@ -32,6 +35,7 @@ from urllib.parse import urlsplit
 from dist_cifar.config import Config, flatten
 from dist_cifar.errors import ConfigError
 from dist_cifar.files import write_atomic
+from dist_cifar.predictions import Predictions
 
 INIT_TIMEOUT_SECONDS = 5
 FINISH_TIMEOUT_SECONDS = 5
@@ -52,8 +56,15 @@ def is_wanted_online(config: Config, environ: Mapping[str, str]) -> bool:
 
 
 def named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row under the names that W&B gets."""
-    return {_SHARED.get(name, f"{row['kind']}/{name}"): value for name, value in row.items() if name != "kind"}
+    """The row under the names that W&B gets; a list, of which W&B draws no curve, as a value for each of its items."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        label = _SHARED.get(name, f"{row['kind']}/{name}")
+        if isinstance(value, list | tuple):
+            found |= {f"{label}/{i}": item for i, item in enumerate(value)}
+        elif name != "kind":
+            found[label] = value
+    return found
 
 
 def public_config(config: Config) -> dict[str, Any]:
@@ -69,7 +80,9 @@ def run_id(run_dir: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def open_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> WandbTracker | None:
+def open_wandb(
+    config: Config, run_dir: Path, say: Callable[[str], None], git_revision: Callable[[], str | None]
+) -> WandbTracker | None:
     """The tracker, or `None` where W&B is not wanted or cannot be had. Raises `ConfigError` if it is not installed."""
     asked = config.tracking.wandb
     mode = wanted_mode(asked, os.environ)
@@ -82,7 +95,7 @@ def open_wandb(config: Config, run_dir: Path, say: Callable[[str], None]) -> Wan
             f"tracking.wandb: {asked}, but wandb is not installed; pip install -e .[wandb], or tracking.wandb=disabled"
         )
     try:
-        return _open(config, run_dir, mode, say)
+        return _open(config, run_dir, mode, say, git_revision)
     except Exception as error:  # whatever it is, the run does not depend on it
         say(f"W&B: {_one_line(error)}; going on without it")
         return None
@@ -106,8 +119,10 @@ class WandbTracker:
         """Hands the row to wandb's helper process, which writes and uploads it."""
         self._attempt(lambda: self._run.log(named(row)))
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int) -> None:
+    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
         """Uploads what is left for a few seconds; says how to upload it later where that was not enough."""
+        if summary and predictions is not None:
+            self._attempt(lambda: self._run.log(_tables(summary, predictions)))
         self._attempt(lambda: self._run.summary.update(dict(summary or {})))
         try:
             self._run.finish(exit_code=exit_code)
@@ -126,7 +141,9 @@ class WandbTracker:
             self._failed = True
 
 
-def _open(config: Config, run_dir: Path, mode: str, say: Callable[[str], None]) -> WandbTracker | None:
+def _open(
+    config: Config, run_dir: Path, mode: str, say: Callable[[str], None], git_revision: Callable[[], str | None]
+) -> WandbTracker | None:
     import wandb
 
     tracking = config.tracking
@@ -142,8 +159,10 @@ def _open(config: Config, run_dir: Path, mode: str, say: Callable[[str], None]) 
             project=tracking.wandb_project,
             entity=tracking.wandb_entity,
             group=tracking.wandb_group,
+            job_type=tracking.wandb_job_type,
+            notes=tracking.wandb_notes,
             tags=tracking.wandb_tags,
-            config=public_config(config),
+            config=public_config(config) | {"git_revision": git_revision()},
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -171,6 +190,27 @@ def _open(config: Config, run_dir: Path, mode: str, say: Callable[[str], None]) 
         tracker = WandbTracker(init("offline"), True, say)
         say(f"W&B: {_one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
         return tracker
+
+
+def _tables(summary: Mapping[str, Any], predictions: Predictions) -> dict[str, Any]:
+    """What the report shows as tables and pictures."""
+    import wandb
+
+    confusion, classes = summary["test_confusion"], predictions.classes
+    cells = [[true, taken, confusion[i][j]] for i, true in enumerate(classes) for j, taken in enumerate(classes)]
+    accuracy = summary["test_class_accuracy"]
+    per_class = [[name, accuracy[name], sum(confusion[i])] for i, name in enumerate(classes)]
+    mistakes = []
+    for index, image in zip(predictions.worst_indices, predictions.worst_images, strict=True):
+        true, taken = predictions.labels[index], predictions.predicted[index]
+        share = predictions.probabilities[index, taken]
+        mistakes.append(wandb.Image(image, caption=f"{classes[taken]} ({share:.1%}), is {classes[true]}"))
+    return {
+        "global_step": summary["steps"],
+        "test/confusion": wandb.Table(columns=["true", "predicted", "count"], data=cells),
+        "test/classes": wandb.Table(columns=["class", "accuracy", "count"], data=per_class),
+        "test/worst_mistakes": mistakes,
+    }
 
 
 def _may_have_key(environ: Mapping[str, str]) -> bool:

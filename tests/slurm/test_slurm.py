@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from clusters import Cluster
-
 from runs import REPOSITORY, Run, arguments, environment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
