@@ -8,13 +8,14 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist
 # Debian's: the suite's cluster, mpirun, and a browser for the report.
 TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin chromium
 
-.PHONY: help quickstart test test-slurm test-packages lint clean
+.PHONY: help quickstart test test-slurm test-packages lint check clean
 
 help:
 	@echo "make quickstart   train a small network on two CPU ranks, on generated images"
 	@echo "make test         run every test; those that this machine cannot run are skipped"
 	@echo "make test-slurm   run the tests on a SLURM cluster, which as root it installs where apt-get can"
 	@echo "make lint         check style and format"
+	@echo "make check        lint, and the quick tests of the architecture and the documents"
 	@echo "make clean        remove .venv and runs/quickstart"
 
 quickstart: $(VENV)/installed
@@ -45,6 +46,9 @@ test-packages:
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: lint
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_docs.py tests/test_readme.py tests/test_config.py -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs/quickstart

@@ -277,7 +277,7 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 250, 58, 12, 12, 30
 def _svg(chart: Chart) -> str:
     xs = [x for series in chart.series for x, _ in series.points]
     ys = [y for series in chart.series for _, y in series.points]
-    log = chart.log and min(ys) > 0
+    log = chart.log and min(ys) > 0 and max(ys) > 5 * min(ys)
     low, high = min(ys), max(ys)
     if log:
         low, high = math.log10(low), math.log10(high)
@@ -687,6 +687,7 @@ color:var(--dim);overflow-wrap:anywhere}.tile b{color:var(--fg)}.small{max-width
 rect.done,rect.running{fill:var(--c2)}rect.saved{fill:var(--c0)}rect.failed{fill:var(--c7)}rect.lost{fill:var(--c6)}
 svg text.on{fill:#fff;font-weight:600}details{border:1px solid var(--line);border-radius:8px;padding:8px 12px;
 margin-top:14px}summary{cursor:pointer;font-weight:600}footer{color:var(--dim);font-size:.8rem;margin-top:30px}
+@media(max-width:560px){.charts svg text{font-size:17px}}
 """
 
 _SCRIPT = """

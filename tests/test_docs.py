@@ -165,3 +165,13 @@ def test_every_script_and_option_is_described():
     settings = re.findall(r"^#+SBATCH (--[\w-]+)|^(\w+)=", SCRIPTS["train.sbatch"] + SCRIPTS["train_srun.sbatch"], re.M)
     known = {name.partition("=")[0] for name in described} | {"--job-name", "--output", "--ntasks-per-node"}
     assert {option or variable for option, variable in settings} <= known
+
+
+# --- docs/configuration.md ----------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_what_its_script_writes():
+    specification = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (DOCS / "configuration.md").read_text() == module.page()

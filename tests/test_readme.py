@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import small_runs
+from PIL import Image
 
 from dist_cifar import cli
 from dist_cifar.config import Config, flatten, load_config
@@ -35,13 +40,31 @@ def test_training_commands_parse(line, monkeypatch):
     load_config(options.config, options.overrides)
 
 
-@pytest.mark.parametrize("line", [line for line in BLOCKS if re.search(r"dist[_-]cifar (verify|data|submit)", line)])
+@pytest.mark.parametrize(
+    "line", [line for line in BLOCKS if re.search(r"dist[_-]cifar (verify|data|submit|doctor)", line)]
+)
 def test_other_commands_parse(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     words = shlex.split(line)
-    start = next(i for i, word in enumerate(words) if word in ("verify", "data", "submit"))
+    start = next(i for i, word in enumerate(words) if word in ("verify", "data", "submit", "doctor"))
     options = cli._parser().parse_args(words[start:])
     load_config(options.config, options.overrides)
+
+
+@pytest.mark.slow
+def test_commands_about_a_run_do_what_they_say(tmp_path, monkeypatch):
+    """The whole block, as typed, beside two little runs and a picture."""
+    (block,) = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "dist_cifar predict" in block]
+    for name in ("other", "quickstart"):
+        small_runs.run(tmp_path / "runs" / name, f"run.name={name}")
+    (tmp_path / "folder").mkdir()
+    for path in ("photo.png", "folder/one.jpg"):
+        Image.effect_noise((64, 48), 50).convert("RGB").save(tmp_path / path)
+    environ = dict(os.environ) | {"PYTHONPATH": str(REPOSITORY)}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    for line in block.splitlines():
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, env=environ, check=True, timeout=120)
+    assert (tmp_path / "both.html").exists() and (tmp_path / "runs/quickstart/export/model.onnx").exists()
 
 
 @pytest.mark.parametrize("target", re.findall(r"(?m)^make (\w+)", "\n".join(BLOCKS)))
@@ -67,5 +90,5 @@ def test_figures_are_those_of_the_committed_results():
 def test_fields_that_the_readme_names_exist():
     known = flatten(Config())
     sections = "|".join({key.partition(".")[0] for key in known})
-    named = set(re.findall(rf"`((?:{sections})\.(?!safetensors)[a-z_]+)(?:=[^`]*)?`", README))
+    named = set(re.findall(rf"`((?:{sections})\.(?!safetensors|onnx)[a-z_]+)(?:=[^`]*)?`", README))
     assert len(named) >= 5 and named <= known.keys()
