@@ -175,3 +175,24 @@ def test_the_reference_is_what_its_script_writes():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     assert (DOCS / "configuration.md").read_text() == module.page()
+
+
+# --- docs/troubleshooting.md --------------------------------------------------------------------------------------
+
+TROUBLES = (DOCS / "troubleshooting.md").read_text()
+QUOTED = [
+    part
+    for row in re.findall(r"(?m)^\| (`.*?`) \|", TROUBLES)
+    for message in re.findall(r"`(.+?)`", row)
+    for part in message.split("...")
+    if len(part.strip()) > 6
+]
+
+
+@pytest.mark.parametrize("part", QUOTED)
+def test_troubles_are_what_is_said(part):
+    assert part.strip(" ?") in SOURCES
+
+
+def test_there_are_troubles():
+    assert len(QUOTED) >= 20
