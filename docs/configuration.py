@@ -10,7 +10,33 @@ HEAD = """# Configuration
 
 Every field of a config, with its type and default; this page is written by `docs/configuration.py` from
 `dist_cifar/config.py`. In a YAML file a section holds its fields; on the command line a field is `section.field=value`.
-`python -m dist_cifar train --print-config` prints what would run."""
+`python -m dist_cifar train --print-config` prints what would run.
+
+## What goes together
+
+**Precision and compilation.** `train.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both when a
+run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
+`train.compile` is `auto` (on for GPUs with triton, but not in `exact`), `on` or `off`.
+
+**Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with
+`ddp`, `batch.per_rank_size` may be given instead, and the batch grows with the ranks. The learning rate is
+`optimizer.lr` times the square root of global batch / `optimizer.lr_base_batch`; `optimizer.lr_rule` has `linear` and
+`none` as well. `batch.max_micro_batch` splits a rank's share, or a virtual rank's, into passes whose gradients are
+accumulated. A virtual rank of `exact` is one forward and backward pass: choose the batch large enough that an eighth of
+it keeps a GPU busy.
+
+**Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint look at
+them. The test set is read once, at the end, with the best checkpoint.
+
+## The augmentation
+
+`augment.policy` is `seed` (flip, rotation, colour jitter, sharpness and erasing), `flip_crop` (flip, and a crop after
+reflecting four pixels of border) or `none`; the other fields of `augment` are the strengths. On a GPU a Triton kernel
+with the same bits does the work (`data.device_augment`); before it is used it is compared with the CPU's on 128 images,
+and the CPU takes over if one bit differs. It has been checked through Triton's interpreter and its compiled
+instructions, and not yet been run on a GPU.
+
+![Augmented images per second on one core](augment.png)"""
 
 
 def page() -> str:
