@@ -8,14 +8,15 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist
 # Debian's: the suite's cluster, mpirun, and a browser for the report.
 TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin chromium
 
-.PHONY: help quickstart test test-slurm test-packages lint check clean
+.PHONY: help quickstart test test-slurm test-packages lint types check clean
 
 help:
 	@echo "make quickstart   train a small network on two CPU ranks, on generated images"
 	@echo "make test         run every test; those that this machine cannot run are skipped"
 	@echo "make test-slurm   run the tests on a SLURM cluster, which as root it installs where apt-get can"
 	@echo "make lint         check style and format"
-	@echo "make check        lint, and the quick tests of the architecture and the documents"
+	@echo "make types        check the types of the package"
+	@echo "make check        lint, types, and the quick tests of the architecture, the config and the documents"
 	@echo "make clean        remove .venv and runs/quickstart"
 
 quickstart: $(VENV)/installed
@@ -47,8 +48,13 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-check: lint
-	$(BIN)/python -m pytest tests/test_architecture.py tests/test_docs.py tests/test_readme.py tests/test_config.py -m "not slow"
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+# The quick tests of what a change breaks first; the blocks of the pages are run by `make test`.
+check: lint types
+	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_config.py tests/test_schedule.py \
+		tests/test_rng.py tests/test_metrics.py tests/test_docs.py tests/test_readme.py tests/test_documents.py
 
 clean:
 	rm -rf $(VENV) runs/quickstart

@@ -92,7 +92,7 @@ def weights_sha256(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the directory `path`; `CheckpointError` if one byte or file of it is not as it was written."""
     manifest = _read_manifest(path)
     named = _position(path.name)
-    if named and named[0] != manifest["step"]:
+    if named != _NO_POSITION and named[0] != manifest["step"]:
         raise CheckpointError(f"{path}: its manifest is that of step {manifest['step']}")
     entries = manifest["files"]
     try:
@@ -327,7 +327,7 @@ class CheckpointStore:
     def _paths(self) -> list[Path]:
         """Every directory with the name of a checkpoint, newest first."""
         try:
-            names = [name for name in os.listdir(self.directory) if _position(name)]
+            names = [name for name in os.listdir(self.directory) if _position(name) != _NO_POSITION]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -340,10 +340,13 @@ class CheckpointStore:
 # --- the parts of a checkpoint -----------------------------------------------------------------------------------
 
 
-def _position(name: str) -> tuple[int, int] | None:
-    """(step, revision) of a directory's name; checkpoints are ordered by it."""
+_NO_POSITION = (-1, 0)
+
+
+def _position(name: str) -> tuple[int, int]:
+    """(step, revision) of a checkpoint's directory, by which they are ordered; `_NO_POSITION` of another name."""
     match = re.fullmatch(r"step-([0-9]{8,})(?:-([0-9]+))?", name)
-    return (int(match[1]), int(match[2] or 1)) if match else None
+    return (int(match[1]), int(match[2] or 1)) if match else _NO_POSITION
 
 
 def _by_step(paths: Iterable[Path]) -> dict[int, Path]:
@@ -374,7 +377,7 @@ def _safetensors(tensors: Tensors) -> memoryview:
     for name, tensor in ordered:
         start, end = places[name]["data_offsets"]
         data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-    return memoryview(content)
+    return content.data
 
 
 def _parse(path: Path, name: str, data: bytes) -> Any:

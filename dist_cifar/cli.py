@@ -378,7 +378,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     else:
         sets = read_test_sets(options.data, classifier.classes, config.data.cache_dir)
     communicator = _join(env, device, config.run.timeout_seconds)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, split in sets.items():
         result = evaluate(
             MirrorAveraged(classifier.module) if options.tta else classifier.module,

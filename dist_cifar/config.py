@@ -415,7 +415,7 @@ def describe() -> list[tuple[str, str, str, str]]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml says nothing of its types
     """Safe YAML that reads `1e-3` as a number (as YAML 1.2 does) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -632,7 +632,7 @@ def _field_docs() -> dict[str, dict[str, str]]:
     for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name in by_class:
             docs[by_class[node.name]] = {
-                statement.target.id: " ".join(text.value.value.split())
+                ast.unparse(statement.target): " ".join(ast.literal_eval(text.value).split())
                 for statement, text in zip(node.body, node.body[1:], strict=False)
                 if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr)
             }

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -161,12 +162,16 @@ def check_open_files() -> Finding:
     return graded("open files", f"limit {soft}", "ulimit -n 65536", count, _OPEN_FILES, 256)
 
 
+def _note_signal(came: list[int], number: int, frame: object) -> None:
+    came.append(number)
+
+
 def check_signals() -> Finding:
     """Whether the signals that stop a run arrive in this process."""
     lost = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         came: list[int] = []
-        before = signal.signal(number, lambda received, frame, came=came: came.append(received))
+        before = signal.signal(number, partial(_note_signal, came))
         try:
             os.kill(os.getpid(), number)
             deadline = time.monotonic() + 1

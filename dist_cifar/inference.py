@@ -102,7 +102,7 @@ def load_classifier(path: Path | None, device: torch.device, *, say: Callable[[s
         ) from None
     model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
     model.load_state_dict(checkpoint.tensors["model"])
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device).to(memory_format=torch.channels_last).eval()
     set_precision(model, config.train.precision, device)
     return Classifier(
         module=model,
@@ -196,6 +196,8 @@ class FromPixels(nn.Module):
     def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self._module = module
+        self._mean: torch.Tensor
+        self._std: torch.Tensor
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1))
 

@@ -7,14 +7,15 @@ user's cache directory if the package is read-only, or in NUMBA_CACHE_DIR if tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numba
 
-inlined = numba.njit(nogil=True)
+inlined: Any = numba.njit(nogil=True)
 """For helpers that only compiled functions call; they are cached with their callers."""
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compiles `function` on its first call, or loads it from the cache. Call it with one set of types only.
 
     numba notices no change of another module: helpers and constants must stand in the module of `function`.

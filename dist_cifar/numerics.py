@@ -31,7 +31,8 @@ def pin(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check that costs a pass over each tensor
+        # A check that costs a pass over each tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
         torch.backends.cudnn.benchmark = False  # it would choose by the clock
 
 

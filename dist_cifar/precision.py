@@ -65,7 +65,7 @@ def compiles(config: TrainConfig, device: torch.device) -> bool:
 def _layer_seconds(precision: str, device: torch.device) -> float:
     """The shortest of some forward and backward passes of one convolution."""
     channels = _PROBE_SHAPE[1]
-    layer = nn.Conv2d(channels, channels, 3, padding=1).to(device, memory_format=torch.channels_last)
+    layer = nn.Conv2d(channels, channels, 3, padding=1).to(device).to(memory_format=torch.channels_last)
     images = torch.zeros(_PROBE_SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
     shortest, began = float("inf"), time.perf_counter()
     for repeat in range(1 + _PROBE_REPEATS):

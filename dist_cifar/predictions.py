@@ -11,6 +11,7 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,7 @@ def collect(
 def write(run_dir: Path, predictions: Predictions) -> None:
     """Writes the file of a run."""
     data = io.BytesIO()
-    arrays = {name: np.asarray(value) for name, value in vars(predictions).items()}
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(predictions).items()}
     np.savez_compressed(data, **arrays)
     write_atomic(run_dir / NAME, data.getvalue())
 

@@ -70,4 +70,4 @@ def random_words(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, wor
 
 def uniform(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, draws: int) -> npt.NDArray[np.float64]:
     """`draws` uniform numbers in [0, 1) for each of `indices`, in steps of 2**-32: float64 [len(indices), draws]."""
-    return random_words(seed, stream, epoch, indices, draws) * 2.0**-32
+    return random_words(seed, stream, epoch, indices, draws) * np.float64(2.0**-32)

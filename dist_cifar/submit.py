@@ -73,9 +73,9 @@ def render(template: str, request: Request) -> str:
     text = template
     if not request.gpus_per_node:
         text = re.sub(r"^#SBATCH --gpus-per-node=.*\n", "", text, flags=re.MULTILINE)
-    for name, value in options.items():
-        if value is not None:
-            text = _with_option(text, name, str(value))
+    for name, setting in options.items():
+        if setting is not None:
+            text = _with_option(text, name, str(setting))
     if request.container is not None:
         text = _with_line(text, "container=()", f"container=(apptainer exec --nv {shlex.quote(request.container)})")
     if request.max_restarts is not None:

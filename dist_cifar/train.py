@@ -185,7 +185,7 @@ class _Run:
         model = build_model(config.model, num_classes=len(self.dataset.classes), seed=config.run.seed)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         # A module of its own: a strategy may cut its one into pieces, whose forward passes need all ranks at once.
-        self.evaluated = copy.deepcopy(model).to(communicator.device, memory_format=torch.channels_last)
+        self.evaluated = copy.deepcopy(model).to(communicator.device).to(memory_format=torch.channels_last)
         set_precision(self.evaluated, config.train.precision, communicator.device)
         self.strategy = build_strategy(model, config, communicator=communicator, plan=self.plan)
         lr, self.lr_reason = scaled_lr(config.optimizer, self.plan.global_size)

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -504,7 +505,7 @@ def verify(
     try:
         board.post(f"slot/{env.rank}", json.dumps(asdict(_this_slot(config, env))))
         slots = [
-            Slot(**json.loads(_wait(lambda key=f"slot/{i}": board.read(key), _ANSWER_SECONDS, f"slot {i}")))
+            Slot(**json.loads(_wait(partial(board.read, f"slot/{i}"), _ANSWER_SECONDS, f"slot {i}")))
             for i in range(env.world_size)
         ]
         sizes = chosen or default_world_sizes(virtual_ranks, slots)
@@ -617,7 +618,7 @@ class _Leader:
             job.board.post(f"kill/{number}", "")
             for slot in range(1, job.env.world_size):
                 key = f"dead/{number}/{slot}"
-                _wait(lambda key=key: job.board.read(key), _ANSWER_SECONDS, f"slot {slot}", heed_signals=False)
+                _wait(partial(job.board.read, key), _ANSWER_SECONDS, f"slot {slot}", heed_signals=False)
         if ended:
             raise _failure(path, phase, index, ended)
         rows = tail.read()
@@ -647,7 +648,7 @@ class _Leader:
             board.post(f"part/{self._part}", json.dumps({"exit": code}))
             for slot in others:
                 key = f"left/{slot}"
-                _wait(lambda key=key: board.read(key), _LAST_WORDS_SECONDS, f"slot {slot}", heed_signals=False)
+                _wait(partial(board.read, key), _LAST_WORDS_SECONDS, f"slot {slot}", heed_signals=False)
 
 
 def _follow(job: _Job) -> int:
@@ -655,7 +656,7 @@ def _follow(job: _Job) -> int:
     board, slot = job.board, job.env.rank
     try:
         for number, (phase, index) in enumerate(job.parts()):
-            order = json.loads(_wait(lambda key=f"part/{number}": board.read(key)))
+            order = json.loads(_wait(partial(board.read, f"part/{number}")))
             if "exit" in order:
                 return order["exit"]
             try:

@@ -14,8 +14,8 @@ Every field of a config, with its type and default; this page is written by `doc
 
 ## What goes together
 
-**Precision and compilation.** `train.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both when a
-run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
+**Precision and compilation.** `train.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both when
+a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
 `train.compile` is `auto` (on for GPUs with triton, but not in `exact`), `on` or `off`.
 
 **Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with

@@ -24,7 +24,11 @@ PAGES = sorted(DOCS.glob("*.md"))
 EXACTNESS = (DOCS / "exactness.md").read_text()
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 PACKAGE = "\n".join(path.read_text() for path in (REPOSITORY / "dist_cifar").rglob("*.py"))
-FOLDERS = sorted(path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != ".")
+WRITTEN = {"runs", "data", "wandb", "build", "dist"}
+"""Folders that a checkout has once it was used."""
+FOLDERS = sorted(
+    path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in WRITTEN
+)
 
 
 def quoted(page: str) -> list[str]:

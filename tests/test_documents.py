@@ -1,12 +1,13 @@
 """Every page: its blocks run as typed or say why not, its commands are valid, its links lead somewhere.
 
-A block of `sh` or `python` runs, unless the line above it is `<!-- not run: REASON -->`. The blocks of a page run in
-their order, in one copy of the repository that also has what a user would have (`folder_of`): a trained quickstart,
-a virtual environment, pictures. `shortened` is all that is changed in a command.
+A block of `sh` or `python` runs and one of `diff` is applied, unless the line above it is `<!-- not run: REASON -->`.
+The blocks of a page are taken in their order, in one copy of the repository that also has what a user would have
+(`folder_of`): a trained quickstart, a virtual environment, pictures. `shortened` is all that is changed in a command.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from PIL import Image
 
 from dist_cifar import cli
 from dist_cifar.config import load_config
+from dist_cifar.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -32,17 +34,17 @@ PAGES = [
 ]
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 TIMEOUT_SECONDS = 120
-LANGUAGES = {"sh": ["bash", "-e"], "python": [sys.executable]}
-"""What runs a block, given on its standard input."""
+LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "--recount", "-"]}
+"""What runs a block: it gets it as its last argument, a diff on its standard input."""
 MARK = re.compile(r"<!-- not run: (.*?) -->")
 DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
-    "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=240"
+    "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=104"
     " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet20 batch.global_size=16 train.precision=fp32"
-    " train.max_steps=4"
+    " train.epochs=1"
 )
-"""Goes before what a training command says itself, which therefore counts."""
+"""Goes to every training command, but for the fields that it sets itself."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,22 @@ def blocks_of(text: str) -> list[Block]:
 
 def shortened(text: str) -> str:
     """The same commands, training for some steps on little data."""
-    return TRAINING.sub(lambda match: f"{match[0]} {QUICK}", text)
+
+    def line(command: str) -> str:
+        given = {word.partition("=")[0] for word in command.split()}
+        quick = " ".join(word for word in QUICK.split() if word.partition("=")[0] not in given)
+        return TRAINING.sub(lambda match: f"{match[0]} {quick}", command)
+
+    return "\n".join(line(command) for command in text.split("\n"))
 
 
 def run(block: Block, folder: Path) -> str:
     """What it prints. Raises `AssertionError` with that if it fails."""
     environ = os.environ | {"PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    is_diff = block.language == "diff"
     done = subprocess.run(
-        LANGUAGES[block.language],
-        input=shortened(block.text),
+        LANGUAGES[block.language] + ([] if is_diff else [shortened(block.text)]),
+        input=block.text if is_diff else "",
         cwd=folder,
         env=environ,
         text=True,
@@ -202,6 +211,7 @@ COMMANDS = [
     if block.language == "sh"
     for line in block.text.splitlines()
 ]
+EXTENDING = (REPOSITORY / "docs/extending.md").read_text()
 OTHERS = "verify|data|submit|doctor|report|watch|evaluate|predict|export"
 
 
@@ -212,13 +222,20 @@ def arguments_of(line: str, doors: str) -> list[str]:
     return shlex.split(re.split(rf"(?:{doors})(?= |$)", line, maxsplit=1)[1], comments=True)
 
 
+def require_config(options: argparse.Namespace, line: str) -> None:
+    """The config is valid; where the page extends the source, it is only then."""
+    try:
+        load_config(options.config, options.overrides)
+    except ConfigError:
+        assert line in EXTENDING
+
+
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(DOORS, line)])
 def test_training_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     launcher = re.search(r"--config_file (\S+)", line)
     assert launcher is None or (REPOSITORY / launcher[1]).is_file()
-    options = cli._parse(["train", *arguments_of(line, DOORS)])
-    load_config(options.config, options.overrides)
+    require_config(cli._parse(["train", *arguments_of(line, DOORS)]), line)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(rf"dist[_-]cifar ({OTHERS})\b", line)])
@@ -226,7 +243,7 @@ def test_other_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     options = cli._parse(arguments_of(line, "dist[_-]cifar"))
     if "overrides" in options:
-        load_config(options.config, options.overrides)
+        require_config(options, line)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])

@@ -44,6 +44,6 @@ def augment(
     pixels = augment_pixels(images, params)
     batch = torch.empty((len(images), 3, *images.shape[1:3])).to(memory_format=torch.channels_last)
     for i, (top, left, height, width) in enumerate(params.box.tolist()):
-        image = F.normalize(F.to_tensor(pixels[i]), list(mean), list(std))
+        image = F.normalize(F.to_tensor(pixels[i]), np.asarray(mean).tolist(), np.asarray(std).tolist())
         batch[i] = F.erase(image, top, left, height, width, torch.tensor(0.0), inplace=True)
     return batch

@@ -23,6 +23,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -189,7 +190,7 @@ def _receive(url: str, target: Path) -> Iterator[bytes]:
         ) from None
 
 
-def _difference(spec: ArchiveSpec, file: BinaryIO) -> str | None:
+def _difference(spec: ArchiveSpec, file: BufferedIOBase) -> str | None:
     """How the file differs from the archive that it should be, or None."""
     size = file.seek(0, io.SEEK_END)
     if size != spec.size_bytes:
@@ -235,7 +236,9 @@ def _members(spec: ArchiveSpec, path: Path, file: BinaryIO) -> dict[str, bytes]:
                         f"{path}: its member {member.name!r} is a link or points outside; use the official archive"
                     )
                 if str(name) in wanted and member.isreg():
-                    files[wanted[str(name)]] = archive.extractfile(member).read()
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a regular file
+                    files[wanted[str(name)]] = content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path}: cannot be unpacked ({error}); use the official archive") from None
     missing = sorted(set(wanted.values()) - set(files))

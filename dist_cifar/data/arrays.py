@@ -39,8 +39,8 @@ def content_sha256(arrays: Arrays) -> str:
         (arrays.train_images, arrays.train_labels),
         (arrays.test_images, arrays.test_labels),
     ):
-        digest.update(images)
-        digest.update(labels.astype("<i8"))
+        digest.update(images.data)
+        digest.update(labels.astype("<i8").data)
     return digest.hexdigest()
 
 

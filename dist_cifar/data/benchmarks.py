@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,7 @@ def _split(images_path: Path, labels_path: Path, classes: Sequence[str]) -> Spli
     return Split(images=images, labels=labels.astype(np.int64))
 
 
-def _array(path: Path) -> npt.NDArray[np.generic]:
+def _array(path: Path) -> npt.NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +135,7 @@ def read_entry(directory: Path, key: str) -> Entry | None:
         return None
 
 
-def _read_array(path: Path, dtype: type, sizes: dict[str, int]) -> npt.NDArray:
+def _read_array(path: Path, dtype: type, sizes: dict[str, int]) -> npt.NDArray[Any]:
     if path.stat().st_size != sizes[path.name]:
         raise ValueError(f"{path}: truncated")
     array = np.load(path, mmap_mode="r")

@@ -46,9 +46,9 @@ class Dataset:
     """Names, in the order of the labels."""
     content_sha256: str
     """Over class names, pixels and labels: equal for equal data, whether from archive, zip or folder."""
-    mean: tuple[float, float, float]
+    mean: tuple[float, ...]
     """Of the training images' channels, in units of [0, 1], exact but for one rounding."""
-    std: tuple[float, float, float]
+    std: tuple[float, ...]
     """Population standard deviation, likewise."""
     directory: Path
     """Where the arrays are on the disk."""

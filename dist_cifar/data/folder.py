@@ -207,7 +207,8 @@ def decode(data: bytes, *, upright: bool = False) -> npt.NDArray[np.uint8]:
 
     Bytes that are no picture make the decoders raise anything.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as opened:
+        image: Image.Image = opened
         if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
             raise ValueError(f"{image.width}x{image.height} pixels")
         if upright:

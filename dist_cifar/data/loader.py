@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Batch:
     """On a GPU: the point of the side stream after which both may be read."""
 
 
-def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = _CPU) -> Iterator[Batch]:
+def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = _CPU) -> Generator[Batch, None, None]:
     """`make(step)` for each of `steps`, in order, on `device`, a bounded number of batches ahead of the caller.
 
     For a GPU, `make` may leave a tensor on the CPU or fill it there on the current stream. Close the generator
@@ -70,7 +70,7 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
             if isinstance(item, BaseException):
                 raise item
             if item.filled is not None:
-                _hand_over(item, torch.cuda.current_stream(device))
+                _hand_over(item, item.filled, torch.cuda.current_stream(device))
             yield item
     finally:
         stop.set()
@@ -96,8 +96,8 @@ def _on_side_stream(make: Callable[[int], Batch], device: torch.device) -> Calla
     return make_there
 
 
-def _hand_over(batch: Batch, stream: torch.cuda.Stream) -> None:
+def _hand_over(batch: Batch, filled: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
     """Lets `stream` read the batch once it is filled, and keeps its memory from the side stream until it has."""
-    stream.wait_event(batch.filled)
+    stream.wait_event(filled)
     for tensor in (batch.inputs, batch.labels):
         tensor.record_stream(stream)

@@ -8,11 +8,12 @@ the ranks is the same set, in the same order. The position of a run is one numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from dist_cifar.schedule import BatchPlan
 
@@ -25,8 +26,9 @@ class GlobalBatchSampler(DistributedSampler[int]):
     """
 
     def __init__(self, size: int, plan: BatchPlan, *, rank: int, world_size: int, seed: int) -> None:
-        super().__init__(range(size), world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        super().__init__(cast("Dataset[int]", range(size)), world_size, rank, shuffle=True, seed=seed, drop_last=True)
         assert plan.per_rank_size * world_size == plan.global_size
+        self._size = size
         self.plan = plan
         self.num_samples = plan.steps_per_epoch * plan.per_rank_size
         self.total_size = plan.steps_per_epoch * plan.global_size
@@ -46,5 +48,5 @@ class GlobalBatchSampler(DistributedSampler[int]):
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._permuted is None or self._permuted[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._permuted = epoch, torch.randperm(len(self.dataset), generator=generator).numpy()
+            self._permuted = epoch, torch.randperm(self._size, generator=generator).numpy()
         return self._permuted[1]

@@ -82,7 +82,7 @@ def _float32(values: npt.NDArray[np.floating]) -> _Field:
     return values.astype(np.float32)
 
 
-def _rotated(x: _Field, y: _Field, turn: npt.NDArray[np.float64]) -> tuple[_Field, _Field]:
+def _rotated(x: _Field, y: _Field, turn: npt.NDArray[np.floating]) -> tuple[_Field, _Field]:
     """Coordinates in a frame rotated by `turn` (of a full turn)."""
     cos, sin = _float32(np.cos(2 * np.pi * turn)), _float32(np.sin(2 * np.pi * turn))
     return x * cos + y * sin, y * cos - x * sin
@@ -144,14 +144,14 @@ def _period(radius: _Field) -> _Field:
 
 
 def _stripes(u: _Field, v: _Field, radius: _Field, width: _Field) -> _Field:
-    return _triangle_wave(u / _period(radius)) * _period(radius) / 4
+    return _triangle_wave(u / _period(radius)) * _period(radius) / np.float32(4)
 
 
 def _checkerboard(u: _Field, v: _Field, radius: _Field, width: _Field) -> _Field:
     # A field is half a period: 5 to 8 pixels, larger than a stripe, or the fields blur.
     period = np.float32(1.6) * _period(radius)
     across, down = (np.clip(_triangle_wave(w / period) * period / 4, -0.5, 0.5) for w in (u, v))
-    return 2 * across * down
+    return _float32(2 * across * down)
 
 
 def _dots(u: _Field, v: _Field, radius: _Field, width: _Field) -> _Field:

@@ -65,7 +65,9 @@ class Communicator:
                 else control_timeout,
                 device_id=device if on_gpu else None,
             )
-            self._control = dist.new_group(backend="gloo", timeout=control_timeout)
+            control = dist.new_group(backend="gloo", timeout=control_timeout)
+            assert isinstance(control, dist.ProcessGroup)
+            self._control = control
             self.identities = self.gather(self.identities[0])
         except (RuntimeError, OSError) as error:
             raise LaunchError(
@@ -195,9 +197,9 @@ class Communicator:
                 outcome = function(), None
             except UserError as error:
                 outcome = None, error
-        value, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+        value, refusal = self.broadcast(outcome)
+        if refusal is not None:
+            raise refusal
         return value
 
     def broadcast_tensors(self, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -190,7 +191,8 @@ class _Door:
     def _rank_of(self, line: bytes) -> int | None:
         """The rank that greets; None if it is none of this job and start."""
         greeting = _parse(line)
-        return greeting[3] if greeting[:3] == _greeting(self._env)[:3] and len(greeting) == 4 else None
+        is_ours = greeting[:3] == _greeting(self._env)[:3] and len(greeting) == 4
+        return greeting[3] if is_ours else None
 
     def _say(self, guest: _Guest, line: bytes) -> None:
         try:
@@ -276,7 +278,7 @@ def _greeting(env: DistEnv) -> list[object]:
     return [_MAGIC, env.job, env.world_size, env.rank]
 
 
-def _parse(line: bytes) -> list[object]:
+def _parse(line: bytes) -> list[Any]:
     """A line of JSON that holds a list; an empty one if it is anything else."""
     try:
         value = json.loads(line)

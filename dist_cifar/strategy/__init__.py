@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -58,6 +59,7 @@ class Strategy(Protocol):
 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
     """The strategy that `train.strategy` names. What only another one needs is not imported."""
+    Chosen: Callable[..., Strategy]
     if config.train.strategy == "exact":
         from dist_cifar.strategy.exact import ExactStrategy as Chosen
     elif config.train.strategy == "fsdp":

@@ -40,7 +40,8 @@ def clip(optimizer: Adam, clip_norm: float | None, grad_norm: torch.Tensor) -> N
     if clip_norm is not None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm)
-    optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # what torch's GradScaler gives to fused optimizers
+    # What torch's GradScaler gives to fused optimizers; torch.optim.Adam does not declare it.
+    optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[union-attr]
 
 
 def adam_step(optimizer: FusedAdam, lr: float, clip_norm: float | None, grad_norm: torch.Tensor) -> None:
@@ -67,7 +68,7 @@ def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.T
 
 def adam_tensors(module: nn.Module, optimizer: Adam) -> Tensors:
     """`<parameter>.<moment>` to tensor, on the device of the optimizer."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     return {
         f"{names[parameter]}.{moment}": moments[moment].detach()
         for parameter, moments in optimizer.state.items()
@@ -78,8 +79,8 @@ def adam_tensors(module: nn.Module, optimizer: Adam) -> Tensors:
 def load_adam(module: nn.Module, optimizer: Adam, tensors: Tensors) -> None:
     """Restores what `adam_tensors` gave; parameters without moments are left as new."""
     for name, parameter in module.named_parameters():
-        moments = {moment: tensors.get(f"{name}.{moment}") for moment in MOMENTS}
-        if moments["step"] is not None:
+        if f"{name}.step" in tensors:
+            moments = {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS}
             # Like the parameter in memory format and device; the step count stays where fused Adam keeps it.
             optimizer.state[parameter] = {
                 "step": moments["step"].to(parameter.device, copy=True),

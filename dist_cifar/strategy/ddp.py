@@ -56,7 +56,7 @@ class DdpStrategy:
                 f"launch: this is rank {communicator.rank} of {communicator.world_size} and Accelerate takes it for"
                 f" rank {counted[0]} of {counted[1]}; start with the files of launch/accelerate or with torchrun"
             )
-        self.module = module.to(device, memory_format=torch.channels_last)
+        self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_forward(module, config.train, device)
         self._optimizer = build_adam(module.parameters(), config.optimizer)
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)

@@ -126,7 +126,7 @@ class DeepSpeedStrategy:
             for part in self._flat:
                 self._adam.state[part]["step"].copy_(next(optimizer[key] for key in optimizer if key.endswith(".step")))
 
-    def _set(self, parameter: nn.Parameter, moment: str | None, whole: torch.Tensor) -> None:
+    def _set(self, parameter: Any, moment: str | None, whole: torch.Tensor) -> None:
         """Gives this rank its part of the parameter's value, or of one of its moments."""
         whole = whole.to(self._device)
         if self._stage < 3:
@@ -168,7 +168,7 @@ class _ClippingAdam(torch.optim.Adam):
     norm: torch.Tensor
     """Of the last step, before clipping, []."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         if self.is_sharded:
             self.norm = sharded_norm(gradients, gradients[0].device)

@@ -46,7 +46,7 @@ class ExactStrategy:
         # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
         # best: while a gradient is still in the cache.
         self._leaf_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
-        self.module = module.to(device, memory_format=torch.channels_last)
+        self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_forward(module, config.train, device)
         self._statistics = RunningStatistics(module)
         self._optimizer = build_adam(module.parameters(), config.optimizer)
@@ -90,7 +90,7 @@ class ExactStrategy:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
         if self._ends_leaf and not self._is_last_pass:
-            self._gradients.add([parameter.grad for parameter in self._parameters])
+            self._gradients.add(_gradients(self._parameters))
             self._optimizer.zero_grad()
         self._pass += 1
 
@@ -102,7 +102,7 @@ class ExactStrategy:
         for bucket, place in zip(self._buckets, self._places, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.module.parameters()])
+        norm = nn.utils.get_total_norm(_gradients(list(self.module.parameters())))
         adam_step(self._optimizer, lr, self._clip_norm, norm)
 
         statistics = self._statistics
@@ -145,7 +145,7 @@ class ExactStrategy:
         self._missing[index] -= 1
         while self._next_bucket < len(self._buckets) and self._missing[self._next_bucket] == 0:
             bucket, place = self._buckets[self._next_bucket], self._places[self._next_bucket]
-            gradients = [parameter.grad for parameter in self._parameters[place]]
+            gradients = _gradients(self._parameters[place])
             self._reductions.submit(partial(self._reduce, bucket, gradients, place))
             self._next_bucket += 1
 
@@ -183,6 +183,11 @@ class _Reductions:
         self._futures.clear()
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
+    """After a backward pass, which gives each of them one."""
+    return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None
 
 
 def _cut(parameters: list[nn.Parameter]) -> list[slice]:

@@ -11,6 +11,8 @@ documentation of `fully_shard`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,7 +36,7 @@ class FsdpStrategy:
         communicator.require_process_group()
         self._device, self._clip_norm = communicator.device, config.optimizer.clip_norm
         self._micro_batches, self._pass = plan.micro_batches, 0
-        self.module = module.to(self._device)
+        self.module: Any = module.to(self._device)  # `fully_shard` makes it one of its own class
         prepare_forward(module, config.train, self._device)
         mesh = init_device_mesh(self._device.type, (communicator.world_size,))
         for stage in module.children():
@@ -43,7 +45,8 @@ class FsdpStrategy:
                     fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
         self._statistics = RankStatistics(module, communicator)
-        self._parameters: dict[str, DTensor] = dict(module.named_parameters())
+        # DTensors, and so their gradients.
+        self._parameters: dict[str, Any] = dict(module.named_parameters())
         # Plain tensors with the memory of this rank's parts: fused Adam is not for DTensors on every device.
         self._parts = {name: parameter.to_local().detach() for name, parameter in self._parameters.items()}
         self._optimizer = build_adam((part for part in self._parts.values() if part.numel()), config.optimizer)

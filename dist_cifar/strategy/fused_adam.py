@@ -32,7 +32,12 @@ class FusedAdam:
         """Of each parameter that has had a gradient: `step` [], `exp_avg` and `exp_avg_sq`, shaped as it is."""
         self.found_inf: torch.Tensor | None = None
         """float32 []: where it is 1, the next step changes nothing."""
-        self._constants = {"beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+        self._constants: dict[str, Any] = {
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
 
     @torch.no_grad()
     def step(self) -> None:

@@ -29,7 +29,7 @@ import secrets
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from dist_cifar.config import Config, flatten
@@ -149,7 +149,7 @@ def _open(
     tracking = config.tracking
     quiet = wandb.Settings(silent=True)
 
-    def init(mode: str) -> Any:
+    def init(mode: Literal["online", "offline"]) -> Any:
         run = wandb.init(
             mode=mode,
             dir=str(run_dir.resolve()),
