@@ -34,7 +34,7 @@ PAGES = [
 ]
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 TIMEOUT_SECONDS = 120
-LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "--recount", "-"]}
+LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "-"]}
 """What runs a block: it gets it as its last argument, a diff on its standard input."""
 MARK = re.compile(r"<!-- not run: (.*?) -->")
 DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
