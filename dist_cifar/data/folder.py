@@ -207,8 +207,7 @@ def decode(data: bytes, *, upright: bool = False) -> npt.NDArray[np.uint8]:
 
     Bytes that are no picture make the decoders raise anything.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        image: Image.Image = opened
+    with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
             raise ValueError(f"{image.width}x{image.height} pixels")
         if upright:
