@@ -7,9 +7,11 @@ Contract: the trainer's own loop on one rank with as many threads as there are c
 settings over that without the one, within a round. The settings:
 
 - `freed memory is kept` (`dist_cifar/allocator.py`): glibc does not give it back to the kernel after every step;
-- `one thread beside the loop` (`dist_cifar/data/loader.py`): the thread that prepares batches has no OpenMP workers.
+- `one thread beside the loop` (`dist_cifar/data/loader.py`): the thread that prepares batches has no OpenMP workers;
+- `small convolutions as products` (`dist_cifar/convolution.py`): those of few pixels are products of matrices.
+  ResNet-20 has none of them.
 
-Run it on a machine that does nothing else: about five minutes on two cores.
+Run it on a machine that does nothing else: about six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 
+from dist_cifar import precision
 from dist_cifar.allocator import keep_freed_memory
 from dist_cifar.bench import hardware
 from dist_cifar.config import load_config
@@ -37,8 +40,8 @@ from dist_cifar.train import _Run, versions
 GLOBAL_BATCH = 128
 STEPS = {"resnet20": (10, 60), "resnet18": (4, 14)}
 """Steps that warm up, and all."""
-MEMORY, THREADS = "freed memory is kept", "one thread beside the loop"
-VARIANTS = ("all", MEMORY, THREADS)
+MEMORY, THREADS, PRODUCTS = "freed memory is kept", "one thread beside the loop", "small convolutions as products"
+VARIANTS = {"resnet20": ("all", MEMORY, THREADS), "resnet18": ("all", MEMORY, THREADS, PRODUCTS)}
 """All settings, or all but the one that is named."""
 
 
@@ -50,6 +53,8 @@ def worker(variant: str, model: str, scratch: Path) -> None:
         keep_freed_memory()
     if variant == THREADS:
         torch.set_num_threads = lambda _: None
+    if variant == PRODUCTS:
+        precision.use_products = lambda _: None
     warm_up, steps = STEPS[model]
     config = load_config(
         None,
@@ -98,13 +103,14 @@ def rate(variant: str, model: str) -> float:
 
 def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     """The rows of one model."""
-    rates: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    variants = VARIANTS[model]
+    rates: dict[str, list[float]] = {variant: [] for variant in variants}
     for number in range(rounds):
-        first = number % len(VARIANTS)
-        for variant in (*VARIANTS[first:], *VARIANTS[:first]):
+        first = number % len(variants)
+        for variant in (*variants[first:], *variants[:first]):
             rates[variant].append(rate(variant, model))
     rows = []
-    for variant in VARIANTS[1:]:
+    for variant in variants[1:]:
         gains = [whole / without for whole, without in zip(rates["all"], rates[variant], strict=True)]
         row: dict[str, Any] = {"model": model, "setting": variant, "n": rounds}
         for name, values, digits in (
@@ -122,7 +128,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{result['hardware']}; one rank, {result['threads']} threads, ddp, bf16, n = {result['rounds']} rounds"]
     for row in result["results"]:
         lines.append(
-            f"{row['model']:9} {row['setting']:28} {row['images_per_second_median']:7.1f} images/s, without it"
+            f"{row['model']:9} {row['setting']:31} {row['images_per_second_median']:7.1f} images/s, without it"
             f" {row['images_per_second_without_median']:7.1f}: gain {row['gain_median']:.2f}x"
             f" ({row['gain_min']:.2f} to {row['gain_max']:.2f})"
         )

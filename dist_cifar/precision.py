@@ -1,4 +1,4 @@
-"""How a module computes: in bf16 or fp32, as it is or compiled.
+"""How a module computes: in bf16 or fp32, as it is, with faster convolutions on a CPU, or compiled.
 
 Contract: `choose_precision` measures what `train.precision=auto` stands for on this machine; `prepare_forward` makes a
 module compute as a config says. Weights and gradients are float32 either way, logits too.
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dist_cifar.config import TrainConfig
+from dist_cifar.convolution import use_products
 
 _PROBE_SHAPE = (16, 64, 32, 32)
 """Of the layer that is measured: images, channels, height, width; a ResNet-18's first stage."""
@@ -40,6 +41,8 @@ def prepare_forward(module: nn.Module, config: TrainConfig, device: torch.device
         if config.strategy == "exact":
             torch._inductor.config.deterministic = True
         module.compile()
+    elif device.type == "cpu":
+        use_products(module)
 
 
 def set_precision(module: nn.Module, precision: str, device: torch.device) -> None:

@@ -22,6 +22,7 @@ ORDER = [
     "data",
     "augment",
     "model",
+    "convolution",
     "precision",
     "profile",
     "numerics",
@@ -55,7 +56,7 @@ ONLY_IN = {
     "onnxscript": ("inference",),
     "onnxruntime": ("inference",),
 }
-NO_DISTRIBUTION = ("augment", "model")
+NO_DISTRIBUTION = ("augment", "model", "convolution")
 
 
 def modules() -> list[Path]:
