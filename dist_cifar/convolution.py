@@ -29,7 +29,7 @@ def use_products(module: nn.Module) -> None:
     """For the training passes of `module` from now on, which is on a CPU."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and _may_be_product(layer):
-            layer.forward = partial(_forward, layer)
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
 
 
 def _may_be_product(layer: nn.Conv2d) -> bool:
@@ -46,7 +46,7 @@ def _may_be_product(layer: nn.Conv2d) -> bool:
 
 def _forward(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
     """[n, channels, height, width] to the layer's output, in channels-last where it is a product."""
-    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
     height, width = ((side + 2 * padding - kernel) // stride + 1 for side in images.shape[2:])
     if height * width > _MOST_PIXELS:
         return nn.Conv2d.forward(layer, images)
