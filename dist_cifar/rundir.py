@@ -147,8 +147,8 @@ class RunDir:
             file.write(json.dumps(row) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """What `status.json` says; empty if there is none."""
-        return json.loads(self._status.read_text()) if self._status.exists() else {}
+        """What `status.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self._status)
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of `events.jsonl`, oldest first."""
@@ -163,8 +163,12 @@ class RunDir:
         return configuration.load_config(self._config)
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says; empty if there is none."""
-        return json.loads(self._summary.read_text()) if self._summary.exists() else {}
+        """What `summary.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self._summary)
+
+    def profile_summary(self) -> dict[str, Any]:
+        """What `profile/summary.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self.profile / "summary.json")
 
 
 def require_run(path: Path) -> Path:
@@ -190,6 +194,14 @@ def latest_run(folder: Path) -> Path:
     if not written:
         raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
     return max(written, key=written.__getitem__)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; empty if there is none. Raises `DataError` if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and run the training again") from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
