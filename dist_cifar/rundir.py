@@ -21,7 +21,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest
+from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest, nearest_path
 from dist_cifar.files import write_atomic
 
 LOCK_SECONDS = 10.0
@@ -173,13 +173,23 @@ class RunDir:
 
 def require_run(path: Path) -> Path:
     """`path`, if it is a run directory; else a `ConfigError` that names the nearest one."""
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         return path
-    beside = path.parent
-    runs = [entry.name for entry in beside.iterdir() if is_run(entry)] if beside.is_dir() else []
-    hint = nearest(path.name, runs)
-    hint = f"; did you mean {beside / hint}?" if hint else "; give the run.dir of a training"
-    raise ConfigError(f"{path}: this is no run directory{hint}")
+    raise ConfigError(f"{path}: this is no run directory; {_meant(path)}")
+
+
+def _meant(path: Path) -> str:
+    if path.name == "checkpoints" and is_run(path.parent):
+        return f"did you mean {path.parent}?"
+    inside = sorted(entry.name for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
+    if inside:
+        return f"it holds some, give one of them: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}"
+    for folder in (path.parent if path.parent.is_dir() else nearest_path(path.parent), Path("runs")):
+        runs = [entry.name for entry in folder.iterdir() if is_run(entry)] if folder and folder.is_dir() else []
+        name = nearest(path.name, runs)
+        if name is not None:
+            return f"did you mean {folder / name}?"
+    return "give the run.dir of a training"
 
 
 def is_run(path: Path) -> bool:

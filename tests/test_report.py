@@ -154,7 +154,14 @@ def test_a_rate_can_be_read_off_its_axis(low, high):
 
 
 def test_numbers_are_short():
-    for value, text in ((1e-4, "1e-4"), (2.5e-5, "2.5e-5"), (0.001, "1e-3"), (0.01, "0.01"), (0.25, "0.25"), (12345.6, "12,346")):
+    for value, text in (
+        (1e-4, "1e-4"),
+        (2.5e-5, "2.5e-5"),
+        (0.001, "1e-3"),
+        (0.01, "0.01"),
+        (0.25, "0.25"),
+        (12345.6, "12,346"),
+    ):
         assert report._number(value) == text
     assert report._number(0.0) == "0" and report._number(0.1234567) == "0.1235" and report._number(0.5, True) == "50%"
 
