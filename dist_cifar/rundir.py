@@ -160,6 +160,8 @@ class RunDir:
 
     def config(self) -> Config:
         """The config of the latest start. Raises `ConfigError`."""
+        if not self._config.exists():
+            raise ConfigError(f"{self.path}: no training has begun here, there is no {self._config.name}; train first")
         return configuration.load_config(self._config)
 
     def summary(self) -> dict[str, Any]:

@@ -306,6 +306,12 @@ def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
     assert '<i style="width:7.7%">' in render([read_run(run)])
 
 
+def test_a_directory_in_which_nothing_has_begun_is_named(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path}: no training has begun here" in capsys.readouterr().err
+
+
 def test_values_that_are_not_finite_leave_a_gap(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
