@@ -835,7 +835,7 @@ grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}figure{margin
 .charts figure,.two figure,.small{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px}
 figcaption{font-weight:600;font-size:.9rem;margin-bottom:4px}svg{display:block;width:100%;height:auto}
 svg text{fill:var(--dim);font-size:11px}svg polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
-.faint{opacity:.5}.grid{stroke:var(--line)}line.mark{stroke-dasharray:4 4}line.cursor{stroke:var(--dim)}
+.faint{opacity:.6}.grid{stroke:var(--line)}line.mark{stroke-dasharray:4 4}line.cursor{stroke:var(--dim)}
 .legend,.readout{font-size:.8rem;color:var(--dim);display:flex;flex-wrap:wrap;gap:2px 14px}
 .legend i{display:inline-block;width:14px;height:3px;margin-right:5px;vertical-align:middle}
 line.sure{stroke:var(--fg);stroke-dasharray:5 4;stroke-width:1.5}.legend i.mark,.legend i.limit{width:0;height:12px;
@@ -860,7 +860,7 @@ overflow:hidden;white-space:nowrap;color:var(--bg);font-size:.75rem;font-weight:
 background:var(--c0)}.ends{display:flex;justify-content:space-between;color:var(--dim);font-size:.8rem;
 margin-bottom:8px}.job.done,.job.running,.dot.done,.dot.running{background:var(--c2)}
 .job.saved,.dot.saved{background:var(--c0)}.job.failed,.dot.failed{background:var(--c7)}
-.job.lost,.dot.lost{background:var(--c6)}.results td,.runs td,.settings td:first-child{white-space:nowrap}
+.job.lost,.dot.lost{background:var(--c6)}.results td,.runs td,.runs th,.settings td:first-child{white-space:nowrap}
 .runs td:nth-child(4){white-space:normal;min-width:130px}.progress{background:var(--line);
 border-radius:3px;overflow:hidden;margin-bottom:10px}.progress i{display:block;height:6px;background:var(--c2)}
 .stale{display:none}.lost-server .stale{display:block}details{border:1px solid var(--line);border-radius:8px;
