@@ -32,6 +32,8 @@ from dist_cifar.rundir import RunDir
 NAME = "report.html"
 _POINTS = 600
 """Of a curve: more than a screen can show are averaged."""
+_RANKS = 8
+"""More lines in one chart cannot be told apart."""
 _BINS = 10
 """Of the calibration."""
 
@@ -160,7 +162,8 @@ def _headline(run: Run) -> str:
         sizes = [start["world_size"] for start in run.starts]
         changes = [size for i, size in enumerate(sizes) if i == 0 or size != sizes[i - 1]]
         hardware = ", ".join(dict.fromkeys(start["device"] for start in run.starts))
-        cards.append(("world size", " → ".join(map(str, changes)), f"{hardware}, {_count(len(sizes), 'start')}"))
+        shown = " → ".join(map(str, changes)) if len(changes) <= 5 else ", ".join(map(str, sorted(set(changes))))
+        cards.append(("world size", shown, f"{hardware}, {_count(len(sizes), 'start')}"))
     cards.append(("model", run.config.model.name, f"{run.config.train.strategy}, {run.config.train.precision}"))
     shown = "".join(
         f'<div class="card"><div class="label">{escape(label)}</div><div class="value">{escape(value)}</div>'
@@ -333,18 +336,28 @@ def _steps_per_epoch(run: Run) -> int:
 
 
 def _of_ranks(runs: Sequence[Run]) -> list[Series]:
-    """The speed of each rank of a single run by itself: the others wait for the one with the least."""
-    rows = [row for row in runs[0].of_kind("train") if "rank_work_share" in row] if len(runs) == 1 else []
-    ranks = max((len(row["rank_work_share"]) for row in rows), default=0)
+    """The speed of each rank of a single run by itself: the others wait for the one with the least.
+
+    Of many ranks, the slowest, the median and the fastest of each row: lines for all could not be told apart.
+    """
+    rows = [row for row in runs[0].of_kind("train") if row.get("rank_work_share")] if len(runs) == 1 else []
+    speeds = [
+        (row, [row["images_per_second"] / len(shares) / share for share in shares])
+        for row in rows
+        for shares in [row["rank_work_share"]]
+        if min(shares) > 0
+    ]
+    ranks = max((len(of_row) for _, of_row in speeds), default=0)
+    if ranks > _RANKS:
+        names = ["slowest rank", "median rank", "fastest rank"]
+        speeds = [(row, [min(of_row), float(np.median(of_row)), max(of_row)]) for row, of_row in speeds]
+    else:
+        names = [f"rank {rank}" for rank in range(ranks)]
     found = []
-    for rank in range(ranks):
-        own = []
-        for row in rows:
-            shares = row["rank_work_share"]
-            if rank < len(shares) and shares[rank] > 0:
-                own.append(row | {"speed": row["images_per_second"] / len(shares) / shares[rank]})
-        found.append(Series(name=f"rank {rank}", color=rank, points=_points(own, "speed")))
-    return [series for series in found if series.points]
+    for i, name in enumerate(names):
+        own = [{"epoch": row["epoch"], "speed": of_row[i]} for row, of_row in speeds if i < len(of_row)]
+        found.append(Series(name=name, color=i, points=_points(own, "speed")))
+    return found
 
 
 def _points(rows: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -368,7 +381,8 @@ def _svg(chart: Chart) -> str:
     low, high = min(ys), max(ys)
     if log:
         low, high = math.log10(low), math.log10(high)
-    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    is_flat = high - low <= 1e-6 * max(abs(low), abs(high))  # a mean of equal values may differ in its last bit
+    margin = (abs(high) * 0.1 or 1.0) if is_flat else (high - low) * 0.06
     floor = 0.0 if not log and low >= 0 and low < high / 3 else low - margin
     low, high = floor, high + margin
     if chart.percent:
@@ -441,7 +455,7 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.10g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -143,7 +143,36 @@ def test_each_rank_has_its_own_speed(trained, tmp_path):
     assert slow["text"][0].startswith("500 at epoch") and fast["text"][0].startswith("900 at epoch")
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.1e-3, 1.9e-3), (4e-4, 2.1e-3), (1e-6, 1e-2), (1e-3, 1e-3), (0.3, 0.31)])
+def test_a_long_run_of_many_ranks_and_classes_has_a_small_page(trained, tmp_path):
+    """10,000 rows of 256 ranks, 60 jobs, and a hundred classes that are all confused with each other."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    row = next(row for row in read_run(run).rows if row["kind"] == "train")
+    shares = np.linspace(0.5, 0.9, 256).round(4).tolist()
+    rows = [json.dumps(row | {"step": i, "epoch": i / 13, "rank_work_share": shares}) for i in range(1, 10_001)]
+    (run / "metrics.jsonl").write_text("\n".join(rows))
+    (run / "events.jsonl").write_text("\n".join(start(100 * i, 10 * i, 256) for i in range(60)))
+    names = [f"class {i}" for i in range(100)]
+    summary = json.loads((run / "summary.json").read_text())
+    confusion = np.arange(10_000).reshape(100, 100) % 7 + 1
+    summary |= {"test_confusion": confusion.tolist(), "test_class_accuracy": dict.fromkeys(names, 0.5)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    html = render([read_run(run)])
+    assert len(html) < 3_000_000
+    page = Page(html)
+    (chart,) = (series for name, series in page.series.items() if name.startswith("Images/s of each rank"))
+    slowest, median, fastest = (float(one["text"][0].split()[0].replace(",", "")) for one in chart)
+    own = row["images_per_second"] / 256
+    assert (slowest, median, fastest) == pytest.approx((own / 0.9, own / 0.7, own / 0.5), rel=1e-2)
+    assert "taken for class" in page.text and "60 starts" in page.text
+    sizes = [2, 4] * 30
+    (run / "events.jsonl").write_text("\n".join(start(i, 10 * i, size) for i, size in enumerate(sizes)))
+    assert "world size 2, 4 cpu, 60 starts" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.1e-3, 1.9e-3), (4e-4, 2.1e-3), (1e-6, 1e-2), (1e-3, 1e-3), (0.3, 0.31), (2e-4, 2e-4 + 1e-19)]
+)
 def test_a_rate_can_be_read_off_its_axis(low, high):
     points = [(0.0, low), (1.0, high), (2.0, low)]
     chart = report.Chart(title="x", series=[report.Series(name="lr", color=0, points=points)], log=True)
