@@ -171,7 +171,8 @@ def test_a_long_run_of_many_ranks_and_classes_has_a_small_page(trained, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(1.1e-3, 1.9e-3), (4e-4, 2.1e-3), (1e-6, 1e-2), (1e-3, 1e-3), (0.3, 0.31), (2e-4, 2e-4 + 1e-19)]
+    ("low", "high"),
+    [(1.1e-3, 1.9e-3), (1.2e-3, 6.5e-3), (4e-4, 2.1e-3), (1e-6, 1e-2), (1e-3, 1e-3), (0.3, 0.31), (2e-4, 2e-4 + 1e-19)],
 )
 def test_a_rate_can_be_read_off_its_axis(low, high):
     points = [(0.0, low), (1.0, high), (2.0, low)]
