@@ -38,6 +38,7 @@ from dist_cifar.errors import (
     LaunchError,
     UserError,
     nearest,
+    nearest_path,
 )
 from dist_cifar.files import write_atomic
 from dist_cifar.rundir import RunDir, require_run
@@ -66,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _report(f"{error}; free space or mend it, and run again")
+        return DataError.exit_code
 
 
 def _report(message: str) -> None:
@@ -336,7 +342,7 @@ def _predict(options: argparse.Namespace) -> int:
         for name, problem in batch:
             if isinstance(problem, str):
                 failed += 1
-                _print_error(f"{name} is not a readable picture ({problem})", "0")
+                _print_error(f"{'standard input' if name == '-' else name}: {problem}", "0")
         good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, str)]
         if not good:
             continue
@@ -376,7 +382,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         name = f"{config.data.source}, test split"
         sets = {name: load_dataset(dataclasses.replace(config.data, stage_dir=None), say=say).test}
     else:
-        sets = read_test_sets(options.data, classifier.classes, config.data.cache_dir)
+        sets = read_test_sets(options.data, classifier.classes, config.data.cache_dir, say=say)
     communicator = _join(env, device, config.run.timeout_seconds)
     found: dict[str, dict[str, Any]] = {}
     for name, split in sets.items():
@@ -405,7 +411,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     for name, one in found.items():
         low, high = one["accuracy_interval"]
         rows.append(
-            (name, f"{one['accuracy']:.2%} ({low:.2%} to {high:.2%}), loss {one['loss']:.4f}, {one['count']:,} images")
+            (
+                name,
+                f"{one['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}, loss {one['loss']:.4f},"
+                f" {one['count']:,} images",
+            )
         )
     if len(found) > 1:
         rows.append(("mean", f"{sum(one['accuracy'] for one in found.values()) / len(found):.2%}"))
@@ -643,7 +653,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where the runs are written, which all nodes must share; default: a new directory below runs/. It is"
         " removed when all is equal",
     )
-    verify.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    verify.add_argument("--json", type=_new_file, metavar="FILE", help="write the result for programs")
     _add_local_rank(verify)
     verify.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. model.name=resnet20")
     verify.set_defaults(command=_verify)
@@ -657,7 +667,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     doctor.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="write the findings for programs")
+    doctor.add_argument("--json", type=_new_file, metavar="FILE", help="write the findings for programs")
     _add_local_rank(doctor)
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="config fields, e.g. run.dir=/shared/run")
     doctor.set_defaults(command=_doctor)
@@ -715,7 +725,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
     evaluate.add_argument("--data", type=Path, metavar="PATH", help="default: the test split that the run names")
     evaluate.add_argument("--tta", action="store_true", help="average each image with its mirror image")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result for programs")
+    evaluate.add_argument("--json", type=_new_file, metavar="FILE", help="write the result for programs")
     _add_local_rank(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
@@ -745,7 +755,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
     export.add_argument("--to", choices=("torch", "onnx"), required=True)
-    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/export")
+    export.add_argument("--out", type=_new_folder, metavar="DIR", help="default: RUN/export")
     export.set_defaults(command=_export)
 
     report = commands.add_parser(
@@ -757,7 +767,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     report.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: report.html in the run directory; of several: in this folder"
+        "--out",
+        type=_new_file,
+        metavar="FILE",
+        help="default: report.html in the run directory; of several: in this folder",
     )
     report.set_defaults(command=_report_runs)
 
@@ -768,7 +781,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     watch.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    watch.add_argument("--port", type=_count, default=8642, metavar="N", help="default: 8642; 0 takes any that is free")
+    watch.add_argument("--port", type=_port, default=8642, metavar="N", help="default: 8642; 0 takes any that is free")
     watch.add_argument("--terminal", action="store_true", help="show it here; ends with the run")
     watch.set_defaults(command=_watch)
 
@@ -784,18 +797,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
-
-
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _count(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at 65535")
+    return int(text)
+
+
+def _new_file(text: str) -> Path:
+    """A file that can be written: known before the work begins whose result it is for."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
+    _require_folder(path.parent, text)
+    return path
+
+
+def _new_folder(text: str) -> Path:
+    """A folder that can be made, or is there."""
+    path = Path(text)
+    place = path
+    while not place.exists():
+        place = place.parent
+    _require_folder(place, text)
+    return path
+
+
+def _require_folder(folder: Path, text: str) -> None:
+    if not folder.exists():
+        near = nearest_path(folder)
+        hint = f"did you mean {near / Path(text).name}?" if near and near.is_dir() else "make it first"
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: there is no folder {folder}; {hint}")
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {folder} is no folder; give another place")
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: {folder} is closed to you; give another place")
 
 
 def _add_local_rank(parser: argparse.ArgumentParser) -> None:

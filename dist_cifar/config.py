@@ -523,6 +523,10 @@ def _nearest(word: str, known: typing.Iterable[str]) -> str:
 # --- types -------------------------------------------------------------------------------------------------------
 
 
+_SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
+"""Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
+
+
 def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
     """`value` as the type of `hint`, or `ConfigError`. An int is a float too; nothing else is turned into another."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -540,8 +544,8 @@ def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
             value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
         if value in arguments:
             return value
-        wanted = f"must be one of {', '.join(arguments)}"
-        raise ConfigError(f"{origin}: {key}: {wanted}, found {_show(value)}{_nearest(str(value), arguments)}")
+        hint = _nearest(_SAME.get(str(value), str(value)), arguments)
+        raise ConfigError(f"{origin}: {key}: must be one of {', '.join(arguments)}, found {_show(value)}{hint}")
     if kind is tuple:
         many = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple) or (not many and len(value) != len(arguments)):

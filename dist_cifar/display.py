@@ -56,9 +56,9 @@ def format_row(row: Mapping[str, Any]) -> str:
     return line
 
 
-def _number(value: float | None, form: str) -> str:
-    """A value that may be missing: of steps that were all skipped there is none."""
-    return "-" if value is None else format(value, form)
+def _number(value: float | str | None, form: str) -> str:
+    """A value that may be missing, of steps that were all skipped; read from a file, one may be the string "nan"."""
+    return "-" if value is None else format(float(value), form)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

@@ -11,6 +11,7 @@ ranks are called on all of them, in the same order, and exchange their findings 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -61,6 +62,8 @@ _OPEN_FILES = 1024
 _ONE_NODE_BYTES_PER_SECOND = 0.2e9
 """What ranks of one host exchange at least: through its memory, even with gloo on a small machine."""
 _SHARE_OF_LINK = 0.5, 0.1
+_LATENCY_SECONDS = 0.01, 0.2
+"""Of a sum of four bytes: a step makes tens of sums, and none of a cluster's networks takes a tenth of this."""
 _MESSAGE_BYTES = 2**20
 _BUSY_SECONDS = 1.0
 """How long the sums of one size may take."""
@@ -105,8 +108,9 @@ def attempt(check: str, function: Callable[[], Finding]) -> Finding:
     """The finding of `function`; what it raises is a failure, and its message says what to do."""
     try:
         return function()
-    except UserError as error:
-        return failed(check, " ".join(str(error).split()), "as it says")
+    except UserError as error:  # "what was found; what to do"
+        found, _, hint = " ".join(str(error).split()).rpartition("; ")
+        return failed(check, found, hint) if found else failed(check, hint, "mend what it names")
     except Exception as error:
         return failed(check, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300], "mend what it names")
 
@@ -114,21 +118,32 @@ def attempt(check: str, function: Callable[[], Finding]) -> Finding:
 # --- this process and this host ----------------------------------------------------------------------------------
 
 
-def check_versions() -> Finding:
-    """Packages that are missing or older than supported."""
-    found, old = {"python": platform.python_version()}, []
+def needed_extras(config: Config) -> list[str]:
+    """Optional packages that the config asks for."""
+    found = ["deepspeed"] if config.train.strategy == "deepspeed" else []
+    return found + (["wandb"] if config.tracking.wandb in ("online", "offline") else [])
+
+
+def check_versions(extras: Sequence[str] = ()) -> Finding:
+    """Packages that are missing or older than supported; `extras` are optional ones that are needed all the same."""
+    found, old, absent = {"python": platform.python_version()}, [], []
     for name in (*OLDEST, *_OPTIONAL):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            if name in OLDEST:
+            if name in OLDEST or name in extras:
                 old.append(f"{name} is missing")
+            else:
+                absent.append(name)
             continue
         oldest = OLDEST.get(name, (0,))
         if tuple(int(part) for part in found[name].split("+")[0].split(".")[:2]) < oldest:
             old.append(f"{name} {found[name]} is older than {'.'.join(map(str, oldest))}")
     text = ", ".join(f"{name} {version}" for name, version in found.items())
-    return failed("versions", f"{'; '.join(old)} ({text})", "pip install -U -e .") if old else ok("versions", text)
+    text += f"; not installed, and not needed: {', '.join(absent)}" if absent else ""
+    packages = f"'.[{','.join(extras)}]'" if extras else "."
+    hint = f"pip install -U -e {packages}"
+    return failed("versions", f"{'; '.join(old)} ({text})", hint) if old else ok("versions", text)
 
 
 def check_gpus(device: torch.device) -> Finding:
@@ -152,14 +167,14 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:
         return warning("shared memory", f"{path} is missing", "mount a tmpfs there")
     total = shutil.disk_usage(path).total
     hint = "give the container more, e.g. docker run --shm-size=8g"
-    return graded("shared memory", f"{path}: {_size(total)}", hint, total, *_SHM_BYTES)
+    return graded("shared memory", f"{path}: {_size(total)}, {_size(_SHM_BYTES[0])} wanted", hint, total, *_SHM_BYTES)
 
 
 def check_open_files() -> Finding:
     """How many files a process may open."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     count = sys.maxsize if soft == resource.RLIM_INFINITY else soft
-    return graded("open files", f"limit {soft}", "ulimit -n 65536", count, _OPEN_FILES, 256)
+    return graded("open files", f"limit {soft:,}, {_OPEN_FILES:,} wanted", "ulimit -n 65536", count, _OPEN_FILES, 256)
 
 
 def _note_signal(came: list[int], number: int, frame: object) -> None:
@@ -200,7 +215,10 @@ def check_run_directory(path: Path) -> Finding:
             write_atomic(Path(folder) / str(i), bytes(2**20))
             seconds.append(time.perf_counter() - started)
     sync = statistics.median(seconds)
-    text = f"{path}: {_size(free)} free, 1 MiB is on the disk after {1000 * sync:.1f} ms"
+    text = (
+        f"{path}: {_size(free)} free, {_size(_FREE_BYTES[0])} wanted; 1 MiB is on the disk after {1000 * sync:.1f} ms,"
+        f" {1000 * _FSYNC_SECONDS[0]:.0f} ms or less wanted"
+    )
     by_room = graded("run directory", text, "make room, or give another run.dir", free, *_FREE_BYTES)
     hint = "checkpoints will take long: give a run.dir on a faster disk"
     by_speed = graded("run directory", text, hint, -sync, *(-limit for limit in _FSYNC_SECONDS))
@@ -209,6 +227,8 @@ def check_run_directory(path: Path) -> Finding:
 
 def check_checkpoint(path: Path) -> Finding:
     """Writes a checkpoint and reads it back."""
+    if not os.access(path, os.W_OK):
+        return failed("checkpoint", f"{path}: there is no directory to write one to", "see the line run directory")
     with tempfile.TemporaryDirectory(dir=path, prefix=".doctor-") as folder:
         store = CheckpointStore(
             Path(folder) / "checkpoints",
@@ -238,7 +258,7 @@ def check_shared(communicator: Communicator, path: Path) -> Finding:
         try:
             write_atomic(name, token)
         except OSError as caught:
-            error = str(caught)
+            error = caught.strerror
     written = communicator.broadcast(error)
     deadline = time.monotonic() + 5  # a network file system may show a new name late
     while not written and not name.exists() and time.monotonic() < deadline:
@@ -277,7 +297,8 @@ def check_data(config: Config) -> Finding:
         classes=dataset.classes,
     )
     if content_sha256(arrays) != dataset.content_sha256:
-        return failed("data", f"{dataset.directory}: not the bytes that were decoded", "remove that folder")
+        text = f"{dataset.directory}: not the bytes that were decoded, by their SHA-256"
+        return failed("data", text, "remove that folder: it is made anew; then look at the disk that it is on")
     count = len(dataset.train.labels) + len(dataset.test.labels)
     return ok("data", f"{config.data.source}: {count:,} images, sha256 {dataset.content_sha256[:12]} verified")
 
@@ -328,7 +349,7 @@ def check_clocks(communicator: Communicator) -> Finding:
     times = communicator.gather(time.time())
     blur = time.monotonic() - started
     skew = max(0.0, max(times) - min(times) - blur)
-    text = f"at most {max(times) - min(times):.3f} s apart"
+    text = f"at most {max(times) - min(times):.3f} s apart, {_SKEW_SECONDS:g} s or less wanted"
     hint = "let NTP or chrony set the clocks: time limits and logs go by them"
     return warning("clocks", text, hint) if skew > _SKEW_SECONDS else ok("clocks", text)
 
@@ -352,7 +373,7 @@ def check_sums(communicator: Communicator, env: DistEnv) -> Finding:
     size = communicator.world_size
     if size == 1:
         return ok("all-reduce", "one rank: nothing to reduce")
-    latency = statistics.median(communicator.time_sums(4, 20))
+    latency = max(communicator.gather(statistics.median(communicator.time_sums(4, 20))))
     nbytes, slowest = _MESSAGE_BYTES, 0.0
     while True:
         slowest = max(communicator.gather(statistics.median(communicator.time_sums(nbytes, 3))))
@@ -362,11 +383,14 @@ def check_sums(communicator: Communicator, env: DistEnv) -> Finding:
     rate = 2 * (size - 1) / size * nbytes / slowest
     expected, source = min(communicator.gather(expected_bytes_per_second(env)))
     text = (
-        f"4 bytes in {1e6 * latency:.0f} us; {nbytes // 2**20} MiB in {1000 * slowest:.1f} ms, {rate / 1e9:.3g} GB/s on"
-        f" the wire; the link should carry {expected / 1e9:.3g} GB/s ({source})"
+        f"4 bytes in {1e6 * latency:,.0f} us, {1e6 * _LATENCY_SECONDS[0]:,.0f} us or less wanted; {nbytes // 2**20} MiB"
+        f" in {1000 * slowest:.1f} ms, {rate / 1e9:.3g} GB/s on the wire, {_SHARE_OF_LINK[0] * expected / 1e9:.3g} GB/s"
+        f" wanted, half of what the link should carry ({source})"
     )
     hint = "see that NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the fast network, and what else uses it"
-    return graded("all-reduce", text, hint, rate, *(share * expected for share in _SHARE_OF_LINK))
+    by_rate = graded("all-reduce", text, hint, rate, *(share * expected for share in _SHARE_OF_LINK))
+    by_latency = graded("all-reduce", text, hint, -latency, *(-limit for limit in _LATENCY_SECONDS))
+    return max((by_rate, by_latency), key=_rank_of_state)
 
 
 def check_exactness(config: Config) -> Finding:
@@ -404,9 +428,14 @@ def doctor(config: Config, env: DistEnv, device: torch.device, *, json_file: Pat
     path = Path(config.run.dir).expanduser()
     speaks = env.rank == 0
     findings: list[Finding] = []
+    places = (RunDir(path).checkpoints, path, *path.parents)
+    made = [place for place in places if not os.path.lexists(place)] if speaks else []
 
     def end() -> int:
         code = EXIT_FAILED if any(finding.state == "failed" for finding in findings) else EXIT_DONE
+        for place in made:  # else an empty run directory would be taken for a run
+            with contextlib.suppress(OSError):
+                place.rmdir()
         if speaks:
             print(text(findings), flush=True)
             if json_file is not None:
@@ -416,7 +445,7 @@ def doctor(config: Config, env: DistEnv, device: torch.device, *, json_file: Pat
         return code
 
     own = [
-        attempt("versions", check_versions),
+        attempt("versions", lambda: check_versions(needed_extras(config))),
         attempt("GPUs", lambda: check_gpus(device)),
         attempt("shared memory", check_shared_memory),
         attempt("open files", check_open_files),

@@ -57,13 +57,26 @@ class TrainingError(UserError):
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a person who typed `word` most likely meant, if there is one."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+    words = list(known)
+    begun = [name for name in words if len(word) > 1 and name.startswith(word)]
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6) or begun
+    return found[0] if len(found) == 1 else None
 
 
 def nearest_path(path: Path, *folders: Path) -> Path | None:
-    """The file or folder that a person who typed `path` most likely meant: one beside it, or else in `folders`."""
-    for folder in (path.parent, *folders):
-        name = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
-        if name is not None:
-            return folder / name
+    """The file or folder that a person who typed `path` most likely meant: one beside it, or else in `folders`.
+
+    Names are compared without their extensions, which make `cat.jpg` look like `dog.jpg`.
+    """
+    beside = path.parent if path.parent.is_dir() or path.parent == path else nearest_path(path.parent)
+    for folder in (beside, *folders):
+        if folder is None or not folder.is_dir():
+            continue
+        by_stem: dict[str, str] = {}
+        for entry in sorted(folder.iterdir()):
+            if entry.stem not in by_stem or entry.suffix == path.suffix:
+                by_stem[entry.stem] = entry.name
+        stem = nearest(path.stem, by_stem)
+        if stem is not None:
+            return folder / by_stem[stem]
     return None

@@ -26,12 +26,12 @@ from dist_cifar.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_ch
 from dist_cifar.config import Config, config_from_values
 from dist_cifar.data.folder import decode
 from dist_cifar.data.synthetic import synthetic_split
-from dist_cifar.errors import CheckpointError, ConfigError, DataError, nearest_path
+from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
 from dist_cifar.files import make_dirs, write_atomic
 from dist_cifar.model import build_model
 from dist_cifar.precision import set_precision
-from dist_cifar.predictions import softmax
-from dist_cifar.rundir import RunDir, latest_run, require_run
+from dist_cifar.predictions import softmax, wilson_interval
+from dist_cifar.rundir import RunDir, is_run, latest_run, require_run
 
 CHECKED_IMAGES = 256
 _TOLERANCE = 1e-3
@@ -91,7 +91,7 @@ def load_classifier(path: Path | None, device: torch.device, *, say: Callable[[s
     Without `path`, of the run below `runs/` that was written to last. Raises `CheckpointError` or `ConfigError`.
     """
     path = latest_run(Path("runs")) if path is None else path
-    checkpoint = read_checkpoint(path) if (path / MANIFEST).exists() else _of_run(path, say)
+    checkpoint = _of_run(path, say) if is_run(path) else _named(path)
     state = checkpoint.state
     try:
         config = config_from_values(state["config"])
@@ -117,9 +117,31 @@ def load_classifier(path: Path | None, device: torch.device, *, say: Callable[[s
     )
 
 
+def _named(path: Path) -> Checkpoint:
+    try:
+        return read_checkpoint(_directory_of(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; restore it from a copy, or take another of this run") from None
+
+
+def _directory_of(path: Path) -> Path:
+    """Of the checkpoint `path`, which may be the file `best` or `latest` that names one. Raises `ConfigError`."""
+    folder = path
+    if path.name in ("best", "latest") and path.is_file():
+        folder = path.parent / path.read_text().strip()
+    if (folder / MANIFEST).exists():
+        return folder
+    near = path.parent if (path.parent / MANIFEST).exists() else None
+    if path.parent.name == "checkpoints":
+        near = nearest_path(path)
+    if near is None:
+        require_run(path)
+    raise ConfigError(f"{path}: this is no checkpoint; did you mean {near}?")
+
+
 def _of_run(path: Path, say: Callable[[str], None]) -> Checkpoint:
     store = CheckpointStore(
-        RunDir(require_run(path)).checkpoints,
+        RunDir(path).checkpoints,
         keep_last=1,
         keep_best=1,
         keep_every_steps=None,
@@ -139,7 +161,7 @@ def pictures(sources: Sequence[str], stdin: Callable[[], bytes]) -> Iterator[tup
     """Each picture's name with its pixels, uint8 [32, 32, 3], or with what is wrong with it.
 
     A source is a file, a folder, of which every file counts but hidden ones, or `-`: the bytes of one picture from
-    standard input. Photos are turned upright as their EXIF tag says. Raises `DataError` for a source that is not there.
+    standard input. Photos are turned upright as their EXIF tag says.
     """
     for source in sources:
         path = Path(source)
@@ -149,7 +171,7 @@ def pictures(sources: Sequence[str], stdin: Callable[[], bytes]) -> Iterator[tup
             files = [Path(top) / name for top, _, names in os.walk(path) for name in names]
             visible = sorted(f for f in files if not any(part[0] == "." for part in f.relative_to(path).parts))
             if not visible:
-                raise DataError(f"{source}: the folder holds no file; give pictures")
+                yield source, "the folder holds no file; give pictures"
             for file in visible:
                 yield str(file), _pixels(file.read_bytes)
         elif path.exists():
@@ -157,16 +179,18 @@ def pictures(sources: Sequence[str], stdin: Callable[[], bytes]) -> Iterator[tup
         else:
             near = nearest_path(path)
             hint = f"did you mean {near}?" if near else "give a picture, a folder of them, or -"
-            raise DataError(f"{source}: there is no such file; {hint}")
+            yield source, f"there is no such file; {hint}"
 
 
 def _pixels(read: Callable[[], bytes]) -> npt.NDArray[np.uint8] | str:
     try:
-        return decode(read(), upright=True)
+        data = read()
+        return decode(data, upright=True) if data else "it is empty; give a picture"
     except UnidentifiedImageError:
-        return "no format that Pillow knows"
+        reason = "no format that Pillow knows"
     except Exception as error:  # bytes that are no picture make the decoders raise anything
-        return " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return f"not a readable picture ({reason})"
 
 
 def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[str], top: int) -> list[tuple[str, float]]:
@@ -224,7 +248,10 @@ def export(classifier: Classifier, kind: str, directory: Path) -> tuple[Path, fl
     make_dirs(directory)
     path = directory / ("model.pt2" if kind == "torch" else "model.onnx")
     write_atomic(path, data)
-    write_atomic(directory / "README.md", model_card(classifier, metadata, _summary_of(classifier)))
+    # Another export may lie there, of this model or of another one; both kinds hold the hash as text.
+    beside = [name for name in _SNIPPETS if (directory / name).exists()]
+    files = [name for name in beside if classifier.sha256.encode() in (directory / name).read_bytes()]
+    write_atomic(directory / "README.md", model_card(classifier, metadata, _summary_of(classifier), files))
     return path, difference
 
 
@@ -295,32 +322,96 @@ def _summary_of(classifier: Classifier) -> dict[str, Any]:
     return summary if summary.get("best_step") == classifier.step else {}
 
 
-def model_card(classifier: Classifier, metadata: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """A Markdown page for the folder of an exported model."""
+_PREPARE = """
+image = Image.open("photo.jpg").convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+images = np.asarray(image)[None]  # uint8 [1, 32, 32, 3]
+"""
+_NAME_IT = """\
+probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+probabilities /= probabilities.sum(axis=1, keepdims=True)
+best = probabilities[0].argmax()
+print(classes[best], probabilities[0][best])
+"""
+_SNIPPETS = {
+    "model.onnx": """\
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+{prepare}
+session = onnxruntime.InferenceSession("model.onnx")
+classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
+(logits,) = session.run(["logits"], dict(images=images))
+""",
+    "model.pt2": """\
+import json
+
+import numpy as np
+import torch
+from PIL import Image
+{prepare}
+extra = dict.fromkeys(["metadata.json"], "")
+model = torch.export.load("model.pt2", extra_files=extra).module()
+classes = json.loads(extra["metadata.json"])["classes"]
+logits = model(torch.from_numpy(images.copy())).detach().numpy()
+""",
+}
+"""How each file that `export` writes is run."""
+
+
+def usage(name: str) -> str:
+    """A Python program that classifies `photo.jpg` with the file `name`."""
+    return _SNIPPETS[name].format(prepare=_PREPARE) + _NAME_IT
+
+
+def model_card(
+    classifier: Classifier, metadata: Mapping[str, Any], summary: Mapping[str, Any], files: Sequence[str]
+) -> str:
+    """A Markdown page for the folder of an exported model, with the header that Hugging Face's hub reads.
+
+    `files` are the exported ones, keys of `_SNIPPETS`; `summary` is empty for another checkpoint than the best.
+    """
     config = classifier.config
+    data = config.data.source if config.data.source != "folder" else Path(config.data.root).name
+    header = ["pipeline_tag: image-classification", f"tags: [image-classification, {config.model.name}]"]
     if summary:
-        right = summary["test_class_accuracy"]
+        right, count = summary["test_class_accuracy"], int(np.sum(summary["test_confusion"]))
+        low, high = wilson_interval(int(np.trace(np.array(summary["test_confusion"]))), count)
         results = [
-            f"Accuracy on the {np.sum(summary['test_confusion']):,} test images:"
-            f" {summary['test_accuracy']:.2%} (cross entropy {summary['test_loss']:.4f}).",
+            f"Accuracy on the {count:,} test images: {summary['test_accuracy']:.2%}, 95% interval {low:.2%} to"
+            f" {high:.2%} (cross entropy {summary['test_loss']:.4f}). The checkpoint is the best of the run on the"
+            f" {summary['best_chosen_on']} split.",
             "",
             "| class | accuracy |",
             "|---|---|",
             *(f"| {name} | {'-' if share is None else f'{share:.1%}'} |" for name, share in right.items()),
         ]
+        header += [
+            "model-index:",
+            f"- name: {config.model.name}",
+            "  results:",
+            "  - task: {type: image-classification}",
+            f"    dataset: {{name: {json.dumps(data)}, type: {json.dumps(data)}, split: test}}",
+            f"    metrics: [{{type: accuracy, value: {summary['test_accuracy']:.6g}}}]",
+        ]
     else:
         results = ["Not evaluated on the test split: the run had not ended, or this is not its best checkpoint."]
     lines = [
+        "---",
+        *header,
+        "---",
+        "",
         f"# {config.model.name} for {len(classifier.classes)} classes",
         "",
-        f"An image classifier ({config.model.norm} norm) that was trained by dist_cifar on"
-        f" `data.source={config.data.source}`.",
+        f"An image classifier ({config.model.norm} norm) that was trained by dist_cifar on the images of {data}.",
         "",
         "## Use",
         "",
         f"- Input: {metadata['input']}. Pixels are normalised inside the graph.",
         f"- Output: {metadata['output']}.",
         f"- Classes, in the order of the logits: {', '.join(classifier.classes)}.",
+        *(line for name in files for line in ("", f"`{name}`:", "", "```python", usage(name).rstrip(), "```")),
         "",
         "## Results",
         "",
@@ -334,7 +425,8 @@ def model_card(classifier: Classifier, metadata: Mapping[str, Any], summary: Map
         *(
             [
                 f"- {summary['epochs']:g} epochs on {summary['world_size']} x {summary['device']},"
-                f" {summary['wall_seconds']:,.0f} s; source {summary['git_revision'] or 'not in a checkout'}."
+                f" {summary['wall_seconds']:,.0f} s; source {summary['git_revision'] or 'not in a checkout'}.",
+                f"- Images SHA-256 `{summary['data_sha256']}`.",
             ]
             if summary
             else []

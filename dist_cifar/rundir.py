@@ -21,7 +21,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest
+from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest, nearest_path
 from dist_cifar.files import write_atomic
 
 LOCK_SECONDS = 10.0
@@ -147,8 +147,8 @@ class RunDir:
             file.write(json.dumps(row) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """What `status.json` says; empty if there is none."""
-        return json.loads(self._status.read_text()) if self._status.exists() else {}
+        """What `status.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self._status)
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of `events.jsonl`, oldest first."""
@@ -160,22 +160,38 @@ class RunDir:
 
     def config(self) -> Config:
         """The config of the latest start. Raises `ConfigError`."""
+        if not self._config.exists():
+            raise ConfigError(f"{self.path}: no training has begun here, there is no {self._config.name}; train first")
         return configuration.load_config(self._config)
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says; empty if there is none."""
-        return json.loads(self._summary.read_text()) if self._summary.exists() else {}
+        """What `summary.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self._summary)
+
+    def profile_summary(self) -> dict[str, Any]:
+        """What `profile/summary.json` says; empty if there is none. Raises `DataError`."""
+        return _object(self.profile / "summary.json")
 
 
 def require_run(path: Path) -> Path:
     """`path`, if it is a run directory; else a `ConfigError` that names the nearest one."""
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         return path
-    beside = path.parent
-    runs = [entry.name for entry in beside.iterdir() if is_run(entry)] if beside.is_dir() else []
-    hint = nearest(path.name, runs)
-    hint = f"; did you mean {beside / hint}?" if hint else "; give the run.dir of a training"
-    raise ConfigError(f"{path}: this is no run directory{hint}")
+    raise ConfigError(f"{path}: this is no run directory; {_meant(path)}")
+
+
+def _meant(path: Path) -> str:
+    if path.name == "checkpoints" and is_run(path.parent):
+        return f"did you mean {path.parent}?"
+    inside = sorted(entry.name for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
+    if inside:
+        return f"it holds some, give one of them: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}"
+    for folder in (path.parent if path.parent.is_dir() else nearest_path(path.parent), Path("runs")):
+        runs = [entry.name for entry in folder.iterdir() if is_run(entry)] if folder and folder.is_dir() else []
+        name = nearest(path.name, runs)
+        if name is not None:
+            return f"did you mean {folder / name}?"
+    return "give the run.dir of a training"
 
 
 def is_run(path: Path) -> bool:
@@ -190,6 +206,14 @@ def latest_run(folder: Path) -> Path:
     if not written:
         raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
     return max(written, key=written.__getitem__)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; empty if there is none. Raises `DataError` if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it, and run the training again") from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

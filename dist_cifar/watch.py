@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_cifar.display import format_row
 from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
-from dist_cifar.report import Run, read_run, render
+from dist_cifar.report import Run, duration, read_run, render, seconds_left
 
 REFRESH_SECONDS = 2.0
 _FILES = ("status.json", "metrics.jsonl", "events.jsonl", "summary.json", "config.yaml")
@@ -114,7 +114,7 @@ def screen(run: Run, width: int) -> str:
         start = run.starts[-1]
         lines.append(f"{start['world_size']} rank(s) on {start['device']}, strategy {start['strategy']}")
         step = run.rows[-1]["step"] if run.rows else start["step"]
-        lines.append(_progress(step, start["total_steps"], trained, width))
+        lines.append(_progress(step, start["total_steps"], seconds_left(run), width))
     for title, rows, key in (
         ("training loss", trained, "loss"),
         ("eval accuracy", evaluated, "accuracy"),
@@ -123,21 +123,16 @@ def screen(run: Run, width: int) -> str:
         values = [row[key] for row in rows if isinstance(row.get(key), float) and math.isfinite(row[key])]
         if values:
             lines.append(f"{title:<14} {sparkline(values, max(10, width - 34))}  {values[-1]:,.4g}")
-    lines += [format_row(row)[:width] for row in (*trained[-3:], *evaluated[-5:], *run.of_kind("test"))]
-    return "\n".join(lines)
+    lines += [format_row(row) for row in (*trained[-3:], *evaluated[-5:], *run.of_kind("test"))]
+    return "\n".join(line[:width] for line in lines)
 
 
-def _progress(step: int, total: int, trained: Sequence[dict[str, Any]], width: int) -> str:
+def _progress(step: int, total: int, seconds: float | None, width: int) -> str:
     share = step / total
-    cells = max(10, min(50, width - 50))
+    cells = max(10, min(50, width - 60))
     bar = "#" * int(share * cells) + "." * (cells - int(share * cells))
     line = f"[{bar}] step {step:,} of {total:,}, {share:.0%}"
-    if trained and step < total:
-        last = trained[-1]
-        images = (total - step) * last["samples"] / last["step"]
-        minutes, seconds = divmod(int(images / last["images_per_second"]), 60)
-        line += f", about {minutes} min {seconds} s of steps left"
-    return line
+    return line if seconds is None else f"{line}, about {duration(seconds)} left"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

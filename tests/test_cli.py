@@ -16,6 +16,7 @@ from dist_cifar.cli import main
 from dist_cifar.config import describe
 from dist_cifar.data import dataset
 from dist_cifar.data.dataset import load_dataset
+from dist_cifar.errors import nearest_path
 
 SMALL = ["data.source=synthetic", "data.synthetic_train_size=60", "data.synthetic_test_size=20"]
 SMALL += ["data.validation_size=10"]
@@ -201,3 +202,66 @@ def test_a_misspelt_path_gets_the_right_one(tmp_path, monkeypatch, capsys):
     (tmp_path / "images.zip").write_text("")
     assert main(["data", "data.source=folder", "data.root=imges.zip", "data.cache_dir=cache"]) == 74
     assert "did you mean images.zip?" in capsys.readouterr().err
+    (tmp_path / "runs/mine/checkpoints").mkdir(parents=True)
+    for wrong in ("runs/mien", "run/mine", "mine"):
+        assert meant(capsys, ["report", wrong]) == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("word", "right"),
+    [
+        ("run.device=gpu", "cuda"),
+        ("train.precision=float32", "fp32"),
+        ("train.precision=bfloat16", "bf16"),
+        ("plateau.metric=acc", "accuracy"),
+        ("model.name=resnet81", "resnet18"),
+        ("data.source=synth", "synthetic"),
+    ],
+)
+def test_a_word_of_other_programs_gets_ours(capsys, word, right):
+    assert meant(capsys, ["train", word]) == right
+
+
+def test_names_that_share_an_extension_alone_are_not_alike(tmp_path):
+    (tmp_path / "dog.jpg").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").touch()
+    assert nearest_path(tmp_path / "nope.jpg") is None
+    assert nearest_path(tmp_path / "dgo.jpg") == nearest_path(tmp_path / "dog.jpeg") == tmp_path / "dog.jpg"
+    assert nearest_path(tmp_path / "fotos/cat.png") == tmp_path / "photos/cat.png"
+
+
+# --- places and numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "x", "--json", "reslts/a.json"], r"no folder reslts; did you mean results/a.json\?"),
+        (["report", "x", "--out", "nowhere/a.html"], "no folder nowhere; make it first"),
+        (["doctor", "--json", "results"], "results is a folder; give a file in it"),
+        (["verify", "--json", "file/a.json"], "file is no folder"),
+        (["export", "x", "--to", "onnx", "--out", "file/deep/er"], "file is no folder"),
+        (["watch", "x", "--port", "99999"], "99999 is not a port"),
+        (["watch", "x", "--port", "http"], "http is not a whole number, 0 or more"),
+        (["predict", "x", "--top", "three"], "three is not a whole number, 1 or more"),
+        (["predict", "x", "--top", "-1"], "expected one argument|-1 is not a whole number"),
+    ],
+)
+def test_a_place_or_number_that_cannot_be_is_said_at_once(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "file").touch()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(options):
+        raise OSError(28, "No space left on device", "x/model.onnx")
+
+    monkeypatch.setattr(cli, "_export", full)
+    assert main(["export", "x", "--to", "onnx"]) == 74
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x/model.onnx" in line and "free space" in line

@@ -21,6 +21,7 @@ from dist_cifar.config import load_config
 from dist_cifar.data import dataset
 from dist_cifar.distributed.env import DistEnv
 from dist_cifar.doctor import Finding, attempt, graded, worst
+from dist_cifar.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = ["data.source=synthetic", "data.synthetic_train_size=60", "data.synthetic_test_size=20"]
@@ -73,7 +74,7 @@ def test_a_healthy_machine_has_no_fault(tmp_path, capsys):
     found = examine(tmp_path, f"run.dir={tmp_path / 'run'}", code=0)
     assert {finding["state"] for finding in found.values()} <= {"ok", "warning"}
     assert "all bits equal" in found["exactness"]["found"] and "verified" in found["data"]["found"]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]  # nothing of ours is left
+    assert not (tmp_path / "run").exists(), "nothing of ours is left"
     out = capsys.readouterr().out
     assert f"{len(found)} ok" in out or "warning(s), 0 failed" in out
 
@@ -97,8 +98,16 @@ def test_an_unwritable_run_directory_fails(tmp_path, no_exactness, capsys):
     (tmp_path / "file").write_text("")
     found = examine(tmp_path, f"run.dir={tmp_path / 'file' / 'run'}", code=1)
     assert found["run directory"]["state"] == "failed" and "cannot be written" in found["run directory"]["found"]
+    assert found["run directory"]["hint"] == "give another with run.dir=PATH"
+    assert found["checkpoint"]["state"] == "failed" and "Errno" not in found["checkpoint"]["found"]
     assert found["run directory shared"]["state"] == "failed" and found["data"]["state"] == "ok"
     assert "failed   run directory" in capsys.readouterr().out
+
+
+def test_a_run_directory_that_was_there_stays(tmp_path, no_exactness):
+    (tmp_path / "run").mkdir()
+    examine(tmp_path, f"run.dir={tmp_path / 'run'}", code=0)
+    assert (tmp_path / "run").is_dir() and not any((tmp_path / "run").iterdir())
 
 
 def test_a_full_disk_fails(tmp_path, monkeypatch):
@@ -247,6 +256,19 @@ def test_old_and_missing_packages_fail(monkeypatch):
     assert found.state == "failed" and "older than 99.0" in found.found and "no-such-package is missing" in found.found
 
 
+def test_an_optional_package_is_missed_where_the_config_needs_it(monkeypatch):
+    monkeypatch.setattr(doctor, "_OPTIONAL", ("no-such-extra",))
+    found = doctor.check_versions()
+    assert found.state == "ok" and "not needed: no-such-extra" in found.found
+    found = doctor.check_versions(["no-such-extra"])
+    assert found.state == "failed" and found.hint == "pip install -U -e '.[no-such-extra]'"
+    assert doctor.needed_extras(config_of("train.strategy=deepspeed", "tracking.wandb=online")) == [
+        "deepspeed",
+        "wandb",
+    ]
+    assert doctor.needed_extras(config_of()) == []
+
+
 # --- between ranks -----------------------------------------------------------------------------------------------
 
 
@@ -300,6 +322,16 @@ def _sums_at(communicator, seconds_of_a_megabyte: float) -> str:
     return doctor.check_sums(communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)).state
 
 
+def test_the_later_a_sum_the_worse(ranks):
+    for seconds, state in ((0.0005, "ok"), (0.05, "warning"), (0.5, "failed")):
+        assert ranks.run(2, _sums_after, seconds) == [state] * 2
+
+
+def _sums_after(communicator, seconds_of_four_bytes: float) -> str:
+    communicator.time_sums = lambda nbytes, repeats: [seconds_of_four_bytes if nbytes == 4 else 0.001] * repeats
+    return doctor.check_sums(communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)).state
+
+
 @namespaces
 @pytest.mark.slow
 def test_a_slow_link_fails(tmp_path):
@@ -347,6 +379,14 @@ def test_a_slow_link_fails(tmp_path):
 def test_an_exception_is_a_finding():
     found = attempt("x", lambda: 1 / 0)
     assert found.state == "failed" and "ZeroDivisionError" in found.found
+
+
+def test_an_error_for_users_is_cut_into_what_was_found_and_what_to_do():
+    def raises():
+        raise DataError("x.zip: damaged; fetch it again")
+
+    found = attempt("x", raises)
+    assert (found.found, found.hint) == ("x.zip: damaged", "fetch it again")
 
 
 def test_the_worst_of_the_ranks_counts():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,10 +17,12 @@ import onnxruntime
 import pytest
 import small_runs
 import torch
+import yaml
 from PIL import Image
 
 from dist_cifar import inference
 from dist_cifar.cli import main
+from dist_cifar.data import benchmarks
 from dist_cifar.data.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError
 from dist_cifar.inference import FromPixels, load_classifier
@@ -113,7 +117,50 @@ def test_what_is_no_picture_is_named_and_the_rest_goes_on(trained, tmp_path, cap
     (tmp_path / "bad.png").write_bytes(b"no")
     lines, errors = predict(capsys, str(tmp_path), "--checkpoint", str(trained), code=74)
     assert len(lines) == 1 and "good.png" in lines[0]
-    assert len(errors) == 1 and "bad.png is not a readable picture" in errors[0]
+    assert len(errors) == 1 and "bad.png: not a readable picture" in errors[0]
+    (tmp_path / "empty.png").touch()
+    lines, errors = predict(
+        capsys,
+        *(str(tmp_path / name) for name in ("gone.png", "empty.png", "good.png")),
+        "--checkpoint",
+        str(trained),
+        code=74,
+    )
+    assert len(lines) == 1 and "good.png" in lines[0], "what follows what is missing is classified too"
+    assert "gone.png: there is no such file" in errors[0] and "empty.png: it is empty" in errors[1]
+
+
+def test_nothing_on_standard_input_is_an_error(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
+    lines, (error,) = predict(capsys, "-", "--checkpoint", str(trained), code=74)
+    assert lines == [] and "standard input: it is empty" in error
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_shows_the_same(mode, trained, tmp_path, capsys):
+    """A grey picture, in files of that mode; 16 bits a channel are no white picture."""
+    grey = Image.fromarray(synthetic_split(1, 4)[0][3]).convert("L")
+    if mode == "I;16":
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(tmp_path / "x.png")
+    else:
+        converted = grey.convert("RGB").convert(mode) if mode in ("CMYK", "P") else grey.convert(mode)
+        converted.save(tmp_path / "x.tiff")
+    grey.convert("RGB").save(tmp_path / "plain.png")
+    lines, _ = predict(capsys, str(tmp_path), "--json", "--top", "10", "--checkpoint", str(trained))
+    first, second = ({one["class"]: one["probability"] for one in json.loads(line)["predictions"]} for line in lines)
+    assert first == pytest.approx(second, abs=0.02)
+
+
+def test_pixels_without_a_range_are_refused(trained, tmp_path, capsys):
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(tmp_path / "x.tiff")
+    _, (error,) = predict(capsys, str(tmp_path / "x.tiff"), "--checkpoint", str(trained), code=74)
+    assert "no known range" in error
+
+
+def test_a_huge_picture_is_one_line(trained, tmp_path, capsys):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "x.png")  # Pillow warns of it, and warnings are errors here
+    _, (error,) = predict(capsys, str(tmp_path / "x.png"), "--checkpoint", str(trained), code=74)
+    assert "10000x10000 pixels, more than 64,000,000" in error
 
 
 def test_wrong_paths_get_the_nearest_name(trained, tmp_path, capsys):
@@ -122,6 +169,32 @@ def test_wrong_paths_get_the_nearest_name(trained, tmp_path, capsys):
     assert f"did you mean {tmp_path / 'photo.png'}?" in error
     _, (error,) = predict(capsys, str(tmp_path), "--checkpoint", str(trained.parent / "frist"), code=2)
     assert f"did you mean {trained}?" in error
+    (step, *_) = sorted((trained / "checkpoints").glob("step-*"))
+    for wrong, right in (
+        (trained / "checkpoints", trained),
+        (step / "model.safetensors", step),
+        (step.parent / f"{step.name[:-1]}9", step),
+        (trained.parent.parent / f"{trained.parent.name}x" / "first", trained),
+    ):
+        _, (error,) = predict(capsys, str(tmp_path), "--checkpoint", str(wrong), code=2)
+        assert f"did you mean {right}?" in error
+    _, (error,) = predict(capsys, str(tmp_path), "--checkpoint", str(trained.parent), code=2)
+    assert "it holds some, give one of them: first" in error
+
+
+def test_the_file_best_names_a_checkpoint(trained, classifier):
+    named = load_classifier(trained / "checkpoints/best", CPU, say=pytest.fail)
+    assert named.checkpoint == classifier.checkpoint
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(trained, tmp_path, capsys):
+    step = load_classifier(trained, CPU, say=pytest.fail).checkpoint
+    shutil.copytree(step, tmp_path / "step")
+    data = bytearray((tmp_path / "step/model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "step/model.safetensors").write_bytes(data)
+    _, (error,) = predict(capsys, str(tmp_path), "--checkpoint", str(tmp_path / "step"), code=74)
+    assert "SHA-256" in error and "take another of this run" in error
 
 
 def test_the_latest_run_is_taken_where_none_is_said(trained, tmp_path, capsys, monkeypatch):
@@ -206,6 +279,24 @@ def test_other_files_are_refused(trained, tmp_path, capsys, files, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_labels_of_other_classes_are_warned_of(trained, tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "cifar10.1_v6_data.npy", np.zeros((3, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", np.zeros(3, np.int64))
+    assert main(["evaluate", str(trained), "--data", str(tmp_path)]) == 0
+    assert "classes are called disc, ring" in capsys.readouterr().err
+    monkeypatch.setattr(benchmarks, "CLASSES", CLASSES)
+    assert main(["evaluate", str(trained), "--data", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_one_file_of_several_gets_its_folder(trained, tmp_path, capsys):
+    np.save(tmp_path / "fog.npy", np.zeros((5, 32, 32, 3), np.uint8))
+    assert main(["evaluate", str(trained), "--data", str(tmp_path / "fog.npy")]) == 74
+    assert f"give its folder, {tmp_path}" in capsys.readouterr().err
+    assert main(["evaluate", str(trained), "--data", str(tmp_path)]) == 74
+    assert "data.root" not in capsys.readouterr().err, "the option is called --data"
+
+
 def test_a_pickle_is_not_loaded(trained, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -288,6 +379,33 @@ def test_the_card_says_what_the_summary_says(trained, classifier, tmp_path):
     summary = json.loads((trained / "summary.json").read_text())
     assert f"{summary['test_accuracy']:.2%}" in card and classifier.sha256 in card
     assert all(f"| {name} |" in card for name in CLASSES) and "uint8 [batch, 32, 32, 3]" in card
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "image-classification"
+    (result,) = header["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == pytest.approx(summary["test_accuracy"], rel=1e-5)
+
+
+def test_the_programs_of_the_card_name_the_photo(trained, classifier, tmp_path):
+    """Copied from the card and run as they stand, beside the files."""
+    photo = synthetic_split(1, 8)[0][5]
+    save(photo, tmp_path / "photo.jpg", quality=100, subsampling=0)
+    for kind in ("torch", "onnx"):
+        main(["export", str(trained), "--to", kind, "--out", str(tmp_path)])
+    programs = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    assert len(programs) == 2
+    expected = classifier.probabilities(np.asarray(Image.open(tmp_path / "photo.jpg"))[None])[0]
+    for program in programs:
+        command = [sys.executable, "-W", "error::UserWarning", "-c", program]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+        label, share = done.stdout.split()
+        assert label == CLASSES[expected.argmax()] and float(share) == pytest.approx(expected.max(), abs=1e-3)
+
+
+def test_a_card_speaks_of_its_own_model_alone(trained, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"of another run")
+    main(["export", str(trained), "--to", "torch", "--out", str(tmp_path)])
+    assert "`model.pt2`" in (tmp_path / "README.md").read_text()
+    assert "model.onnx" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_checkpoint_is_a_model_too(trained, classifier, tmp_path):

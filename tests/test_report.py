@@ -12,6 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -121,10 +123,84 @@ def test_curves_have_every_row(trained):
     assert training["px"] == sorted(training["px"])
 
 
+def labels_of(chart: str, html: str) -> list[str]:
+    """The numbers on the vertical axis of a chart, from below."""
+    drawing = html.partition(f'aria-label="{chart} over epochs"')[2].partition("</svg>")[0]
+    return re.findall(r'text-anchor="end">([^<]+)</text>', drawing)
+
+
+def test_each_rank_has_its_own_speed(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train":
+            row |= {"images_per_second": 900.0, "rank_work_share": [0.9, 0.5]}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (name,) = (name for name in page_of(run).series if name.startswith("Images/s of each rank"))
+    slow, fast = page_of(run).series[name]
+    assert (slow["name"], fast["name"]) == ("rank 0", "rank 1")
+    assert slow["text"][0].startswith("500 at epoch") and fast["text"][0].startswith("900 at epoch")
+
+
+def test_a_long_run_of_many_ranks_and_classes_has_a_small_page(trained, tmp_path):
+    """10,000 rows of 256 ranks, 60 jobs, and a hundred classes that are all confused with each other."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    row = next(row for row in read_run(run).rows if row["kind"] == "train")
+    shares = np.linspace(0.5, 0.9, 256).round(4).tolist()
+    rows = [json.dumps(row | {"step": i, "epoch": i / 13, "rank_work_share": shares}) for i in range(1, 10_001)]
+    (run / "metrics.jsonl").write_text("\n".join(rows))
+    (run / "events.jsonl").write_text("\n".join(start(100 * i, 10 * i, 256) for i in range(60)))
+    names = [f"class {i}" for i in range(100)]
+    summary = json.loads((run / "summary.json").read_text())
+    confusion = np.arange(10_000).reshape(100, 100) % 7 + 1
+    summary |= {"test_confusion": confusion.tolist(), "test_class_accuracy": dict.fromkeys(names, 0.5)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    html = render([read_run(run)])
+    assert len(html) < 3_000_000
+    page = Page(html)
+    (chart,) = (series for name, series in page.series.items() if name.startswith("Images/s of each rank"))
+    slowest, median, fastest = (float(one["text"][0].split()[0].replace(",", "")) for one in chart)
+    own = row["images_per_second"] / 256
+    assert (slowest, median, fastest) == pytest.approx((own / 0.9, own / 0.7, own / 0.5), rel=1e-2)
+    assert "taken for class" in page.text and "60 starts" in page.text
+    sizes = [2, 4] * 30
+    (run / "events.jsonl").write_text("\n".join(start(i, 10 * i, size) for i, size in enumerate(sizes)))
+    assert "world size 2, 4 cpu, 60 starts" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(1.1e-3, 1.9e-3), (1.2e-3, 6.5e-3), (4e-4, 2.1e-3), (1e-6, 1e-2), (1e-3, 1e-3), (0.3, 0.31), (2e-4, 2e-4 + 1e-19)],
+)
+def test_a_rate_can_be_read_off_its_axis(low, high):
+    points = [(0.0, low), (1.0, high), (2.0, low)]
+    chart = report.Chart(title="x", series=[report.Series(name="lr", color=0, points=points)], log=True)
+    labels = labels_of("x", report._svg(chart))
+    assert 3 <= len(labels) <= 8 and len(set(labels)) == len(labels)
+    values = [float(label) for label in labels]
+    assert values == sorted(values) and max(map(len, labels)) <= 7
+
+
+def test_numbers_are_short():
+    for value, text in (
+        (1e-4, "1e-4"),
+        (2.5e-5, "2.5e-5"),
+        (0.001, "1e-3"),
+        (0.01, "0.01"),
+        (0.25, "0.25"),
+        (12345.6, "12,346"),
+    ):
+        assert report._number(value) == text
+    assert report._number(0.0) == "0" and report._number(0.1234567) == "0.1235" and report._number(0.5, True) == "50%"
+
+
 def test_confusion_and_mistakes_are_those_of_the_test_split(trained):
     html = (trained / "report.html").read_text()
     summary = json.loads((trained / "summary.json").read_text())
-    cells = [int(text or 0) for text in re.findall(r'<td class="(?:good|bad)"[^>]*>(\d*)</td>', html)]
+    table = html.partition('<table class="confusion')[2].partition("</table>")[0]
+    cells = [int(text or 0) for text in re.findall(r"<td[^>]*>(\d*)</td>", table)]
     assert cells == np.array(summary["test_confusion"]).flatten().tolist()
     found = predictions.read(trained)
     images, labels = synthetic_split(1, 80)
@@ -172,8 +248,32 @@ def test_two_runs_are_compared(trained, other):
     assert "<second>" in page.text, "escaped in the source, so it is text here"
     assert {series["name"] for series in page.series["Accuracy over epochs"]} >= {"<second>, validation"}
     assert page.headings[:4] == ["2 runs", "Results", "Curves", "Settings that differ"]
+    assert "run.dir" not in table.partition("<second>")[0] and "run.name" not in table.partition("Classes")[0]
     same = page_of(trained, trained)
     assert "The configs are equal." in same.text
+
+
+def test_the_difference_of_two_runs_is_that_of_their_pairs(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    found = predictions.read(run)
+    right = found.predicted == found.labels
+    taken = found.labels.copy()
+    taken[:20] = (taken[:20] + 1) % 10  # wrong on the first twenty, right on the rest
+    predictions.write(run, replace(found, probabilities=np.eye(10, dtype=np.float32)[taken]))
+    change = 100 * ((taken == found.labels).astype(float) - right)
+    half = 1.959964 * change.std() / np.sqrt(80)
+    text = page_of(trained, run).text
+    assert f"{change.mean():+.2f} {change.mean() - half:+.2f} to {change.mean() + half:+.2f}" in text
+    predictions.write(run, replace(found, labels=(found.labels + 1) % 10))
+    assert "other images" in page_of(trained, run).text
+
+
+def test_settings_that_are_as_by_default_are_apart(trained):
+    page = page_of(trained).text.partition("what differs from the defaults")[2]
+    changed, _, rest = page.partition("All that is as by default")
+    assert "train.epochs 2" in changed and "optimizer.eps" not in changed
+    assert "optimizer.eps 1e-08" in rest and "train.epochs" not in rest
 
 
 def event(name: str, at: float, **facts) -> str:
@@ -206,8 +306,17 @@ def test_the_timeline_has_every_job_and_its_end(trained, tmp_path):
     assert [job.end for job in found] == ["saved", "lost", "failed", "done"]
     assert [job.end_time for job in found] == [120, 220, 310, 500]
     page = page_of(run)
-    assert "4 → 2 → 1 → 4" in page.text and "a <reason>" in page.text
-    assert render([read_run(run)]).count("plateau: lr 0.0001") == 3  # loss, accuracy and rate
+    assert "4 → 2 → 1 → 4" in page.text and "4 starts" in page.text and "a <reason>" in page.text
+    html = render([read_run(run)])
+    assert html.count('class="tick best"') == 1 and html.count('class="tick"') == 1
+    assert re.findall(r'class="job (\w+)" style="left:([\d.]+)%;width:([\d.]+)%', html) == [
+        ("saved", "0.00", "5.00"),
+        ("lost", "25.00", "5.00"),
+        ("failed", "50.00", "2.50"),
+        ("done", "75.00", "25.00"),
+    ]
+    assert html.count("<title>resumed on 2 ranks at step 7<") == 3  # images/s of all, of each, data wait
+    assert render([read_run(run)]).count("<title>plateau: lr 1e-4<") == 3  # loss, accuracy and rate
 
 
 def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
@@ -220,6 +329,17 @@ def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
     (run / "metrics.jsonl").write_text((trained / "metrics.jsonl").read_text().splitlines()[0] + '\n{"kind')
     page = page_of(run)
     assert "running, step 2 of 26" in page.text and "Worst mistakes" not in page.text
+    row = read_run(run).rows[0]
+    left = 24 * 16 / row["images_per_second"]
+    assert report.seconds_left(read_run(run)) == pytest.approx(left)
+    assert f"about {report.duration(left)} of training left" in page.text and "training loss" in page.text
+    assert '<i style="width:7.7%">' in render([read_run(run)])
+
+
+def test_a_directory_in_which_nothing_has_begun_is_named(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path}: no training has begun here" in capsys.readouterr().err
 
 
 def test_values_that_are_not_finite_leave_a_gap(trained, tmp_path):
@@ -230,6 +350,8 @@ def test_values_that_are_not_finite_leave_a_gap(trained, tmp_path):
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     before, after = (page_of(path).series["Loss over epochs"][0]["px"] for path in (trained, run))
     assert len(after) == len(before) - 2
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0]))
+    assert "loss nan" in watch.screen(read_run(run), 200)
 
 
 def test_the_command_writes_and_refuses(trained, other, tmp_path, capsys, monkeypatch):
@@ -247,6 +369,12 @@ def test_a_damaged_file_is_named(trained, tmp_path, capsys):
     (run / "predictions.npz").write_bytes((run / "predictions.npz").read_bytes()[:1000])
     assert main(["report", str(run)]) == 74
     assert "predictions.npz: cannot be read" in capsys.readouterr().err
+    (run / "predictions.npz").unlink()
+    for name in ("profile/summary.json", "summary.json", "status.json"):
+        (run / name).write_text('{"a"')
+        assert main(["report", str(run)]) == 74
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{run / name}: cannot be read" in line
 
 
 def test_only_mistakes_are_worst():
@@ -319,6 +447,15 @@ def test_the_terminal_shows_it_once_where_it_is_none(trained, capsys):
     assert "step 24 of 24, 100%" in out and " test  step" in out and "training loss" in out
 
 
+def test_the_terminal_is_as_wide_as_it_is(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "status.json").write_text('{"status": "running"}')
+    for width in (40, 80, 120):
+        lines = watch.screen(read_run(run), width).splitlines()
+        assert max(map(len, lines)) <= width and any("step 24 of 24" in line for line in lines)
+
+
 def test_sparklines_follow_the_values():
     assert watch.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert watch.sparkline([0, 0, 7, 7], 2) == "▁█" and watch.sparkline([5.0], 9) == "▁"
@@ -346,3 +483,25 @@ def test_a_browser_shows_it_without_complaint(trained, other, tmp_path):
         assert len(np.unique(np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3), axis=0)) > 20
     page.write_text(page.read_text().replace("wire();", "nothing_of_this_name();", 1))
     assert "nothing_of_this_name" in browse(page.as_uri(), tmp_path / "broken.png")
+
+
+PHONE = """<iframe width=390 height=844 srcdoc="{page}" onload="document.title=
+this.contentDocument.scrollingElement.scrollWidth+' '+this.contentWindow.innerWidth"></iframe>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; Debian's package is called chromium")
+def test_a_phone_need_not_scroll_sideways(trained, other, tmp_path):
+    """The width that the content asks for, on a page 390 pixels wide."""
+    wide = "<div style='width:500px'>wide</div></main>"
+    for html, fits in (
+        (render([read_run(trained)]), True),
+        (render([read_run(trained), read_run(other)]).replace("<details", "<details open"), True),
+        (render([read_run(trained)]).replace("</main>", wide), False),
+    ):
+        (tmp_path / "phone.html").write_text(PHONE.format(page=escape(html)))
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+        command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "phone.html").as_uri()]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+        wanted, given = map(int, re.search(r"<title>(\d+) (\d+)</title>", out).groups())
+        assert (wanted <= given) == fits, (wanted, given)

@@ -11,7 +11,7 @@ nothing is unpickled. Layouts:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,39 @@ from dist_cifar.data.dataset import Split, load_dataset
 from dist_cifar.errors import DataError, nearest_path
 
 SEVERITIES = 5
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""Of CIFAR-10, in the order of its labels, which are those of CIFAR-10.1 and CIFAR-10-C."""
 _LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.npy, or with train/ and test/"
 
 
-def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> dict[str, Split]:
-    """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`."""
+def read_test_sets(
+    root: Path, classes: Sequence[str], cache_dir: str | None, *, say: Callable[[str], None]
+) -> dict[str, Split]:
+    """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`.
+
+    `say` hears of a model whose classes have other names than the labels of these files.
+    """
     if not root.exists():
         near = nearest_path(root)
         hint = f"did you mean {near}?" if near else _LAYOUTS
         raise DataError(f"--data {root}: there is no such file or folder; {hint}")
     if root.is_dir():
         found = [path.name.removesuffix("_data.npy") for path in sorted(root.glob("cifar10.1_v*_data.npy"))]
+        if (found or (root / "labels.npy").exists()) and tuple(classes) != CLASSES:
+            say(
+                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called {', '.join(classes)};"
+                " the accuracy means nothing unless they are the same in the same order"
+            )
         if found:
             return {name: _split(root / f"{name}_data.npy", root / f"{name}_labels.npy", classes) for name in found}
         if (root / "labels.npy").exists():
             return _corruptions(root, classes)
-    dataset = load_dataset(DataConfig(source="folder", root=str(root), cache_dir=cache_dir))
+    if root.suffix == ".npy":
+        raise DataError(f"--data {root}: this is one file of several; give its folder, {root.parent}")
+    try:
+        dataset = load_dataset(DataConfig(source="folder", root=str(root), cache_dir=cache_dir))
+    except DataError as error:
+        raise DataError(f"--data {str(error).replace('data.root', '--data')}") from None
     if dataset.classes != tuple(classes):
         raise DataError(
             f"--data {root}: its classes are {', '.join(dataset.classes)}, and the model's are {', '.join(classes)}"

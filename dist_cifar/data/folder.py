@@ -3,7 +3,7 @@
 Contract: `read_folder` returns the arrays, images sorted by class name, then by file name, in code-point order. Any
 format that Pillow reads will do. A picture is converted to RGB (transparency and orientation tags dropped, the first
 frame of an animation) and, if it is not 32x32, resized to that by `Image.resize` with the antialiased bilinear filter,
-aspect ratio not kept.
+aspect ratio not kept. Of 16 bits a channel, the upper 8 are kept.
 Hidden files, `__MACOSX` and files outside the class folders are ignored; whatever else is wrong is a `DataError`.
 
 Nothing is unpacked to disk, so a name in a zip can lead nowhere; one that tries is refused all the same.
@@ -16,6 +16,7 @@ import io
 import os
 import re
 import stat
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,11 +208,18 @@ def decode(data: bytes, *, upright: bool = False) -> npt.NDArray[np.uint8]:
 
     Bytes that are no picture make the decoders raise anything.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below
+        opened = Image.open(io.BytesIO(data))
+    with opened as image:
         if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
-            raise ValueError(f"{image.width}x{image.height} pixels")
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS:,}; make it smaller")
         if upright:
             image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
         if image.mode == "P":
             image = image.convert("RGBA")  # straight to RGB, Pillow warns of a palette with transparency
         image = image.convert("RGB")
