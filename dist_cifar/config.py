@@ -286,6 +286,9 @@ class TrackingConfig:
     """W&B notes on the run."""
     wandb_tags: tuple[str, ...] = ()
     """W&B tags."""
+    wandb_checkpoints: bool = False
+    """At the end of the run, the best and the last checkpoint go to W&B as artifacts with the aliases `best` and
+    `last`. The job ends when they are uploaded, or after ten minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -651,8 +651,9 @@ class _Run:
             predictions.write(self.run_dir.path, found)
             self.run_dir.append_event("done", step=progress.step)
             self.run_dir.write_summary(summary)
+            checkpoints = self.store.best_and_last() if self.config.tracking.wandb_checkpoints else {}
             for tracker in self.trackers:
-                tracker.finish(summary, 0, found)
+                tracker.finish(summary, 0, found, checkpoints)
             self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
             self._report()
         self.display.say(result_table(summary, self.run_dir.path))

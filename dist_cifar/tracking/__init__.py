@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from dist_cifar.config import Config
 from dist_cifar.predictions import Predictions
 from dist_cifar.tracking.jsonl import JsonlTracker
+from dist_cifar.tracking.rows import EachOnce
 from dist_cifar.tracking.wandb_adapter import open_wandb
 
 
@@ -24,8 +25,17 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row; returns at once."""
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
-        """Takes the results of the run, if it has any, and closes; called once, nothing is logged after it."""
+    def finish(
+        self,
+        summary: Mapping[str, Any] | None,
+        exit_code: int,
+        predictions: Predictions | None = None,
+        checkpoints: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Takes the results of the run, if it has any, and closes; called once, nothing is logged after it.
+
+        `checkpoints` are directories of checkpoints under the names `best` and `last`.
+        """
 
 
 def open_trackers(
@@ -45,4 +55,4 @@ def open_trackers(
     # First: its ConfigError must not leave a truncated metrics.jsonl.
     wandb = open_wandb(config, run_dir, say, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
-    return [jsonl] if wandb is None else [jsonl, wandb]
+    return [jsonl] if wandb is None else [jsonl, EachOnce(wandb, jsonl.kept)]
