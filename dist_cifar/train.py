@@ -570,6 +570,8 @@ class _Run:
 
     def _open_records(self) -> None:
         world_size = self.communicator.world_size
+        begun_with = self.run_dir.begun_with() if self.saved_step is None else None
+        starts_over = begun_with is not None and bool(differences(flatten(begun_with), self.config))
         self.run_dir.write_config(self.config)
         self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
         self.run_dir.append_event(
@@ -586,6 +588,7 @@ class _Run:
             self.config,
             self.run_dir.path,
             resume_step=self.saved_step,
+            starts_over=starts_over,
             git_revision=git_revision,
             say=self.display.say,
         )

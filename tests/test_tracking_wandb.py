@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -115,11 +116,6 @@ def test_wandb_mode_decides_only_where_auto_is_asked():
     assert wanted_mode("online", {"WANDB_MODE": "disabled"}) == "online"
 
 
-def test_names():
-    row = {"kind": "eval", "step": 3, "epoch": 1.0, "samples": 384, "loss": 0.5}
-    assert named(row) == {"global_step": 3, "epoch": 1.0, "samples": 384, "eval/loss": 0.5}
-
-
 def test_the_config_goes_up_without_passwords():
     config = load_config(None, ["data.url=https://me:secret@mirror.org:8080/c.tar.gz?sig=secret", "optimizer.lr=1e-2"])
     public = public_config(config)
@@ -230,6 +226,78 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
     assert (np.stack(pictures) == found.worst_images).all() and len(pictures) == len(found.worst_indices) > 0
     record = next(record.run for record in wandb_file.records(file) if record.WhichOneof("record_type") == "run")
     assert (record.job_type, record.notes) == ("train", "two ranks")
+
+
+# --- kills -------------------------------------------------------------------------------------------------------
+
+KILLED = small_runs.VALUES | {
+    "tracking.wandb": "offline",
+    "checkpoint.every_steps": "5",
+    "data.synthetic_train_size": "400",
+}
+FAST = {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
+"""W&B writes its file every 15 seconds: the whole run would be shorter."""
+
+
+def train_process(tmp_path: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+    values = KILLED | {"run.dir": str(tmp_path / "run")} | dict(override.split("=", 1) for override in overrides)
+    command = [sys.executable, "dist_cifar/train.py", *(f"{key}={value}" for key, value in values.items())]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables))
+
+
+def kill_after(tmp_path: Path, rows: int, *overrides: str, **variables: str) -> None:
+    """SIGKILL when W&B is open and so many rows are in `metrics.jsonl`."""
+    parts = len(offline_files(tmp_path))
+    process = train_process(tmp_path, *overrides, **variables)
+    path = tmp_path / "run" / "metrics.jsonl"
+    while len(offline_files(tmp_path)) == parts or not path.exists() or path.read_text().count("\n") < rows:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(1)  # W&B names its folders by the second, and its helper looks after its parent once a second
+
+
+def logged(tmp_path: Path) -> list[dict]:
+    return [named(json.loads(line)) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def steps(rows: list[dict]) -> list[tuple]:
+    """What tells rows apart: the step, and the names, which say the kind."""
+    names = [sorted({key.partition("/")[0] for key in row if "/" in key}) for row in rows]
+    return [(row["global_step"], *name) for row, name in zip(rows, names, strict=True)]
+
+
+@pytest.mark.slow
+def test_after_kills_each_row_is_in_one_offline_file_of_one_run(tmp_path):
+    """Killed at random moments: what W&B had not written is given again, what it had is not."""
+    rows, ahead, parts = random.Random(7), 0, []
+    for kill in range(3):
+        kill_after(tmp_path, 4 + 4 * kill + rows.randrange(4), **FAST)
+        saved = max((int(path.name[5:13]) for path in (tmp_path / "run/checkpoints").glob("step-*")), default=0)
+        parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
+        ahead += sum(row["global_step"] > saved for row in parts[-1]["history"])
+    assert ahead > 0  # or the run has nothing to leave out
+    assert train_process(tmp_path, **FAST).wait() == 0
+    parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
+    assert len(parts) == 4 and len({part["run_id"] for part in parts}) == 1
+    history = [row for part in parts for row in part["history"]]
+    expected = logged(tmp_path)
+    assert steps(history) == steps(expected)
+    assert [number for part in parts for number in part["numbers"]] == list(range(len(expected)))
+    for found, row in zip(history, expected, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/lr", "eval/accuracy", "test/loss", "epoch", "samples"):
+            assert found.get(name) == row.get(name)
+    assert history[-1]["test/confusion._type"] == "table-file"
+
+
+def test_another_config_in_a_directory_without_a_checkpoint_is_another_run(tmp_path):
+    kill_after(tmp_path, 1, "checkpoint.every_steps=null")
+    first = (tmp_path / "run/wandb_id").read_text()
+    kill_after(tmp_path, 1, "checkpoint.every_steps=null")
+    assert (tmp_path / "run/wandb_id").read_text() == first
+    kill_after(tmp_path, 1, "checkpoint.every_steps=null", "optimizer.lr=0.01")
+    assert (tmp_path / "run/wandb_id").read_text() != first
 
 
 # --- a server, and none ------------------------------------------------------------------------------------------

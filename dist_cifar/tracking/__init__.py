@@ -16,7 +16,7 @@ from dist_cifar.config import Config
 from dist_cifar.predictions import Predictions
 from dist_cifar.tracking.jsonl import JsonlTracker
 from dist_cifar.tracking.rows import EachOnce
-from dist_cifar.tracking.wandb_adapter import open_wandb
+from dist_cifar.tracking.wandb_adapter import forget_wandb, open_wandb
 
 
 class Tracker(Protocol):
@@ -43,15 +43,19 @@ def open_trackers(
     run_dir: Path,
     *,
     resume_step: int | None,
+    starts_over: bool = False,
     say: Callable[[str], None],
     git_revision: Callable[[], str | None] = lambda: None,
 ) -> list[Tracker]:
     """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
 
     `run_dir` exists. `resume_step` is the step of the checkpoint that the run goes on from, `None` at a fresh start.
+    `starts_over` says that the directory has what another config began and that none of it counts any more.
     `say` prints one line for the person who watches; `git_revision` names the source, and is asked if W&B is used.
     Raises `ConfigError` where W&B is asked for and not installed.
     """
+    if starts_over:
+        forget_wandb(run_dir)
     # First: its ConfigError must not leave a truncated metrics.jsonl.
     wandb = open_wandb(config, run_dir, say, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)

@@ -5,13 +5,13 @@ goes on; opening takes less than 10 seconds, finishing less than 10, and a log c
 a prompt. The only error is `ConfigError`: asked for and not installed.
 
 One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. At the first start it is
-`WANDB_RUN_ID`, which the agent of a sweep sets, else made up. Files go to `wandb/` in the run directory. What is logged:
+`WANDB_RUN_ID`, which the agent of a sweep sets, else made up. Files go to `wandb/` in the run directory. Logged are:
 
     global_step     the row's `step`; the x axis of every chart
     epoch, samples  as they are in the row
     <kind>/<name>   everything else of a row of that kind: `train/loss`, `eval/accuracy`
 
-    test/confusion, test/classes, test/worst_mistakes   with the last row: two tables, and the worst mistakes as pictures
+    test/confusion, test/classes, test/worst_mistakes   in the last row: two tables, and the worst mistakes as pictures
 
 W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
 killed. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in the files. So a
@@ -83,6 +83,11 @@ def run_id(run_dir: Path, environ: Mapping[str, str]) -> str:
             " run a directory of its own, as configs/sweep.yaml does"
         )
     return found
+
+
+def forget_wandb(run_dir: Path) -> None:
+    """Makes the next `run_id` choose: what the run directory held is not this run."""
+    (run_dir / "wandb_id").unlink(missing_ok=True)
 
 
 def open_wandb(
