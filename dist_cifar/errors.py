@@ -67,3 +67,8 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
         if name is not None:
             return folder / name
     return None
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another package says, short enough for a line of the log."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

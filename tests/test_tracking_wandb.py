@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import small_runs
 import wandb_file
+import yaml
 from fake_wandb import FakeWandb
 from PIL import Image
 
 from dist_cifar import predictions
-from dist_cifar.config import load_config
+from dist_cifar.config import Config, flatten, load_config
 from dist_cifar.errors import ConfigError
 from dist_cifar.tracking import open_trackers
 from dist_cifar.tracking.rows import named
-from dist_cifar.tracking.wandb_adapter import WandbTracker, public_config, wanted_mode
+from dist_cifar.tracking.wandb_adapter import WandbTracker, public_config, run_id, wanted_mode
 
 REPOSITORY = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -239,18 +240,19 @@ FAST = {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
 """W&B writes its file every 15 seconds: the whole run would be shorter."""
 
 
-def train_process(tmp_path: Path, *overrides: str, **variables: str) -> subprocess.Popen:
+def train_process(tmp_path: Path, *overrides: str, stdout: int | None = None, **variables: str) -> subprocess.Popen:
     values = KILLED | {"run.dir": str(tmp_path / "run")} | dict(override.split("=", 1) for override in overrides)
     command = [sys.executable, "dist_cifar/train.py", *(f"{key}={value}" for key, value in values.items())]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables))
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables), stdout=stdout, text=True)
 
 
-def kill_after(tmp_path: Path, rows: int, *overrides: str, **variables: str) -> None:
+def kill_after(tmp_path: Path, rows: int, *overrides: str, mode: str = "offline-run", **variables: str) -> None:
     """SIGKILL when W&B is open and so many rows are in `metrics.jsonl`."""
-    parts = len(offline_files(tmp_path))
+    files = f"run/wandb/{mode}-*/*.wandb"
+    parts = len(list(tmp_path.glob(files)))
     process = train_process(tmp_path, *overrides, **variables)
     path = tmp_path / "run" / "metrics.jsonl"
-    while len(offline_files(tmp_path)) == parts or not path.exists() or path.read_text().count("\n") < rows:
+    while len(list(tmp_path.glob(files))) == parts or not path.exists() or path.read_text().count("\n") < rows:
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -278,7 +280,7 @@ def test_after_kills_each_row_is_in_one_offline_file_of_one_run(tmp_path):
         parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
         ahead += sum(row["global_step"] > saved for row in parts[-1]["history"])
     assert ahead > 0  # or the run has nothing to leave out
-    assert train_process(tmp_path, **FAST).wait() == 0
+    assert train_process(tmp_path, **FAST).wait(timeout=120) == 0
     parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
     assert len(parts) == 4 and len({part["run_id"] for part in parts}) == 1
     history = [row for part in parts for row in part["history"]]
@@ -341,3 +343,123 @@ def test_a_server_that_is_lost_half_way_does_not_hold_up_the_end(tmp_path):
     (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
     assert seconds(output, "FINISH") < 10 and f"upload it with: wandb sync --include-online {file.parent}\n" in output
     assert [without_own(row) for row in wandb_file.read(file)["history"]] == HISTORY
+
+
+def words(*overrides: str) -> tuple[str, ...]:
+    return ("checkpoint.every_steps=5", "tracking.wandb=online", *overrides)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path):
+    """In the first job, the server takes rows and loses them; in the second it has rows beyond the checkpoint."""
+    with FakeWandb() as server:
+        reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+        server.forgetful.set()
+        kill_after(tmp_path, 6, *words(), mode="run", **reach)
+        assert server.history == []
+        server.forgetful.clear()
+        kill_after(tmp_path, 11, *words(), mode="run", **reach)
+        before = len(server.history)
+        assert before > 6
+        assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
+    expected = logged(tmp_path)
+    assert steps(server.history) == steps(expected) and len(expected) > before
+    assert [row["_step"] for row in server.history] == list(range(len(expected)))
+
+
+@pytest.mark.slow
+def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
+    """Killed offline, it goes on online under its id; `wandb sync` then finds nothing to send a second time."""
+    kill_after(tmp_path, 6)
+    with FakeWandb() as server:
+        reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
+        expected = logged(tmp_path)
+        assert steps(server.history) == steps(expected)
+        names = {operation["variables"]["name"] for operation in server.operations if "name" in operation["variables"]}
+        assert names == {(tmp_path / "run" / "wandb_id").read_text().strip()}
+        synced = shell(tmp_path, f"wandb sync {tmp_path}/run/wandb", **reach)
+        assert "No runs to sync" in synced and steps(server.history) == steps(expected)
+
+
+@pytest.mark.slow
+def test_the_line_for_later_uploads_all_offline_parts_of_a_run(tmp_path):
+    kill_after(tmp_path, 6, **FAST)
+    process = train_process(tmp_path, stdout=subprocess.PIPE)
+    output, _ = process.communicate(timeout=120)
+    (line,) = re.findall(r"upload it with: (wandb sync .*)", output)
+    with FakeWandb() as server:
+        shell(tmp_path, line, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert len(offline_files(tmp_path)) == 2 and steps(server.history) == steps(logged(tmp_path))
+
+
+def shell(tmp_path: Path, line: str, **variables: str) -> str:
+    """The output of a line, typed where `wandb` can be found."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-c", line]
+    env = environment(tmp_path, PATH=path, **variables)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    return done.stdout + done.stderr
+
+
+# --- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def small_sweep(tmp_path: Path) -> None:
+    """`configs/sweep.yaml`, its command with words behind it that make the runs small, and what it needs."""
+    for folder in ("launch", "configs"):
+        (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    sweep = yaml.safe_load((REPOSITORY / "configs/sweep.yaml").read_text())
+    values = small_runs.VALUES | {"tracking.wandb": "offline", "tracking.wandb_group": "lr", "train.epochs": "1"}
+    sweep["command"] += [f"{key}={value}" for key, value in values.items()]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_runs_on_two_ranks(tmp_path):
+    """W&B's own `sweep` and `agent`; the runs are offline, and their files are read back."""
+    small_sweep(tmp_path)
+    trials = {
+        "trial-a": {"optimizer.lr": 0.001, "optimizer.weight_decay": 0.0},
+        "trial-b": {"optimizer.lr": 3e-05, "optimizer.weight_decay": 0.0005},
+    }
+    with FakeWandb(list(trials.items())) as server:
+        reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_AGENT_DISABLE_FLAPPING": "true"}
+        created = shell(tmp_path, "wandb sweep sweep.yaml", **reach)
+        assert "wandb agent entity/project/sweep1" in created
+        output = shell(tmp_path, "wandb agent entity/project/sweep1", **reach)
+    for name, parameters in trials.items():
+        run_dir = tmp_path / "runs/sweep-sweep1" / name
+        (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")  # of one rank
+        content = wandb_file.read(file)
+        assert (content["run_id"], content["sweep_id"], content["group"]) == (name, "sweep1", "lr"), output
+        assert (run_dir / "wandb_id").read_text() == f"{name}\n"
+        config = load_config(run_dir / "config.yaml")
+        assert without_own(content["config"]).items() >= public_config(config).items()
+        assert content["config"].items() >= parameters.items()
+        rows = [named(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert steps(content["history"]) == steps(rows)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["world_size"] == 2 and content["summary"]["test_accuracy"] == summary["test_accuracy"]
+        assert content["summary"]["eval/accuracy"] == summary["best_val_accuracy"] and content["exit_code"] == 0
+
+
+def test_a_sweep_wants_parameters_that_exist():
+    """What the file varies are fields of the config, and the metric is one that is logged."""
+    sweep = yaml.safe_load((REPOSITORY / "configs/sweep.yaml").read_text())
+    fields = flatten(Config())
+    for name, values in sweep["parameters"].items():
+        for value in values.get("values", [values.get("min"), values.get("max")]):
+            assert load_config(None, [f"{name}={value}"]) and name in fields
+    assert sweep["metric"]["name"] in named({"kind": "eval", "accuracy": 0.5})
+
+
+def test_a_run_directory_is_that_of_one_run_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "first")
+    assert run_id(tmp_path, os.environ) == run_id(tmp_path, os.environ) == "first"
+    monkeypatch.setenv("WANDB_RUN_ID", "second")
+    with pytest.raises(ConfigError, match="holds the W&B run first, and the agent of the sweep starts run second"):
+        open_trackers(load_config(None, ["tracking.wandb=offline"]), tmp_path, resume_step=None, say=print)
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # by hand, what the agent began goes on as it was
+    assert run_id(tmp_path, os.environ) == "first"

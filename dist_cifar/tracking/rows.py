@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
+from dist_cifar.config import Config, flatten
 from dist_cifar.predictions import Predictions
 
 _SHARED = {"step": "global_step", "epoch": "epoch", "samples": "samples"}
@@ -75,3 +77,14 @@ def named(row: Mapping[str, Any]) -> dict[str, Any]:
         elif name != "kind":
             found[label] = value
     return found
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The flattened config as others may see it."""
+    return {key: _without_secrets(value) for key, value in flatten(config).items()}
+
+
+def _without_secrets(value: Any) -> Any:
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    return urlsplit(value)._replace(netloc=urlsplit(value).netloc.rpartition("@")[2], query="", fragment="").geturl()

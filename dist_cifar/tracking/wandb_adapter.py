@@ -34,13 +34,12 @@ import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from dist_cifar.config import Config, flatten
-from dist_cifar.errors import ConfigError
+from dist_cifar.config import Config
+from dist_cifar.errors import ConfigError, one_line
 from dist_cifar.files import write_atomic
 from dist_cifar.predictions import Predictions
-from dist_cifar.tracking.rows import named
+from dist_cifar.tracking.rows import named, public_config
 from dist_cifar.tracking.wandb_log import row_count
 
 INIT_TIMEOUT_SECONDS = 5
@@ -60,11 +59,6 @@ def is_wanted_online(config: Config, environ: Mapping[str, str]) -> bool:
     """Whether a run would try to reach the server; where only wandb could tell whether there is a key, yes."""
     mode = wanted_mode(config.tracking.wandb, environ)
     return mode == "online" or (mode == "auto" and _may_have_key(environ))
-
-
-def public_config(config: Config) -> dict[str, Any]:
-    """The flattened config as others may see it."""
-    return {key: _without_secrets(value) for key, value in flatten(config).items()}
 
 
 def run_id(run_dir: Path, environ: Mapping[str, str]) -> str:
@@ -111,7 +105,7 @@ def open_wandb(
     try:
         return _open(config, run_dir, mode, say, git_revision)
     except Exception as error:  # whatever it is, the run does not depend on it
-        say(f"W&B: {_one_line(error)}; going on without it")
+        say(f"W&B: {one_line(error)}; going on without it")
         return None
 
 
@@ -162,7 +156,7 @@ class WandbTracker:
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
-            self._say(f"W&B: not everything is uploaded ({_one_line(error)}); upload it with: {self.sync_command}")
+            self._say(f"W&B: not everything is uploaded ({one_line(error)}); upload it with: {self.sync_command}")
             return
         if self._offline:
             self._say(f"W&B: this run is offline; upload it with: {self.sync_command}")
@@ -179,7 +173,7 @@ class WandbTracker:
             call()
         except Exception as error:  # nothing depends on W&B; one line of it is enough
             if not self._failed:
-                self._say(f"W&B: {_one_line(error)}; some of the metrics will be missing there")
+                self._say(f"W&B: {one_line(error)}; some of the metrics will be missing there")
             self._failed = True
 
 
@@ -235,7 +229,7 @@ def _open(
         wandb.teardown()  # forgets the run that did not start: its id would be in use
         wandb.setup(quiet)
         tracker = init("offline")
-        say(f"W&B: {_one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
+        say(f"W&B: {one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
         return tracker
 
 
@@ -288,13 +282,3 @@ def _has_key(base_url: str) -> bool:
 
     key = wbauth.authenticate_session(host=base_url, source="dist_cifar", prompt=False, update_session=False)
     return key is not None
-
-
-def _without_secrets(value: Any) -> Any:
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    return urlsplit(value)._replace(netloc=urlsplit(value).netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
