@@ -426,8 +426,8 @@ def test_a_sweep_of_two_runs_on_two_ranks(tmp_path):
     with FakeWandb(list(trials.items())) as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_AGENT_DISABLE_FLAPPING": "true"}
         created = shell(tmp_path, "wandb sweep sweep.yaml", **reach)
-        assert "wandb agent entity/project/sweep1" in created
-        output = shell(tmp_path, "wandb agent entity/project/sweep1", **reach)
+        (line,) = re.findall(r"Run sweep agent with: (wandb agent .*/sweep1)", created)
+        output = shell(tmp_path, line, **reach)
     for name, parameters in trials.items():
         run_dir = tmp_path / "runs/sweep-sweep1" / name
         (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")  # of one rank

@@ -9,8 +9,8 @@ A tracker that takes a directory writes to `<name>/` in the run directory, the o
 every start for a run of its own. How many rows each was given is in `<name>.rows` in the run directory, a byte for each
 row, written after it: a resumed run does not give them again.
 
-Accelerate's trackers ask its `PartialState` which process this is. Where no strategy has made one, it is made here as
-that of a process that is alone, because only rank 0 opens them.
+Accelerate's trackers ask its `PartialState` which process this is. Where no strategy has made one, there is one during
+each call, of a process that is alone: only rank 0 opens trackers.
 """
 
 from __future__ import annotations
@@ -62,19 +62,16 @@ class AlsoTracker:
     """A tracker of Accelerate's. See `dist_cifar.tracking.rows.NumberedTracker`."""
 
     def __init__(self, name: str, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
-        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        if PartialState._shared_state == {}:
-            with _alone():
-                PartialState(cpu=True)
         kind = LOGGER_TYPE_TO_CLASS[name]
         path = _rows_file(run_dir, name)
         self.row_count = path.stat().st_size if path.exists() else 0
         self._name, self._say = name, say
         self._failed = False
         self._tracker = kind(config.run.name, *([str(run_dir / name)] if kind.requires_logging_directory else []))
-        self._tracker.start()
+        with _state():
+            self._tracker.start()
         self._attempt(lambda: self._tracker.store_init_configuration(_flat(public_config(config))))
         self._given = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
 
@@ -95,7 +92,8 @@ class AlsoTracker:
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         try:
-            call()
+            with _state():
+                call()
         except Exception as error:
             if not self._failed:
                 self._say(f"{self._name}: {one_line(error)}; some of the metrics will be missing there")
@@ -113,10 +111,19 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """For Accelerate, this process is the only one."""
+def _state() -> Iterator[None]:
+    """Accelerate's state, if there is one, else for the block that of a lone process."""
+    from accelerate.state import PartialState
+
+    if PartialState._shared_state:
+        yield
+        return
     hidden = {name: os.environ.pop(name) for name in _COUNTED_BY if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        PartialState._reset_state()  # a strategy of this process may yet want its own
