@@ -429,6 +429,7 @@ class _Run:
             strict=True,
         )
         slowest, median = max(range(len(own)), key=own.__getitem__), statistics.median_low(own)
+        images_per_second = (progress.step - last.step) * self.plan.global_size / seconds
         skips: dict[str, int] = {}
         if self.config.train.non_finite == "skip":
             progress.skipped_steps += int(skipped)
@@ -439,7 +440,8 @@ class _Run:
             accuracy=correct / count if count else None,
             lr=lr,
             grad_norm=norms / steps if steps else None,
-            images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
+            images_per_second=images_per_second,
+            images_per_second_per_rank=images_per_second / self.communicator.world_size,
             data_wait_share=sum(waited) / self.communicator.world_size / seconds,
             rank_work_share=[share / seconds for share in own],
             straggler_ratio=own[slowest] / median if median else 1.0,

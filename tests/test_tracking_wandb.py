@@ -25,8 +25,8 @@ from dist_cifar import predictions
 from dist_cifar.config import Config, flatten, load_config
 from dist_cifar.errors import ConfigError
 from dist_cifar.tracking import open_trackers
-from dist_cifar.tracking.rows import named
-from dist_cifar.tracking.wandb_adapter import WandbTracker, public_config, run_id, wanted_mode
+from dist_cifar.tracking.rows import named, public_config
+from dist_cifar.tracking.wandb_adapter import WandbTracker, _log_checkpoints, run_id, wanted_mode
 
 REPOSITORY = Path(__file__).parents[1]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -203,6 +203,7 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
     """Two ranks under torchrun: every row, the config, the summary, tables and pictures."""
     words = [f"{key}={value}" for key, value in (small_runs.VALUES | {"tracking.wandb": "offline"}).items()]
     words += [f"run.dir={tmp_path / 'run'}", "tracking.wandb_job_type=train", "tracking.wandb_notes=two ranks"]
+    words += ["tracking.wandb_checkpoints=true"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "dist_cifar/train.py", *words]
     subprocess.run(command, cwd=REPOSITORY, env=environment(tmp_path), check=True, timeout=120)
     (file,) = offline_files(tmp_path)
@@ -214,6 +215,7 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
     ranks = [key for key in rows[0] if key.startswith("train/rank_work_share/")]
     assert ranks == ["train/rank_work_share/0", "train/rank_work_share/1"]
     assert {"train/grad_norm", "train/lr", "train/memory_bytes", "train/straggler_ratio"} <= rows[0].keys()
+    assert rows[0]["train/images_per_second_per_rank"] == rows[0]["train/images_per_second"] / 2
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert content["summary"]["test_accuracy"] == summary["test_accuracy"] and content["exit_code"] == 0
     assert content["config"]["git_revision"] == summary["git_revision"]
@@ -227,6 +229,30 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
     assert (np.stack(pictures) == found.worst_images).all() and len(pictures) == len(found.worst_indices) > 0
     record = next(record.run for record in wandb_file.records(file) if record.WhichOneof("record_type") == "run")
     assert (record.job_type, record.notes) == ("train", "two ranks")
+    (artifact,) = [artifact for artifact in content["artifacts"] if artifact.type == "model"]
+    assert set(artifact.aliases) >= {"best", "last"}  # both are the same here
+    directory = tmp_path / f"run/checkpoints/step-{summary['best_step']:08d}"
+    assert json.loads(artifact.metadata) == {"checkpoint": directory.name}
+    sizes = {entry.path: entry.size for entry in artifact.manifest.contents}
+    assert sizes == {path.name: path.stat().st_size for path in directory.iterdir()}
+
+
+def test_the_best_and_the_last_checkpoint_are_two_versions_of_an_artifact(tmp_path):
+    class Recording:
+        id = "id"
+        logged: list = []  # noqa: RUF012
+
+        def log_artifact(self, artifact, aliases):
+            self.logged.append((artifact.name, artifact.metadata["checkpoint"], [*artifact.manifest.entries], aliases))
+
+    for name in ("step-00000001", "step-00000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.safetensors").write_text(name)
+    _log_checkpoints(Recording(), {"best": tmp_path / "step-00000001", "last": tmp_path / "step-00000002"})
+    assert Recording.logged == [
+        ("checkpoint-id", "step-00000001", ["step-00000001.safetensors"], ["best"]),
+        ("checkpoint-id", "step-00000002", ["step-00000002.safetensors"], ["last"]),
+    ]
 
 
 # --- kills -------------------------------------------------------------------------------------------------------
