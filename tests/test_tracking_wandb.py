@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -272,8 +273,10 @@ def train_process(tmp_path: Path, *overrides: str, stdout: int | None = None, **
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables), stdout=stdout, text=True)
 
 
-def kill_after(tmp_path: Path, rows: int, *overrides: str, mode: str = "offline-run", **variables: str) -> None:
-    """SIGKILL when W&B is open and so many rows are in `metrics.jsonl`."""
+def stop_after(
+    tmp_path: Path, rows: int, *overrides: str, by: int = signal.SIGKILL, mode: str = "offline-run", **variables: str
+) -> int:
+    """Sends a signal when W&B is open and so many rows are in `metrics.jsonl`; returns the exit code."""
     files = f"run/wandb/{mode}-*/*.wandb"
     parts = len(list(tmp_path.glob(files)))
     process = train_process(tmp_path, *overrides, **variables)
@@ -281,9 +284,10 @@ def kill_after(tmp_path: Path, rows: int, *overrides: str, mode: str = "offline-
     while len(list(tmp_path.glob(files))) == parts or not path.exists() or path.read_text().count("\n") < rows:
         assert process.poll() is None
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    process.send_signal(by)
+    code = process.wait(timeout=60)
     time.sleep(1)  # W&B names its folders by the second, and its helper looks after its parent once a second
+    return code
 
 
 def logged(tmp_path: Path) -> list[dict]:
@@ -301,7 +305,7 @@ def test_after_kills_each_row_is_in_one_offline_file_of_one_run(tmp_path):
     """Killed at random moments: what W&B had not written is given again, what it had is not."""
     rows, ahead, parts = random.Random(7), 0, []
     for kill in range(3):
-        kill_after(tmp_path, 4 + 4 * kill + rows.randrange(4), **FAST)
+        stop_after(tmp_path, 4 + 4 * kill + rows.randrange(4), **FAST)
         saved = max((int(path.name[5:13]) for path in (tmp_path / "run/checkpoints").glob("step-*")), default=0)
         parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
         ahead += sum(row["global_step"] > saved for row in parts[-1]["history"])
@@ -319,12 +323,25 @@ def test_after_kills_each_row_is_in_one_offline_file_of_one_run(tmp_path):
     assert history[-1]["test/confusion._type"] == "table-file"
 
 
+@pytest.mark.slow
+def test_sigterm_ends_the_run_and_the_next_job_goes_on_with_it(tmp_path):
+    assert stop_after(tmp_path, 5, by=signal.SIGTERM) == 75
+    (part,) = [wandb_file.read(file) for file in offline_files(tmp_path)]
+    before = logged(tmp_path)
+    assert part["exit_code"] == 75 and steps(part["history"]) == steps(before) and len(before) >= 5
+    assert train_process(tmp_path).wait(timeout=120) == 0
+    parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
+    history = [row for part in parts for row in part["history"]]
+    assert [part["exit_code"] for part in parts] == [75, 0] and len({part["run_id"] for part in parts}) == 1
+    assert steps(history) == steps(logged(tmp_path)) and len(history) > len(before)
+
+
 def test_another_config_in_a_directory_without_a_checkpoint_is_another_run(tmp_path):
-    kill_after(tmp_path, 1, "checkpoint.every_steps=null")
+    stop_after(tmp_path, 1, "checkpoint.every_steps=null")
     first = (tmp_path / "run/wandb_id").read_text()
-    kill_after(tmp_path, 1, "checkpoint.every_steps=null")
+    stop_after(tmp_path, 1, "checkpoint.every_steps=null")
     assert (tmp_path / "run/wandb_id").read_text() == first
-    kill_after(tmp_path, 1, "checkpoint.every_steps=null", "optimizer.lr=0.01")
+    stop_after(tmp_path, 1, "checkpoint.every_steps=null", "optimizer.lr=0.01")
     assert (tmp_path / "run/wandb_id").read_text() != first
 
 
@@ -381,10 +398,10 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path):
     with FakeWandb() as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
         server.forgetful.set()
-        kill_after(tmp_path, 6, *words(), mode="run", **reach)
+        stop_after(tmp_path, 6, *words(), mode="run", **reach)
         assert server.history == []
         server.forgetful.clear()
-        kill_after(tmp_path, 11, *words(), mode="run", **reach)
+        stop_after(tmp_path, 11, *words(), mode="run", **reach)
         before = len(server.history)
         assert before > 6
         assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
@@ -396,7 +413,7 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path):
 @pytest.mark.slow
 def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
     """Killed offline, it goes on online under its id; `wandb sync` then finds nothing to send a second time."""
-    kill_after(tmp_path, 6)
+    stop_after(tmp_path, 6)
     with FakeWandb() as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
         assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
@@ -410,7 +427,7 @@ def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
 
 @pytest.mark.slow
 def test_the_line_for_later_uploads_all_offline_parts_of_a_run(tmp_path):
-    kill_after(tmp_path, 6, **FAST)
+    stop_after(tmp_path, 6, **FAST)
     process = train_process(tmp_path, stdout=subprocess.PIPE)
     output, _ = process.communicate(timeout=120)
     (line,) = re.findall(r"upload it with: (wandb sync .*)", output)
