@@ -221,6 +221,13 @@ class CheckpointStore:
                 candidates.append(path)
         return self._load(candidates)
 
+    def best_and_last(self) -> dict[str, Path]:
+        """The directories of the newest checkpoint that was saved as the best (`best`) and of the newest (`last`)."""
+        self.wait()
+        newest = list(_by_step(path for path in self._paths() if path.name not in self._bad).values())
+        found = {"best": [path for path in newest if _says_best(path)], "last": newest}
+        return {name: paths[0] for name, paths in found.items() if paths}
+
     def _load(self, paths: list[Path]) -> Checkpoint | None:
         found: list[str] = []
         for path in paths:

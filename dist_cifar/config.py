@@ -269,8 +269,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """W&B; `metrics.jsonl` and `summary.json` are always written."""
+    """W&B and other trackers; `metrics.jsonl` and `summary.json` are always written."""
 
+    also: tuple[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"], ...
+    ] = ()
+    """Other trackers, through Accelerate's; each is a package to install."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is `online` where wandb is installed and a key is configured, else `disabled`. An `online` run that
     cannot reach the server goes on offline."""
@@ -286,6 +290,9 @@ class TrackingConfig:
     """W&B notes on the run."""
     wandb_tags: tuple[str, ...] = ()
     """W&B tags."""
+    wandb_checkpoints: bool = False
+    """At the end of the run, the best and the last checkpoint go to W&B as artifacts with the aliases `best` and
+    `last`. The job ends when they are uploaded, or after ten minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,3 +80,8 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
         if stem is not None:
             return folder / by_stem[stem]
     return None
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another package says, short enough for a line of the log."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

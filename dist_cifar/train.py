@@ -429,6 +429,7 @@ class _Run:
             strict=True,
         )
         slowest, median = max(range(len(own)), key=own.__getitem__), statistics.median_low(own)
+        images_per_second = (progress.step - last.step) * self.plan.global_size / seconds
         skips: dict[str, int] = {}
         if self.config.train.non_finite == "skip":
             progress.skipped_steps += int(skipped)
@@ -439,7 +440,8 @@ class _Run:
             accuracy=correct / count if count else None,
             lr=lr,
             grad_norm=norms / steps if steps else None,
-            images_per_second=(progress.step - last.step) * self.plan.global_size / seconds,
+            images_per_second=images_per_second,
+            images_per_second_per_rank=images_per_second / self.communicator.world_size,
             data_wait_share=sum(waited) / self.communicator.world_size / seconds,
             rank_work_share=[share / seconds for share in own],
             straggler_ratio=own[slowest] / median if median else 1.0,
@@ -570,6 +572,8 @@ class _Run:
 
     def _open_records(self) -> None:
         world_size = self.communicator.world_size
+        begun_with = self.run_dir.begun_with() if self.saved_step is None else None
+        starts_over = begun_with is not None and bool(differences(flatten(begun_with), self.config))
         self.run_dir.write_config(self.config)
         self.run_dir.write_status("running", step=self.progress.step, world_size=world_size)
         self.run_dir.append_event(
@@ -586,6 +590,7 @@ class _Run:
             self.config,
             self.run_dir.path,
             resume_step=self.saved_step,
+            starts_over=starts_over,
             git_revision=git_revision,
             say=self.display.say,
         )
@@ -651,8 +656,9 @@ class _Run:
             predictions.write(self.run_dir.path, found)
             self.run_dir.append_event("done", step=progress.step)
             self.run_dir.write_summary(summary)
+            checkpoints = self.store.best_and_last() if self.config.tracking.wandb_checkpoints else {}
             for tracker in self.trackers:
-                tracker.finish(summary, 0, found)
+                tracker.finish(summary, 0, found, checkpoints)
             self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
             self._report()
         self.display.say(result_table(summary, self.run_dir.path))

@@ -49,7 +49,7 @@ ORDER = [
 """From the bottom of the imports to their top: a module imports from its own and from earlier ones."""
 ONLY_IN = {
     "torch.distributed": ("distributed", "strategy"),
-    "accelerate": ("strategy",),
+    "accelerate": ("strategy", "tracking"),
     "wandb": ("tracking",),
     "deepspeed": ("strategy",),
     "torchvision": ("augment",),

@@ -1527,3 +1527,14 @@ def test_a_mutant_that_changes_nothing_passes(tmp_path):
     code = mutant("checkpoint", WRITE_MANIFEST, WRITE_MANIFEST)
     for check in (check_retention, check_fallback_is_not_pushed_out, check_missing_and_extra_files, check_full_disk):
         check(code, tmp_path / check.__name__)
+
+
+def test_the_directories_of_the_best_and_the_last(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    assert store.best_and_last() == {}
+    for step, best in ((1, True), (2, False), (3, False)):
+        store.begin_save(step, {"model": {"w": torch.zeros(1)}}, {}, best=best)
+    assert {name: path.name for name, path in store.best_and_last().items()} == {
+        "best": "step-00000001",
+        "last": "step-00000003",
+    }

@@ -135,7 +135,7 @@ def test_a_missing_file_gets_the_nearest_name(tmp_path):
     with pytest.raises(ConfigError, match=r"resnett\.yaml: no such file; did you mean .*resnet\.yaml\?"):
         load_config(tmp_path / "resnett.yaml")
     with pytest.raises(ConfigError, match="no such file; give a YAML file"):
-        load_config(tmp_path / "nowhere" / "x.yaml")
+        load_config(tmp_path / "nowhere" / "other.txt")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "binary.yaml")

@@ -238,7 +238,15 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
     assert ranks.run(world_size, train, config) == [True] * world_size
     assert status(config) == "done"
     assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
-    volatile = {"seconds", "images_per_second", "data_wait_share", "rank_work_share", "straggler_ratio", "memory_bytes"}
+    volatile = {
+        "seconds",
+        "images_per_second",
+        "images_per_second_per_rank",
+        "data_wait_share",
+        "rank_work_share",
+        "straggler_ratio",
+        "memory_bytes",
+    }
     for kind in ("train", "eval", "test"):
         kept = [
             [{k: v for k, v in row.items() if k not in volatile} for row in rows(c, kind)]
@@ -365,7 +373,15 @@ EXACT = (
     "run.log_digests=true",
     "train.epochs=3",
 )
-VOLATILE = {"seconds", "images_per_second", "data_wait_share", "rank_work_share", "straggler_ratio", "memory_bytes"}
+VOLATILE = {
+    "seconds",
+    "images_per_second",
+    "images_per_second_per_rank",
+    "data_wait_share",
+    "rank_work_share",
+    "straggler_ratio",
+    "memory_bytes",
+}
 
 
 def result(config: Config) -> tuple[Any, ...]:

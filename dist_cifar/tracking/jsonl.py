@@ -23,6 +23,11 @@ def encode(row: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False)
 
 
+def decode(line: str) -> dict[str, Any]:
+    """The row of a line that `encode` made."""
+    return {name: _number(value) for name, value in json.loads(line).items()}
+
+
 def rows_until(text: str, step: int) -> dict[tuple[str, int], str]:
     """The lines of `text` up to and including `step`, by (kind, step), the first of each; broken lines are left out."""
     lines: dict[tuple[str, int], str] = {}
@@ -45,8 +50,13 @@ class JsonlTracker:
             # A machine that lost power may have left bytes that are no text; their lines are broken lines.
             kept = rows_until(path.read_text(encoding="utf-8", errors="replace"), resume_step)
         write_atomic(path, "".join(f"{line}\n" for line in kept.values()))
-        self._kept = kept.keys()
+        self._kept = kept
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """The rows that were there before the resume, up to its step."""
+        return [decode(line) for line in self._kept.values()]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends the row, unless the file had it before the resume (an evaluation done again at the same step)."""
@@ -54,7 +64,13 @@ class JsonlTracker:
             self._file.write(encode(row) + "\n")
             self._file.flush()
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any] | None,
+        exit_code: int,
+        predictions: Predictions | None = None,
+        checkpoints: Mapping[str, Path] | None = None,
+    ) -> None:
         """Closes the file. The summary is not a row: it has a file of its own."""
         self._file.close()
 
@@ -67,3 +83,10 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     return value
+
+
+def _number(value: Any) -> Any:
+    """The inverse of `_jsonable` for the values of a row."""
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

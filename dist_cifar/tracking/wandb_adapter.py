@@ -4,15 +4,19 @@ Contract: nothing depends on W&B. Whatever it does (no key, no server, a server 
 goes on; opening takes less than 10 seconds, finishing less than 10, and a log call waits for no network. There is never
 a prompt. The only error is `ConfigError`: asked for and not installed.
 
-One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. Files go to `wandb/` in
-the run directory. What is logged:
+One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. At the first start it is
+`WANDB_RUN_ID`, which the agent of a sweep sets, else made up. Files go to `wandb/` in the run directory. Logged are:
 
-    global_step     the row's `step`; the x axis of every chart. W&B's own step is left alone: it drops rows that it
-                    has seen before, and a run that resumes after a crash repeats some.
+    global_step     the row's `step`; the x axis of every chart
     epoch, samples  as they are in the row
     <kind>/<name>   everything else of a row of that kind: `train/loss`, `eval/accuracy`
 
-    test/confusion, test/classes, test/worst_mistakes   at the end: two tables, and the worst mistakes as pictures
+    test/confusion, test/classes, test/worst_mistakes   in the last row: two tables, and the worst mistakes as pictures
+
+W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
+killed. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in the files. So a
+run that goes on online after an offline part gives the server the rows of that part, which are not to be sent by `wandb
+sync` again. What W&B measures by itself (processor, GPU, memory) between its last write and a kill is lost.
 
 The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
 passwords and queries.
@@ -30,17 +34,19 @@ import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from dist_cifar.config import Config, flatten
-from dist_cifar.errors import ConfigError
+from dist_cifar.config import Config
+from dist_cifar.errors import ConfigError, one_line
 from dist_cifar.files import write_atomic
 from dist_cifar.predictions import Predictions
+from dist_cifar.tracking.rows import named, public_config
+from dist_cifar.tracking.wandb_log import row_count
 
 INIT_TIMEOUT_SECONDS = 5
 FINISH_TIMEOUT_SECONDS = 5
+UPLOAD_TIMEOUT_SECONDS = 600
+"""Instead of the last one where checkpoints are to be uploaded."""
 
-_SHARED = {"step": "global_step", "epoch": "epoch", "samples": "samples"}
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
 
@@ -55,35 +61,36 @@ def is_wanted_online(config: Config, environ: Mapping[str, str]) -> bool:
     return mode == "online" or (mode == "auto" and _may_have_key(environ))
 
 
-def named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row under the names that W&B gets; a list, of which W&B draws no curve, as a value for each of its items."""
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        label = _SHARED.get(name, f"{row['kind']}/{name}")
-        if isinstance(value, list | tuple):
-            found |= {f"{label}/{i}": item for i, item in enumerate(value)}
-        elif name != "kind":
-            found[label] = value
+def run_id(run_dir: Path, environ: Mapping[str, str]) -> str:
+    """The id of the run directory's W&B run, chosen at the first call.
+
+    Raises `ConfigError` if the agent of a sweep wants another one: W&B would obey the agent.
+    """
+    path = run_dir / "wandb_id"
+    wanted = environ.get("WANDB_RUN_ID")
+    if not path.exists():
+        write_atomic(path, (wanted or secrets.token_hex(8)) + "\n")
+    found = path.read_text(encoding="utf-8").strip()
+    if environ.get("WANDB_SWEEP_ID") and wanted and wanted != found:
+        raise ConfigError(
+            f"run.dir={run_dir}: holds the W&B run {found}, and the agent of the sweep starts run {wanted}; give each"
+            " run a directory of its own, as configs/sweep.yaml does"
+        )
     return found
 
 
-def public_config(config: Config) -> dict[str, Any]:
-    """The flattened config as others may see it."""
-    return {key: _without_secrets(value) for key, value in flatten(config).items()}
-
-
-def run_id(run_dir: Path) -> str:
-    """The id of the run directory's W&B run, made up at the first call."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        write_atomic(path, secrets.token_hex(8) + "\n")
-    return path.read_text(encoding="utf-8").strip()
+def forget_wandb(run_dir: Path) -> None:
+    """Makes the next `run_id` choose: what the run directory held is not this run."""
+    (run_dir / "wandb_id").unlink(missing_ok=True)
 
 
 def open_wandb(
     config: Config, run_dir: Path, say: Callable[[str], None], git_revision: Callable[[], str | None]
 ) -> WandbTracker | None:
-    """The tracker, or `None` where W&B is not wanted or cannot be had. Raises `ConfigError` if it is not installed."""
+    """The tracker, or `None` where W&B is not wanted or cannot be had.
+
+    Raises `ConfigError` if it is not installed, or if the run directory belongs to another run of a sweep.
+    """
     asked = config.tracking.wandb
     mode = wanted_mode(asked, os.environ)
     if mode == "disabled" or (mode == "auto" and not _may_have_key(os.environ)):
@@ -94,50 +101,79 @@ def open_wandb(
         raise ConfigError(
             f"tracking.wandb: {asked}, but wandb is not installed; pip install -e .[wandb], or tracking.wandb=disabled"
         )
+    run_id(run_dir, os.environ)
     try:
         return _open(config, run_dir, mode, say, git_revision)
     except Exception as error:  # whatever it is, the run does not depend on it
-        say(f"W&B: {_one_line(error)}; going on without it")
+        say(f"W&B: {one_line(error)}; going on without it")
         return None
 
 
 class WandbTracker:
-    """A run that was opened; `wandb_run` is wandb's own object."""
+    """A run that was opened; `wandb_run` is wandb's own object. See `dist_cifar.tracking.rows.NumberedTracker`."""
 
-    def __init__(self, wandb_run: Any, offline: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, wandb_run: Any, run_dir: Path, *, offline: bool, row_count: int, say: Callable[[str], None]
+    ) -> None:
+        self.row_count = row_count
         self._run = wandb_run
+        self._run_dir = run_dir
         self._offline = offline
         self._say = say
         self._failed = False
+        self._test_row: dict[str, Any] = {}
+        """The last row if it is a test's: tables and pictures, which come later, are to be part of it."""
+        self._test_number = 0
 
     @property
     def sync_command(self) -> str:
-        """What uploads the files of this run."""
-        return f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        """What uploads the files of this run; of its offline parts, all of them, in their order."""
+        if self._offline:
+            return f"wandb sync {shlex.quote(str(self._run_dir / 'wandb'))}"
+        return f"wandb sync --include-online {shlex.quote(str(Path(self._run.dir).parent))}"
 
-    def log(self, row: Mapping[str, Any]) -> None:
+    def log(self, row: Mapping[str, Any], number: int) -> None:
         """Hands the row to wandb's helper process, which writes and uploads it."""
-        self._attempt(lambda: self._run.log(named(row)))
+        self._log_test_row()
+        if row["kind"] == "test":
+            self._test_row, self._test_number = named(row), number
+        else:
+            self._attempt(lambda: self._run.log(named(row), step=number, commit=True))
 
-    def finish(self, summary: Mapping[str, Any] | None, exit_code: int, predictions: Predictions | None = None) -> None:
+    def finish(
+        self,
+        summary: Mapping[str, Any] | None,
+        exit_code: int,
+        predictions: Predictions | None,
+        checkpoints: Mapping[str, Path],
+    ) -> None:
         """Uploads what is left for a few seconds; says how to upload it later where that was not enough."""
-        if summary and predictions is not None:
-            self._attempt(lambda: self._run.log(_tables(summary, predictions)))
+        if self._test_row and summary and predictions is not None:
+            self._attempt(lambda: self._test_row.update(_tables(summary, predictions)))
+        self._log_test_row()
         self._attempt(lambda: self._run.summary.update(dict(summary or {})))
+        self._attempt(lambda: _log_checkpoints(self._run, checkpoints))
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:
-            self._say(f"W&B: not everything is uploaded ({_one_line(error)}); upload it with: {self.sync_command}")
+            self._say(f"W&B: not everything is uploaded ({one_line(error)}); upload it with: {self.sync_command}")
+            return
+        if self._offline:
+            self._say(f"W&B: this run is offline; upload it with: {self.sync_command}")
         else:
-            if self._offline:
-                self._say(f"W&B: this run is offline; upload it with: {self.sync_command}")
+            _mark_as_synced(self._run_dir, self._run.id)
+
+    def _log_test_row(self) -> None:
+        row, self._test_row = self._test_row, {}
+        if row:
+            self._attempt(lambda: self._run.log(row, step=self._test_number, commit=True))
 
     def _attempt(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # nothing depends on W&B; one line of it is enough
             if not self._failed:
-                self._say(f"W&B: {_one_line(error)}; some of the metrics will be missing there")
+                self._say(f"W&B: {one_line(error)}; some of the metrics will be missing there")
             self._failed = True
 
 
@@ -148,12 +184,14 @@ def _open(
 
     tracking = config.tracking
     quiet = wandb.Settings(silent=True)
+    own_id = run_id(run_dir, os.environ)
 
-    def init(mode: str) -> Any:
+    def init(mode: str) -> WandbTracker:
+        in_files = row_count(run_dir, own_id)
         run = wandb.init(
             mode=mode,  # type: ignore[arg-type]  # a Literal there
             dir=str(run_dir.resolve()),
-            id=run_id(run_dir),
+            id=own_id,
             resume="allow",
             name=config.run.name,
             project=tracking.wandb_project,
@@ -167,28 +205,31 @@ def _open(
                 silent=True,
                 console="off",
                 init_timeout=INIT_TIMEOUT_SECONDS,
-                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                finish_timeout=UPLOAD_TIMEOUT_SECONDS if tracking.wandb_checkpoints else FINISH_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
         run.define_metric("global_step")
         run.define_metric("*", step_metric="global_step")
-        return run
+        offline = mode == "offline"
+        return WandbTracker(
+            run, run_dir, offline=offline, row_count=in_files if offline else run.starting_step, say=say
+        )
 
     base_url = wandb.setup(quiet).settings.base_url
     if mode == "offline":
-        return WandbTracker(init("offline"), True, say)
+        return init("offline")
     try:
         if not _has_key(base_url):
             if mode == "auto":
                 return None
             raise ConfigError("no API key: run `wandb login` or set WANDB_API_KEY")
-        return WandbTracker(init("online"), False, say)
+        return init("online")
     except Exception as error:
         wandb.teardown()  # forgets the run that did not start: its id would be in use
         wandb.setup(quiet)
-        tracker = WandbTracker(init("offline"), True, say)
-        say(f"W&B: {_one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
+        tracker = init("offline")
+        say(f"W&B: {one_line(error)}; going on offline, upload it later with: {tracker.sync_command}")
         return tracker
 
 
@@ -206,11 +247,26 @@ def _tables(summary: Mapping[str, Any], predictions: Predictions) -> dict[str, A
         share = predictions.probabilities[index, taken]
         mistakes.append(wandb.Image(image, caption=f"{classes[taken]} ({share:.1%}), is {classes[true]}"))
     return {
-        "global_step": summary["steps"],
         "test/confusion": wandb.Table(columns=["true", "predicted", "count"], data=cells),
         "test/classes": wandb.Table(columns=["class", "accuracy", "count"], data=per_class),
         "test/worst_mistakes": mistakes,
     }
+
+
+def _log_checkpoints(wandb_run: Any, checkpoints: Mapping[str, Path]) -> None:
+    """Each directory as one version of an artifact, with the aliases under which it was given."""
+    import wandb
+
+    for path in dict.fromkeys(checkpoints.values()):
+        artifact = wandb.Artifact(f"checkpoint-{wandb_run.id}", type="model", metadata={"checkpoint": path.name})
+        artifact.add_dir(str(path))
+        wandb_run.log_artifact(artifact, aliases=[alias for alias, taken in checkpoints.items() if taken == path])
+
+
+def _mark_as_synced(run_dir: Path, own_id: str) -> None:
+    """Lets `wandb sync` pass over the offline parts of a run whose rows the server has."""
+    for path in (run_dir / "wandb").glob(f"offline-run-*/run-{own_id}.wandb"):
+        path.with_name(f"{path.name}.synced").touch()
 
 
 def _may_have_key(environ: Mapping[str, str]) -> bool:
@@ -226,13 +282,3 @@ def _has_key(base_url: str) -> bool:
 
     key = wbauth.authenticate_session(host=base_url, source="dist_cifar", prompt=False, update_session=False)
     return key is not None
-
-
-def _without_secrets(value: Any) -> Any:
-    if not isinstance(value, str) or "://" not in value:
-        return value
-    return urlsplit(value)._replace(netloc=urlsplit(value).netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

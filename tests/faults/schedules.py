@@ -56,7 +56,15 @@ CONFIG = (
     f"checkpoint.every_steps={CHECKPOINT_STEPS}",
     "tracking.wandb=disabled",
 )
-VOLATILE = ("seconds", "images_per_second", "data_wait_share", "rank_work_share", "straggler_ratio", "memory_bytes")
+VOLATILE = (
+    "seconds",
+    "images_per_second",
+    "images_per_second_per_rank",
+    "data_wait_share",
+    "rank_work_share",
+    "straggler_ratio",
+    "memory_bytes",
+)
 """What a row of metrics says of the machine."""
 
 MOMENTS: Mapping[str, tuple[int, int, float]] = {

@@ -27,7 +27,15 @@ STEPS, CUT_AT_STEP = 8, 4
 TIMEOUT_SECONDS = 5
 """The jobs' `run.timeout_seconds`."""
 CHECKPOINT_BYTES = 3_300_000
-VOLATILE = {"seconds", "images_per_second", "data_wait_share", "rank_work_share", "straggler_ratio", "memory_bytes"}
+VOLATILE = {
+    "seconds",
+    "images_per_second",
+    "images_per_second_per_rank",
+    "data_wait_share",
+    "rank_work_share",
+    "straggler_ratio",
+    "memory_bytes",
+}
 """What a run may not have in common with another one."""
 
 Run = Callable[..., Job]
