@@ -258,7 +258,7 @@ def check_shared(communicator: Communicator, path: Path) -> Finding:
         try:
             write_atomic(name, token)
         except OSError as caught:
-            error = caught.strerror
+            error = caught.strerror or str(caught)
     written = communicator.broadcast(error)
     deadline = time.monotonic() + 5  # a network file system may show a new name late
     while not written and not name.exists() and time.monotonic() < deadline:

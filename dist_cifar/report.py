@@ -806,11 +806,12 @@ def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _difference(first: Run, run: Run) -> str:
     """Of the test accuracies, where both are about the same images; each image is a pair, so these vary less."""
-    if first.predictions is None or run.predictions is None:
+    before, now = first.predictions, run.predictions
+    if before is None or now is None:
         return "-"
-    if not np.array_equal(first.predictions.labels, run.predictions.labels):
+    if not np.array_equal(before.labels, now.labels):
         return "other images"
-    right = [(one.predictions.predicted == one.predictions.labels).astype(np.float64) for one in (first, run)]
+    right = [(found.predicted == found.labels).astype(np.float64) for found in (before, now)]
     change = 100 * (right[1] - right[0])
     mean, half = float(change.mean()), 1.959964 * float(change.std()) / math.sqrt(len(change))
     return f"{mean:+.2f}<br><small>{mean - half:+.2f} to {mean + half:+.2f}</small>"

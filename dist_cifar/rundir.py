@@ -186,11 +186,12 @@ def _meant(path: Path) -> str:
     inside = sorted(entry.name for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
     if inside:
         return f"it holds some, give one of them: {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}"
-    for folder in (path.parent if path.parent.is_dir() else nearest_path(path.parent), Path("runs")):
-        runs = [entry.name for entry in folder.iterdir() if is_run(entry)] if folder and folder.is_dir() else []
-        name = nearest(path.name, runs)
-        if name is not None:
-            return f"did you mean {folder / name}?"
+    parent = path.parent if path.parent.is_dir() else nearest_path(path.parent)
+    for folder in (parent, Path("runs")):
+        if folder is not None and folder.is_dir():
+            name = nearest(path.name, [entry.name for entry in folder.iterdir() if is_run(entry)])
+            if name is not None:
+                return f"did you mean {folder / name}?"
     return "give the run.dir of a training"
 
 

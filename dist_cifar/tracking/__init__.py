@@ -16,7 +16,7 @@ from dist_cifar.config import Config
 from dist_cifar.predictions import Predictions
 from dist_cifar.tracking.also import forget_also, open_also, require_installed
 from dist_cifar.tracking.jsonl import JsonlTracker
-from dist_cifar.tracking.rows import EachOnce
+from dist_cifar.tracking.rows import EachOnce, NumberedTracker
 from dist_cifar.tracking.wandb_adapter import forget_wandb, open_wandb
 
 
@@ -62,5 +62,5 @@ def open_trackers(
     require_installed(config)
     wandb = open_wandb(config, run_dir, say, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
-    others = [*([] if wandb is None else [wandb]), *open_also(config, run_dir, say)]
+    others: list[NumberedTracker] = [*([] if wandb is None else [wandb]), *open_also(config, run_dir, say)]
     return [jsonl, *(EachOnce(tracker, jsonl.kept) for tracker in others)]

@@ -23,12 +23,12 @@ _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 def row_count(run_dir: Path, run_id: str) -> int:
     """The number after the last row of the W&B run `run_id` in the files of the run directory."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2 as messages
 
     last = -1
     for path in (run_dir / "wandb").glob(f"*run-*/run-{run_id}.wandb"):
         for data in _records(path.read_bytes()):
-            record = Record.FromString(data)
+            record = messages.Record.FromString(data)  # type: ignore[attr-defined]  # made when it is imported
             if record.HasField("history"):
                 last = max(last, record.history.step.num)
     return last + 1
