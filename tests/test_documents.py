@@ -40,7 +40,7 @@ MARK = re.compile(r"<!-- not run: (.*?) -->")
 DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
-    "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=104"
+    "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=72"
     " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet20 batch.global_size=16 train.precision=fp32"
     " train.epochs=1"
 )
