@@ -13,8 +13,8 @@ import yaml
 
 
 class FakeWandb:
-    """`url`, the rows of `history` and the GraphQL `operations` received; with `silent` set it never answers, and with
-    `forgetful` set it takes rows and does not keep them. All rows are taken for those of one run.
+    """`url`, the rows of `history` and the GraphQL `operations` received; with `silent` set it never answers. All
+    rows are taken for those of one run.
 
     Its one sweep, `sweep1`, has the config that `wandb sweep` sent last; the agent gets one of `trials` (id of the run
     and parameters) after the other, and is then sent away.
@@ -25,7 +25,7 @@ class FakeWandb:
         self.sweep_config = ""
         self.history: list[dict[str, Any]] = []
         self.operations: list[dict[str, Any]] = []
-        self.silent, self.forgetful = threading.Event(), threading.Event()
+        self.silent = threading.Event()
         self._over = threading.Event()
         owner = self
 
@@ -57,8 +57,8 @@ class FakeWandb:
 
     def _answer(self, path: str, body: bytes) -> dict[str, Any]:
         if path.endswith("/file_stream"):
-            sent = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
-            if not self.forgetful.is_set():
+            sent = json.loads(body).get("files", {}).get("wandb-history.jsonl")
+            if sent:
                 self.history[sent["offset"] :] = [json.loads(line) for line in sent["content"]]
         if path != "/graphql":
             return {}

@@ -267,14 +267,19 @@ FAST = {"WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "0.1"}
 """W&B writes its file every 15 seconds: the whole run would be shorter."""
 
 
-def train_process(tmp_path: Path, *overrides: str, stdout: int | None = None, **variables: str) -> subprocess.Popen:
+def train_process(tmp_path: Path, *overrides: str, **variables: str) -> subprocess.Popen:
     values = KILLED | {"run.dir": str(tmp_path / "run")} | dict(override.split("=", 1) for override in overrides)
     command = [sys.executable, "dist_cifar/train.py", *(f"{key}={value}" for key, value in values.items())]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables), stdout=stdout, text=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(tmp_path, **variables))
 
 
 def stop_after(
-    tmp_path: Path, rows: int, *overrides: str, by: int = signal.SIGKILL, mode: str = "offline-run", **variables: str
+    tmp_path: Path,
+    rows: int,
+    *overrides: str,
+    by: int = signal.SIGKILL,
+    mode: str = "offline-run",
+    **variables: str,
 ) -> int:
     """Sends a signal when W&B is open and so many rows are in `metrics.jsonl`; returns the exit code."""
     files = f"run/wandb/{mode}-*/*.wandb"
@@ -388,26 +393,50 @@ def test_a_server_that_is_lost_half_way_does_not_hold_up_the_end(tmp_path):
     assert [without_own(row) for row in wandb_file.read(file)["history"]] == HISTORY
 
 
-def words(*overrides: str) -> tuple[str, ...]:
-    return ("checkpoint.every_steps=5", "tracking.wandb=online", *overrides)
+ROWS = """
+import sys
+from pathlib import Path
+from dist_cifar.config import load_config
+from dist_cifar.tracking import open_trackers
+
+step = int(sys.argv[2])
+trackers = open_trackers(load_config(), Path(sys.argv[1]), resume_step=step or None, say=print)
+for line in sys.stdin:
+    for step in range(step + 1, step + 1 + int(line)):
+        for tracker in trackers:
+            tracker.log({"kind": "train", "step": step, "loss": 1 / step})
+for tracker in trackers:
+    tracker.finish(None, 0)
+"""
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path):
-    """In the first job, the server takes rows and loses them; in the second it has rows beyond the checkpoint."""
+@pytest.mark.parametrize("saved", [5, 12])
+def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, saved):
+    """The server has 10 of 13 rows, and the checkpoint is of an earlier or of a later step."""
+    (tmp_path / "run").mkdir()
     with FakeWandb() as server:
-        reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
-        server.forgetful.set()
-        stop_after(tmp_path, 6, *words(), mode="run", **reach)
-        assert server.history == []
-        server.forgetful.clear()
-        stop_after(tmp_path, 11, *words(), mode="run", **reach)
-        before = len(server.history)
-        assert before > 6
-        assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
-    expected = logged(tmp_path)
-    assert steps(server.history) == steps(expected) and len(expected) > before
-    assert [row["_step"] for row in server.history] == list(range(len(expected)))
+        env = environment(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+
+        def job(step: int) -> subprocess.Popen:
+            command = [sys.executable, "-W", "error", "-c", ROWS, str(tmp_path / "run"), str(step)]
+            return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
+
+        with job(0) as first:
+            print(10, file=first.stdin, flush=True)
+            deadline = time.monotonic() + 60  # W&B sends every 15 seconds
+            while len(server.history) < 10 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            print(3, file=first.stdin, flush=True)
+            while len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) < 13:
+                time.sleep(0.01)
+            first.kill()
+        assert len(server.history) == 10
+        with job(saved) as second:
+            second.communicate(f"{17 - saved}\n", timeout=60)
+    assert [row["global_step"] for row in server.history] == list(range(1, 18))
+    assert [row["_step"] for row in server.history] == list(range(17))
+    assert [row["global_step"] for row in logged(tmp_path)] == list(range(1, 18))
 
 
 @pytest.mark.slow
@@ -416,11 +445,11 @@ def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
     stop_after(tmp_path, 6)
     with FakeWandb() as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-        assert train_process(tmp_path, *words(), **reach).wait(timeout=120) == 0
+        assert train_process(tmp_path, "tracking.wandb=online", **reach).wait(timeout=120) == 0
         expected = logged(tmp_path)
         assert steps(server.history) == steps(expected)
-        names = {operation["variables"]["name"] for operation in server.operations if "name" in operation["variables"]}
-        assert names == {(tmp_path / "run" / "wandb_id").read_text().strip()}
+        asked = [one["variables"]["name"] for one in server.operations if "RunResumeStatus" in one["query"]]
+        assert asked == [(tmp_path / "run" / "wandb_id").read_text().strip()]
         synced = shell(tmp_path, f"wandb sync {tmp_path}/run/wandb", **reach)
         assert "No runs to sync" in synced and steps(server.history) == steps(expected)
 
@@ -428,12 +457,13 @@ def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
 @pytest.mark.slow
 def test_the_line_for_later_uploads_all_offline_parts_of_a_run(tmp_path):
     stop_after(tmp_path, 6, **FAST)
-    process = train_process(tmp_path, stdout=subprocess.PIPE)
-    output, _ = process.communicate(timeout=120)
-    (line,) = re.findall(r"upload it with: (wandb sync .*)", output)
+    stop_after(tmp_path, 10, by=signal.SIGTERM)
     with FakeWandb() as server:
-        shell(tmp_path, line, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-    assert len(offline_files(tmp_path)) == 2 and steps(server.history) == steps(logged(tmp_path))
+        line = f"wandb sync {tmp_path}/run/wandb"
+        said = shell(tmp_path, line, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert said.count("Finished syncing") == len(offline_files(tmp_path)) == 2, said
+    assert steps(server.history) == steps(logged(tmp_path))
+    assert [row["_step"] for row in server.history] == list(range(len(server.history)))
 
 
 def shell(tmp_path: Path, line: str, **variables: str) -> str:

@@ -1,8 +1,9 @@
 """Weights & Biases behind the `Tracker` interface.
 
 Contract: nothing depends on W&B. Whatever it does (no key, no server, a server lost half-way, an exception), the run
-goes on; opening takes less than 10 seconds, finishing less than 10, and a log call waits for no network. There is never
-a prompt. The only error is `ConfigError`: asked for and not installed.
+goes on; opening takes less than 10 seconds, finishing less than 10 unless checkpoints are uploaded, and a log call waits
+for no network. There is never a prompt. The only error is `ConfigError`: asked for and not installed, or a run
+directory that is another run's of a sweep.
 
 One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. At the first start it is
 `WANDB_RUN_ID`, which the agent of a sweep sets, else made up. Files go to `wandb/` in the run directory. Logged are:
@@ -14,9 +15,11 @@ One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes
     test/confusion, test/classes, test/worst_mistakes   in the last row: two tables, and the worst mistakes as pictures
 
 W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
-killed. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in the files. So a
-run that goes on online after an offline part gives the server the rows of that part, which are not to be sent by `wandb
-sync` again. What W&B measures by itself (processor, GPU, memory) between its last write and a kill is lost.
+killed, once it goes on. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in
+the files. So a run that goes on online after an offline part gives the server the rows of that part, and marks its files
+for `wandb sync` to pass over. W&B writes its files every 15 seconds, and sends rows as seldom: what it measures by
+itself in that time before a kill is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`. Rows
+of an online part that was killed before they were sent are in its files alone if the run ends offline.
 
 The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
 passwords and queries.
@@ -148,8 +151,8 @@ class WandbTracker:
         checkpoints: Mapping[str, Path],
     ) -> None:
         """Uploads what is left for a few seconds; says how to upload it later where that was not enough."""
-        if self._test_row and summary and predictions is not None:
-            self._attempt(lambda: self._test_row.update(_tables(summary, predictions)))
+        if summary and predictions is not None:
+            self._log_test_row(lambda: _tables(summary, predictions))
         self._log_test_row()
         self._attempt(lambda: self._run.summary.update(dict(summary or {})))
         self._attempt(lambda: _log_checkpoints(self._run, checkpoints))
@@ -163,18 +166,21 @@ class WandbTracker:
         else:
             _mark_as_synced(self._run_dir, self._run.id)
 
-    def _log_test_row(self) -> None:
-        row, self._test_row = self._test_row, {}
-        if row:
-            self._attempt(lambda: self._run.log(row, step=self._test_number, commit=True))
+    def _log_test_row(self, more: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Logs the row that was held back with `more` in it; where that fails, it is held back still."""
+        row = self._test_row
+        if row and self._attempt(lambda: self._run.log(row | more(), step=self._test_number, commit=True)):
+            self._test_row = {}
 
-    def _attempt(self, call: Callable[[], None]) -> None:
+    def _attempt(self, call: Callable[[], None]) -> bool:
         try:
             call()
         except Exception as error:  # nothing depends on W&B; one line of it is enough
             if not self._failed:
                 self._say(f"W&B: {one_line(error)}; some of the metrics will be missing there")
             self._failed = True
+            return False
+        return True
 
 
 def _open(
