@@ -1,8 +1,8 @@
 """Weights & Biases behind the `Tracker` interface.
 
 Contract: nothing depends on W&B. Whatever it does (no key, no server, a server lost half-way, an exception), the run
-goes on; opening takes less than 10 seconds, finishing less than 10 unless checkpoints are uploaded, and a log call waits
-for no network. There is never a prompt. The only error is `ConfigError`: asked for and not installed, or a run
+goes on; opening takes less than 10 seconds, finishing less than 10 unless checkpoints are uploaded, and a log call
+waits for no network. There is never a prompt. The only error is `ConfigError`: asked for and not installed, or a run
 directory that is another run's of a sweep.
 
 One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. At the first start it is
@@ -16,10 +16,10 @@ One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes
 
 W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
 killed, once it goes on. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in
-the files. So a run that goes on online after an offline part gives the server the rows of that part, and marks its files
-for `wandb sync` to pass over. W&B writes its files every 15 seconds, and sends rows as seldom: what it measures by
-itself in that time before a kill is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`. Rows
-of an online part that was killed before they were sent are in its files alone if the run ends offline.
+the files. So a run that goes on online after an offline part gives the server the rows of that part, and marks its
+files for `wandb sync` to pass over. W&B writes its files every 15 seconds, and sends rows as seldom: what it measures
+by itself in that time before a kill is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`.
+Rows of an online part that was killed before they were sent are in its files alone if the run ends offline.
 
 The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
 passwords and queries.
@@ -166,7 +166,7 @@ class WandbTracker:
         else:
             _mark_as_synced(self._run_dir, self._run.id)
 
-    def _log_test_row(self, more: Callable[[], Mapping[str, Any]] = dict) -> None:
+    def _log_test_row(self, more: Callable[[], dict[str, Any]] = dict) -> None:
         """Logs the row that was held back with `more` in it; where that fails, it is held back still."""
         row = self._test_row
         if row and self._attempt(lambda: self._run.log(row | more(), step=self._test_number, commit=True)):
