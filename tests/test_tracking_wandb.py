@@ -413,10 +413,10 @@ for tracker in trackers:
 @pytest.mark.slow
 @pytest.mark.parametrize("saved", [5, 12])
 def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, saved):
-    """The server has 10 of 13 rows, and the checkpoint is of an earlier or of a later step."""
+    """The server has 10 of 13 rows, W&B's file all; the checkpoint is of an earlier or of a later step."""
     (tmp_path / "run").mkdir()
     with FakeWandb() as server:
-        env = environment(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+        env = environment(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, **FAST)
 
         def job(step: int) -> subprocess.Popen:
             command = [sys.executable, "-W", "error", "-c", ROWS, str(tmp_path / "run"), str(step)]
@@ -430,7 +430,10 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, save
             print(3, file=first.stdin, flush=True)
             while len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) < 13:
                 time.sleep(0.01)
+            time.sleep(1)
             first.kill()
+        (file,) = (tmp_path / "run/wandb").glob("run-*/*.wandb")
+        assert len(wandb_file.read(file)["history"]) == 13
         assert len(server.history) == 10
         with job(saved) as second:
             second.communicate(f"{17 - saved}\n", timeout=60)

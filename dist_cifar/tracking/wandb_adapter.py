@@ -17,9 +17,11 @@ One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes
 W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
 killed, once it goes on. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in
 the files. So a run that goes on online after an offline part gives the server the rows of that part, and marks its
-files for `wandb sync` to pass over. W&B writes its files every 15 seconds, and sends rows as seldom: what it measures
-by itself in that time before a kill is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`.
-Rows of an online part that was killed before they were sent are in its files alone if the run ends offline.
+files for `wandb sync` to pass over.
+
+W&B writes its files every 15 seconds, and sends rows as seldom. What it measures by itself in that time before a kill
+is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`. Rows of an online part that was
+killed before they were sent are in the files of that part alone if the run goes on offline.
 
 The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
 passwords and queries.
