@@ -27,11 +27,12 @@ quickstart: $(VENV)/installed
 	@echo "  . $(BIN)/activate"
 	@echo "  accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py --config configs/cpu_resnet20.yaml"
 
-# The tests on a SLURM cluster mostly wait: they run beside the others, and their output follows.
+# The tests on a SLURM cluster and those of faults mostly wait: they run beside the others, and their output follows.
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest tests/slurm >$(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/slurm; others=$$?; \
-	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; exit $$((others | slurm))
+	@($(BIN)/python -m pytest tests/slurm; slurm=$$?; $(BIN)/python -m pytest tests/faults && exit $$slurm) \
+		>$(VENV)/waiting.log 2>&1 & waiting=$$!; \
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/faults; others=$$?; \
+	wait $$waiting; waiting=$$?; cat $(VENV)/waiting.log; exit $$((others | waiting))
 
 test-slurm: $(VENV)/installed-test test-packages
 	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/slurm

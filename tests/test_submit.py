@@ -131,9 +131,9 @@ def test_it_is_tested_and_then_submitted(sbatch, capsys):
     ("arguments", "message"),
     [
         (["--nodes", "3"], "batch.virtual_ranks: 8 virtual ranks cannot be shared equally by 3 ranks"),
-        (["--nodes", "0"], "argument --nodes: 0 is not positive"),
-        (["--gpus-per-node", "-1"], "argument --gpus-per-node: -1 is negative"),
-        (["--nodes", "two"], "argument --nodes: invalid"),
+        (["--nodes", "0"], "argument --nodes: 0 is not a whole number, 1 or more"),
+        (["--gpus-per-node", "-1"], "argument --gpus-per-node: -1 is not a whole number, 0 or more"),
+        (["--nodes", "two"], "argument --nodes: two is not a whole number, 1 or more"),
         (["model.name=resnet99"], "model.name"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--sweep", "nowhere.txt"], "submit: --sweep nowhere.txt: cannot be read"),
