@@ -68,6 +68,7 @@ from dist_cifar.schedule import (
 )
 from dist_cifar.strategy import build_strategy
 from dist_cifar.tracking import Tracker, open_trackers
+from dist_cifar.tracking.rows import Results
 
 _SHOWN_IMAGES, _SHOWN_EPOCHS = 6, 9
 """Of the augmentation, in the report."""
@@ -607,7 +608,7 @@ class _Run:
         self._leave_loop()
         if self.is_first:
             for tracker in self.trackers:
-                tracker.finish(None, EXIT_SAVED)
+                tracker.finish(EXIT_SAVED)
             self.run_dir.append_event("saved", step=self.progress.step)
             self.run_dir.write_status("saved", step=self.progress.step, world_size=self.communicator.world_size)
         self.display.say(f"stopped at step {self.progress.step} and saved; the same command goes on from there")
@@ -657,8 +658,9 @@ class _Run:
             self.run_dir.append_event("done", step=progress.step)
             self.run_dir.write_summary(summary)
             checkpoints = self.store.best_and_last() if self.config.tracking.wandb_checkpoints else {}
+            results = Results(summary=summary, predictions=found, checkpoints=checkpoints)
             for tracker in self.trackers:
-                tracker.finish(summary, 0, found, checkpoints)
+                tracker.finish(0, results)
             self.run_dir.write_status("done", step=progress.step, world_size=communicator.world_size)
             self._report()
         self.display.say(result_table(summary, self.run_dir.path))

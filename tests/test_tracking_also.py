@@ -74,8 +74,8 @@ def test_rows_that_a_tracker_was_given_are_not_given_again(tmp_path):
         for step in range((resume_step or 0) + 1, 6 if resume_step else 5):
             for tracker in trackers:
                 tracker.log({"kind": "train", "step": step, "loss": 1 / step})
-        trackers[1].finish(None, 0)
-        trackers[0].finish(None, 0)
+        trackers[1].finish(0)
+        trackers[0].finish(0)
     assert [step for step, _ in scalars(tmp_path / "tensorboard")["train/loss"]] == [1, 2, 3, 4, 5]
     also.forget_also(config, tmp_path)
     assert not list(tmp_path.glob("*.rows")) and not PartialState._shared_state
@@ -98,7 +98,7 @@ def test_a_failure_is_said_once_and_ends_nothing(tmp_path, monkeypatch):
     (tracker,) = also.open_also(load_config(None, ["tracking.also=[tensorboard]"]), tmp_path, said.append)
     for number in range(2):
         tracker.log({"kind": "train", "step": number, "loss": 1.0}, number)
-    tracker.finish(None, 0, None, {})
+    tracker.finish(0)
     assert said == ["tensorboard: No space left; some of the metrics will be missing there"]
     monkeypatch.setattr(Broken, "start", None)
     assert also.open_also(load_config(None, ["tracking.also=[tensorboard]"]), tmp_path, said.append) == []

@@ -26,7 +26,7 @@ def test_a_row_is_in_the_file_when_log_returns(tmp_path):
     tracker.log(train(1, loss=0.1))
     assert rows(tmp_path / "metrics.jsonl") == [train(1, loss=0.1)]  # before finish: a kill loses nothing
     tracker.log({"kind": "eval", "step": 1, "accuracy": 0.5, "name": "Zürich"})
-    tracker.finish(None, 0)
+    tracker.finish(0)
     assert [row["kind"] for row in rows(tmp_path / "metrics.jsonl")] == ["train", "eval"]
 
 
@@ -53,14 +53,14 @@ def test_resume_removes_what_was_written_beyond_the_checkpoint(tmp_path):
         first.log(train(step, loss=1 / step))
     first.log({"kind": "eval", "step": 5, "accuracy": 0.5})
     before = rows(path)
-    first.finish(None, 0)
+    first.finish(0)
 
     resumed = JsonlTracker(path, 5)
     assert rows(path) == [row for row in before if row["step"] <= 5]
     for step in range(6, 9):
         resumed.log(train(step, loss=1 / step))
     resumed.log({"kind": "eval", "step": 5, "accuracy": 0.5})  # done again after the resume
-    resumed.finish(None, 0)
+    resumed.finish(0)
     keys = [(row["kind"], row["step"]) for row in rows(path)]
     assert len(keys) == len(set(keys)) and set(keys) == {("train", step) for step in range(1, 9)} | {("eval", 5)}
 
@@ -68,7 +68,7 @@ def test_resume_removes_what_was_written_beyond_the_checkpoint(tmp_path):
 def test_a_fresh_start_empties_the_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(encode(train(0)) + "\n")  # a process that died before its first checkpoint
-    JsonlTracker(path, None).finish(None, 0)
+    JsonlTracker(path, None).finish(0)
     assert path.read_text() == ""
 
 
@@ -86,7 +86,7 @@ def test_resume_reads_over_bytes_that_are_no_text(tmp_path):
     path.write_bytes(encode(train(1)).encode() + b"\n" + b"\0" * 100 + b"\xff\xfe")
     tracker = JsonlTracker(path, 3)
     tracker.log(train(4))
-    tracker.finish(None, 0)
+    tracker.finish(0)
     assert rows(path) == [train(1), train(4)]
 
 

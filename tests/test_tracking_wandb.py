@@ -37,6 +37,7 @@ import signal, sys, time
 from pathlib import Path
 from dist_cifar.config import load_config
 from dist_cifar.tracking import open_trackers
+from dist_cifar.tracking.rows import Results
 
 handlers = {number: (lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 for number, handler in handlers.items():
@@ -54,7 +55,7 @@ for tracker in trackers:
 sys.stdin.read()  # until the test lets the run end
 start = time.monotonic()
 for tracker in trackers:
-    tracker.finish({"test/accuracy": 0.5}, 75)
+    tracker.finish(75, Results(summary={"test/accuracy": 0.5}))
 print(f"FINISH {time.monotonic() - start}", "wandb" in sys.modules, flush=True)
 """
 HISTORY = [
@@ -194,7 +195,7 @@ def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path):
     tracker = WandbTracker(Broken(), tmp_path, offline=False, row_count=0, say=said.append)
     tracker.log({"kind": "train", "step": 1}, 0)
     tracker.log({"kind": "train", "step": 2}, 1)
-    tracker.finish(None, 0, None, {})
+    tracker.finish(0)
     assert len(said) == 2 and "the helper is gone" in said[0]
     assert f"wandb sync --include-online {tmp_path}/offline-run" in said[1]
 
@@ -406,7 +407,7 @@ for line in sys.stdin:
         for tracker in trackers:
             tracker.log({"kind": "train", "step": step, "loss": 1 / step})
 for tracker in trackers:
-    tracker.finish(None, 0)
+    tracker.finish(0)
 """
 
 

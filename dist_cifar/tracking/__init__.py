@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_cifar.config import Config
-from dist_cifar.predictions import Predictions
 from dist_cifar.tracking.also import forget_also, open_also, require_installed
 from dist_cifar.tracking.jsonl import JsonlTracker
-from dist_cifar.tracking.rows import EachOnce, NumberedTracker
+from dist_cifar.tracking.rows import EachOnce, NumberedTracker, Results
 from dist_cifar.tracking.wandb_adapter import forget_wandb, open_wandb
 
 
@@ -26,17 +25,8 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row; returns at once."""
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None = None,
-        checkpoints: Mapping[str, Path] | None = None,
-    ) -> None:
-        """Takes the results of the run, if it has any, and closes; called once, nothing is logged after it.
-
-        `checkpoints` are directories of checkpoints under the names `best` and `last`.
-        """
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
+        """Takes the results of the run, if it is done, and closes; called once, nothing is logged after it."""
 
 
 def open_trackers(

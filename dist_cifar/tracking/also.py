@@ -23,8 +23,7 @@ from typing import Any
 
 from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError, one_line
-from dist_cifar.predictions import Predictions
-from dist_cifar.tracking.rows import named, public_config
+from dist_cifar.tracking.rows import Results, named, public_config
 
 _COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """The variables from which Accelerate learns that there are other processes."""
@@ -80,13 +79,7 @@ class AlsoTracker:
         self._attempt(lambda: self._tracker.log(values, step=row["step"]))
         self._given.write(b".")
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None,
-        checkpoints: Mapping[str, Path],
-    ) -> None:
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
         self._attempt(self._tracker.finish)
         self._given.close()
 

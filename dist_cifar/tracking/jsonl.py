@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.files import write_atomic
-from dist_cifar.predictions import Predictions
+from dist_cifar.tracking.rows import Results
 
 
 def encode(row: Mapping[str, Any]) -> str:
@@ -64,13 +64,7 @@ class JsonlTracker:
             self._file.write(encode(row) + "\n")
             self._file.flush()
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None = None,
-        checkpoints: Mapping[str, Path] | None = None,
-    ) -> None:
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
         """Closes the file. The summary is not a row: it has a file of its own."""
         self._file.close()
 

@@ -10,6 +10,7 @@ were changed after a kill: then a tracker that is ahead of the checkpoint lacks 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -18,6 +19,16 @@ from dist_cifar.config import Config, flatten
 from dist_cifar.predictions import Predictions
 
 _SHARED = {"step": "global_step", "epoch": "epoch", "samples": "samples"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a run has when it is done."""
+
+    summary: Mapping[str, Any]
+    predictions: Predictions | None = None
+    checkpoints: Mapping[str, Path] = field(default_factory=dict)
+    """Directories of those that are to be kept, under the names `best` and `last`."""
 
 
 class NumberedTracker(Protocol):
@@ -29,13 +40,7 @@ class NumberedTracker(Protocol):
     def log(self, row: Mapping[str, Any], number: int) -> None:
         """Takes one row; returns at once."""
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None,
-        checkpoints: Mapping[str, Path],
-    ) -> None:
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
         """As `Tracker.finish`."""
 
 
@@ -57,14 +62,8 @@ class EachOnce:
             self._tracker.log(row, self._next)
         self._next += 1
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None = None,
-        checkpoints: Mapping[str, Path] | None = None,
-    ) -> None:
-        self._tracker.finish(summary, exit_code, predictions, checkpoints or {})
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
+        self._tracker.finish(exit_code, results)
 
 
 def named(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError, one_line
 from dist_cifar.files import write_atomic
 from dist_cifar.predictions import Predictions
-from dist_cifar.tracking.rows import named, public_config
+from dist_cifar.tracking.rows import Results, named, public_config
 from dist_cifar.tracking.wandb_log import row_count
 
 INIT_TIMEOUT_SECONDS = 5
@@ -145,19 +145,16 @@ class WandbTracker:
         else:
             self._attempt(lambda: self._run.log(named(row), step=number, commit=True))
 
-    def finish(
-        self,
-        summary: Mapping[str, Any] | None,
-        exit_code: int,
-        predictions: Predictions | None,
-        checkpoints: Mapping[str, Path],
-    ) -> None:
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
         """Uploads what is left for a few seconds; says how to upload it later where that was not enough."""
-        if summary and predictions is not None:
+        if results is not None and results.predictions is not None:
+            summary, predictions = results.summary, results.predictions
             self._log_test_row(lambda: _tables(summary, predictions))
         self._log_test_row()
-        self._attempt(lambda: self._run.summary.update(dict(summary or {})))
-        self._attempt(lambda: _log_checkpoints(self._run, checkpoints))
+        if results is not None:
+            summary, checkpoints = results.summary, results.checkpoints
+            self._attempt(lambda: self._run.summary.update(dict(summary)))
+            self._attempt(lambda: _log_checkpoints(self._run, checkpoints))
         try:
             self._run.finish(exit_code=exit_code)
         except Exception as error:

@@ -39,6 +39,16 @@ import torch.distributed as dist
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
+VOLATILE = {
+    "seconds",
+    "images_per_second",
+    "images_per_second_per_rank",
+    "data_wait_share",
+    "rank_work_share",
+    "straggler_ratio",
+    "memory_bytes",
+}
+"""What a row of metrics says of the machine, which a run may not have in common with another one."""
 
 
 class End(NamedTuple):

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import START_SECONDS, Job, Jobs
+from jobs import START_SECONDS, VOLATILE, Job, Jobs
 
 WORLD_SIZES = (1, 2, 4)
 STEPS, CHECKPOINT_STEPS, EPOCHS = 24, 4, 4
@@ -56,16 +56,6 @@ CONFIG = (
     f"checkpoint.every_steps={CHECKPOINT_STEPS}",
     "tracking.wandb=disabled",
 )
-VOLATILE = (
-    "seconds",
-    "images_per_second",
-    "images_per_second_per_rank",
-    "data_wait_share",
-    "rank_work_share",
-    "straggler_ratio",
-    "memory_bytes",
-)
-"""What a row of metrics says of the machine."""
 
 MOMENTS: Mapping[str, tuple[int, int, float]] = {
     "forked": (4, 0, 1.5),

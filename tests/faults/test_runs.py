@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from disk import contents, flip_bit, remount, small_disk, truncate
-from jobs import Job, Jobs
+from jobs import VOLATILE, Job, Jobs
 
 from dist_cifar.config import Config, to_yaml
 
@@ -27,16 +27,6 @@ STEPS, CUT_AT_STEP = 8, 4
 TIMEOUT_SECONDS = 5
 """The jobs' `run.timeout_seconds`."""
 CHECKPOINT_BYTES = 3_300_000
-VOLATILE = {
-    "seconds",
-    "images_per_second",
-    "images_per_second_per_rank",
-    "data_wait_share",
-    "rank_work_share",
-    "straggler_ratio",
-    "memory_bytes",
-}
-"""What a run may not have in common with another one."""
 
 Run = Callable[..., Job]
 
