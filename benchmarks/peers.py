@@ -63,7 +63,9 @@ many steps as warm up, so those that count are a multiple of that."""
 POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 1.0
 """Between two samples of the memory."""
-LIMIT_SECONDS = 600.0
+LIMIT_SECONDS = 180.0
+ATTEMPTS = 2
+"""Of a peer's run: a worker process that was forked beside threads may hang."""
 COMMENTS = {"measured": "# measured", "tuned": "# tuned"}
 """Comments at the end of lines of a peer's program that belong to the measurement, and to the variant `tuned`."""
 
@@ -462,6 +464,19 @@ def prepare(data: Path, scratch: Path) -> None:
     kernel.warm_up(print)
 
 
+def run_again(row: Row, data: Path, scratch: Path) -> Sample:
+    """`run`, for a peer a second time where the first one fails."""
+    for left in reversed(range(1 if row.is_ours else ATTEMPTS)):
+        with tempfile.TemporaryDirectory(dir=scratch) as own:
+            try:
+                return run(row, data, Path(own))
+            except RuntimeError as error:
+                if not left:
+                    raise
+                print(f"once more: {error}", file=sys.stderr)
+    raise AssertionError("there is no attempt")
+
+
 def measure(rows: Sequence[Row], data: Path, rounds: int) -> Samples:
     """All rounds of all rows."""
     samples: Samples = {row: {} for row in rows}
@@ -474,8 +489,7 @@ def measure(rows: Sequence[Row], data: Path, rounds: int) -> Samples:
                 turn = [row for row in samples if (row.model, row.shape) == cell]
                 first = number * len(turn) // rounds
                 for row in turn[first:] + turn[:first]:
-                    with tempfile.TemporaryDirectory(dir=scratch) as own:
-                        sample = run(row, data, Path(own))
+                    sample = run_again(row, data, scratch)
                     samples[row][number] = sample
                     print(f"round {number + 1}: {label(row)} {sample.images_per_second:8.1f} images/s", file=sys.stderr)
             if number == 0:
@@ -526,12 +540,22 @@ def installed(names: Sequence[str]) -> list[str]:
     return kept
 
 
+def _of_other_models(path: Path | None, models: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What the result at `path`, if there is one, says of models that are not in `models`."""
+    if path is None or not path.exists():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    return {name: [row for row in earlier[name] if row["model"] not in models] for name in ("results", "comparisons")}
+
+
 def main() -> None:
     names = [*PEERS, OURS, CONSTANT]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder or zip of train/<class>/* and test/<class>/*")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
+    parser.add_argument(
+        "--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both; rows of others in --out stay"
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="ranks x threads")
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="rows to run (default: all)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
@@ -540,6 +564,7 @@ def main() -> None:
     rows = all_rows(options.models, options.shapes, peers)
     samples = measure(rows, options.data.resolve(), options.rounds)
     packages = {package for name in peers if name in PEERS for package in PEERS[name].packages}
+    kept = _of_other_models(options.out, options.models)
     result = {
         "benchmark": "peers",
         "hardware": hardware(),
@@ -547,12 +572,13 @@ def main() -> None:
         "data": options.data.name,
         "global_batch": GLOBAL_BATCH,
         "rounds": options.rounds,
-        "steps": {model: STEPS[model] for model in options.models},
+        "steps": STEPS,
         "versions": versions() | {package: importlib.metadata.version(package) for package in sorted(packages)},
         "results": result_rows(samples),
         "comparisons": comparisons(samples),
     }
     print(table(samples, result))
+    result |= {name: kept[name] + result[name] for name in kept}
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,3 +152,32 @@ def test_the_programs_mark_their_steps_once(peers):
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
         assert sum(ast.unparse(call.func) == "mark" for call in calls) == 1
         assert all(line.endswith("# measured") for line in source.splitlines() if "mark()" in line)
+
+
+def test_a_peer_that_hangs_is_started_again_once_and_ours_is_not(peers, monkeypatch, tmp_path):
+    def run(row, data, scratch):
+        assert not any(scratch.iterdir())
+        (scratch / "log").touch()
+        attempts.append(row.name)
+        if len(attempts) <= failures:
+            raise RuntimeError("not done")
+        return sample(peers, 1.0)
+
+    monkeypatch.setattr(peers, "run", run)
+    peer, ours = row(peers, "timm", "tuned", "bf16", 4), row(peers, peers.OURS, "ddp", "bf16")
+    for failures, one, enough in ((1, peer, True), (2, peer, False), (1, ours, False)):
+        attempts: list[str] = []
+        if enough:
+            assert peers.run_again(one, tmp_path, tmp_path) == sample(peers, 1.0)
+        else:
+            with pytest.raises(RuntimeError, match="not done"):
+                peers.run_again(one, tmp_path, tmp_path)
+        assert len(attempts) == (1 if one is ours else 2)
+
+
+def test_rows_of_models_that_are_not_run_stay(peers, tmp_path):
+    path = tmp_path / "peers.json"
+    assert peers._of_other_models(path, ["resnet18"]) == {} == peers._of_other_models(None, ["resnet18"])
+    rows = [{"model": "resnet20", "n": 2}, {"model": "resnet18", "n": 2}]
+    path.write_text(json.dumps({"results": rows, "comparisons": rows, "rounds": 3}))
+    assert peers._of_other_models(path, ["resnet18"]) == {"results": rows[:1], "comparisons": rows[:1]}
