@@ -154,25 +154,30 @@ def test_the_programs_mark_their_steps_once(peers):
         assert all(line.endswith("# measured") for line in source.splitlines() if "mark()" in line)
 
 
-def test_a_peer_that_hangs_is_started_again_once_and_ours_is_not(peers, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "failures", "attempts", "succeeds"), [("timm", 1, 2, True), ("timm", 2, 2, False), ("ours", 1, 1, False)]
+)
+def test_a_peer_that_hangs_is_started_again_once_and_ours_is_not(
+    peers, monkeypatch, tmp_path, name, failures, attempts, succeeds
+):
+    begun = []
+
     def run(row, data, scratch):
         assert not any(scratch.iterdir())
         (scratch / "log").touch()
-        attempts.append(row.name)
-        if len(attempts) <= failures:
+        begun.append(row)
+        if len(begun) <= failures:
             raise RuntimeError("not done")
         return sample(peers, 1.0)
 
     monkeypatch.setattr(peers, "run", run)
-    peer, ours = row(peers, "timm", "tuned", "bf16", 4), row(peers, peers.OURS, "ddp", "bf16")
-    for failures, one, enough in ((1, peer, True), (2, peer, False), (1, ours, False)):
-        attempts: list[str] = []
-        if enough:
-            assert peers.run_again(one, tmp_path, tmp_path) == sample(peers, 1.0)
-        else:
-            with pytest.raises(RuntimeError, match="not done"):
-                peers.run_again(one, tmp_path, tmp_path)
-        assert len(attempts) == (1 if one is ours else 2)
+    one = row(peers, peers.OURS if name == "ours" else name, "ddp", "bf16")
+    if succeeds:
+        assert peers.run_again(one, tmp_path, tmp_path) == sample(peers, 1.0)
+    else:
+        with pytest.raises(RuntimeError, match="not done"):
+            peers.run_again(one, tmp_path, tmp_path)
+    assert begun == [one] * attempts
 
 
 def test_rows_of_models_that_are_not_run_stay(peers, tmp_path):
