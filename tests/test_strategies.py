@@ -22,10 +22,17 @@ STRATEGIES = ["ddp", "exact", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deep
 """With the ZeRO stage."""
 
 
-def config(strategy: str, *, norm: str = "group", clip_norm: float | None = 4.0, micro: int | None = None) -> Config:
+def config(
+    strategy: str,
+    *,
+    model: str = "resnet20",
+    norm: str = "group",
+    clip_norm: float | None = 4.0,
+    micro: int | None = None,
+) -> Config:
     name, _, stage = strategy.partition(" ")
     return Config(
-        model=ModelConfig(name="resnet20", norm=norm),
+        model=ModelConfig(name=model, norm=norm),
         batch=BatchConfig(global_size=BATCH, virtual_ranks=4, max_micro_batch=micro),
         optimizer=OptimizerConfig(eps=EPS, weight_decay=1e-2, clip_norm=clip_norm),
         plateau=PLATEAU,
@@ -79,15 +86,17 @@ def run(communicator: Communicator, config: Config, steps: int = STEPS) -> tuple
     return curve, {name: tensor.numpy().copy() for name, tensor in strategy.model_tensors().items()}
 
 
-def by_hand(clip_norm: float | None = 4.0, factor: float = 0.5) -> Curve:
+def by_hand(
+    clip_norm: float | None = 4.0, factor: float = 0.5, *, model_name: str = "resnet20", steps: int = STEPS
+) -> Curve:
     """The same in one process: plain torch, its own clipping, Adam and ReduceLROnPlateau."""
-    model = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=1)
+    model = build_model(ModelConfig(name=model_name, norm="group"), num_classes=10, seed=1)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), LR, eps=EPS, weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.2)
     scheduler.factor = factor  # its constructor refuses 1
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         images, labels = data(step)
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(images), labels)
@@ -122,6 +131,19 @@ def test_passes_are_accumulated_and_clipping_can_be_off(ranks, strategy):
     expected = by_hand(clip_norm=None)
     for curve, _ in ranks.run(2, run, config(strategy, clip_norm=None, micro=2), 5):
         require_parity(curve, expected[:5])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_wide_network_whose_small_convolutions_are_products_too(ranks, strategy):
+    """ResNet-20 has none of them, and engines that cut weights up must have them whole again for the backward pass."""
+    expected = by_hand_of_resnet18()
+    for curve, _ in ranks.run(2, run, config(strategy, model="resnet18"), len(expected)):
+        require_parity(curve, expected)
+
+
+@functools.cache
+def by_hand_of_resnet18() -> Curve:
+    return by_hand(model_name="resnet18", steps=3)
 
 
 # --- going on with what another one has saved ----------------------------------------------------------------------
