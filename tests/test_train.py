@@ -29,6 +29,17 @@ from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.schedule import Plateau
 from dist_cifar.strategy.ddp import DdpStrategy
 
+VOLATILE = {
+    "seconds",
+    "images_per_second",
+    "images_per_second_per_rank",
+    "data_wait_share",
+    "rank_work_share",
+    "straggler_ratio",
+    "memory_bytes",
+}
+"""What a row says of the machine."""
+
 
 def rows(config: Config, kind: str) -> list[dict[str, Any]]:
     lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
@@ -238,18 +249,9 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
     assert ranks.run(world_size, train, config) == [True] * world_size
     assert status(config) == "done"
     assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
-    volatile = {
-        "seconds",
-        "images_per_second",
-        "images_per_second_per_rank",
-        "data_wait_share",
-        "rank_work_share",
-        "straggler_ratio",
-        "memory_bytes",
-    }
     for kind in ("train", "eval", "test"):
         kept = [
-            [{k: v for k, v in row.items() if k not in volatile} for row in rows(c, kind)]
+            [{k: v for k, v in row.items() if k not in VOLATILE} for row in rows(c, kind)]
             for c in (config, undisturbed)
         ]
         assert kept[0] == kept[1] and kept[0]
@@ -373,15 +375,6 @@ EXACT = (
     "run.log_digests=true",
     "train.epochs=3",
 )
-VOLATILE = {
-    "seconds",
-    "images_per_second",
-    "images_per_second_per_rank",
-    "data_wait_share",
-    "rank_work_share",
-    "straggler_ratio",
-    "memory_bytes",
-}
 
 
 def result(config: Config) -> tuple[Any, ...]:
