@@ -540,12 +540,18 @@ def installed(names: Sequence[str]) -> list[str]:
     return kept
 
 
-def _of_other_models(path: Path | None, models: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What the result at `path`, if there is one, says of models that are not in `models`."""
-    if path is None or not path.exists():
-        return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    return {name: [row for row in earlier[name] if row["model"] not in models] for name in ("results", "comparisons")}
+def merged(earlier: dict[str, Any], result: dict[str, Any], cells: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """`result` of `cells`, (model, shape) each, with what `earlier` has of the others."""
+
+    def place(row: dict[str, Any]) -> tuple[str, str]:
+        return row["model"], row.get("shape") or f"{row['ranks']}x{row['threads_per_rank']}"
+
+    order = [(model, shape) for model in STEPS for shape in SHAPES]
+    rows = {}
+    for name in ("results", "comparisons"):
+        kept = [row for row in earlier.get(name, []) if place(row) not in cells]
+        rows[name] = sorted(kept + result[name], key=lambda row: order.index(place(row)))
+    return result | rows
 
 
 def main() -> None:
@@ -554,9 +560,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder or zip of train/<class>/* and test/<class>/*")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default %(default)s)")
     parser.add_argument(
-        "--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both; rows of others in --out stay"
+        "--models",
+        nargs="+",
+        choices=STEPS,
+        default=list(STEPS),
+        help="default: both; rows of the others in --out stay",
     )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="ranks x threads")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="ranks x threads; likewise")
     parser.add_argument("--peers", nargs="+", choices=names, default=names, help="rows to run (default: all)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
@@ -564,7 +574,6 @@ def main() -> None:
     rows = all_rows(options.models, options.shapes, peers)
     samples = measure(rows, options.data.resolve(), options.rounds)
     packages = {package for name in peers if name in PEERS for package in PEERS[name].packages}
-    kept = _of_other_models(options.out, options.models)
     result = {
         "benchmark": "peers",
         "hardware": hardware(),
@@ -578,8 +587,9 @@ def main() -> None:
         "comparisons": comparisons(samples),
     }
     print(table(samples, result))
-    result |= {name: kept[name] + result[name] for name in kept}
     if options.out:
+        earlier = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        result = merged(earlier, result, [(model, shape) for model in options.models for shape in options.shapes])
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -180,9 +179,18 @@ def test_a_peer_that_hangs_is_started_again_once_and_ours_is_not(
     assert begun == [one] * attempts
 
 
-def test_rows_of_models_that_are_not_run_stay(peers, tmp_path):
-    path = tmp_path / "peers.json"
-    assert peers._of_other_models(path, ["resnet18"]) == {} == peers._of_other_models(None, ["resnet18"])
-    rows = [{"model": "resnet20", "n": 2}, {"model": "resnet18", "n": 2}]
-    path.write_text(json.dumps({"results": rows, "comparisons": rows, "rounds": 3}))
-    assert peers._of_other_models(path, ["resnet18"]) == {"results": rows[:1], "comparisons": rows[:1]}
+def test_rows_that_are_not_run_again_stay_in_their_place(peers):
+    def rows(n, *cells):
+        results = [
+            {"model": model, "ranks": int(shape[0]), "threads_per_rank": int(shape[2]), "n": n}
+            for model, shape in cells
+        ]
+        return {"results": results, "comparisons": [{"model": model, "shape": shape, "n": n} for model, shape in cells]}
+
+    cells = [(model, shape) for model in peers.STEPS for shape in peers.SHAPES]
+    assert peers.merged({}, rows(1, *cells) | {"rounds": 1}, cells) == rows(1, *cells) | {"rounds": 1}
+    found = peers.merged(rows(1, *cells), rows(2, cells[1]), [cells[1]])
+    for name in ("results", "comparisons"):
+        expected = rows(1, *cells)[name]
+        expected[1]["n"] = 2
+        assert found[name] == expected
