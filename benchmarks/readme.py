@@ -109,8 +109,8 @@ def peers(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Median (and range) of n = {result['rounds']} interleaved rounds, ratios within a round; the two"
-            " models were measured one after the other. The same model,"
+            f"Median (and range) of n = {result['rounds']} interleaved rounds, ratios within a round; each model"
+            " and number of ranks in its own rounds. The same model,"
             f" images ({result['data']}), augmentation and global batch ({result['global_batch']}); all on"
             f" {result['hardware']}; {versions}. *Documented*: as the program's documentation has it, in fp32. *Tuned*:"
             " bf16, channels-last and fused Adam added by hand, and the better number of workers. The last four columns"
