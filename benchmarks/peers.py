@@ -64,8 +64,6 @@ POLL_SECONDS = 0.05
 SAMPLE_SECONDS = 1.0
 """Between two samples of the memory."""
 LIMIT_SECONDS = 180.0
-ATTEMPTS = 2
-"""Of a peer's run: a worker process that was forked beside threads may hang."""
 COMMENTS = {"measured": "# measured", "tuned": "# tuned"}
 """Comments at the end of lines of a peer's program that belong to the measurement, and to the variant `tuned`."""
 
@@ -465,16 +463,19 @@ def prepare(data: Path, scratch: Path) -> None:
 
 
 def run_again(row: Row, data: Path, scratch: Path) -> Sample:
-    """`run`, for a peer a second time where the first one fails."""
-    for left in reversed(range(1 if row.is_ours else ATTEMPTS)):
+    """`run`, for a peer a second time where the first one fails: a worker that was forked beside threads may hang."""
+
+    def once() -> Sample:
         with tempfile.TemporaryDirectory(dir=scratch) as own:
-            try:
-                return run(row, data, Path(own))
-            except RuntimeError as error:
-                if not left:
-                    raise
-                print(f"once more: {error}", file=sys.stderr)
-    raise AssertionError("there is no attempt")
+            return run(row, data, Path(own))
+
+    try:
+        return once()
+    except RuntimeError as error:
+        if row.is_ours:
+            raise
+        print(f"once more: {error}", file=sys.stderr)
+    return once()
 
 
 def measure(rows: Sequence[Row], data: Path, rounds: int) -> Samples:

@@ -47,7 +47,7 @@ def _may_be_product(layer: nn.Conv2d) -> bool:
 def _forward(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
     """[n, channels, height, width] to the layer's output, in channels-last where it is a product."""
     kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in images.shape[2:])
+    height, width = _output_sides(images, kernel, stride, padding)
     if height * width > _MOST_PIXELS:
         return nn.Conv2d.forward(layer, images)
     weight = layer.weight
@@ -86,10 +86,14 @@ class _Product(torch.autograd.Function):
 
 def _correlate(images: torch.Tensor, matrix: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """[n, c, h, w] to [n, d, h', w'] in channels-last by `matrix` [kernel kernel c, d]."""
-    count, _, height, width = images.shape
-    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+    height, width = _output_sides(images, kernel, stride, padding)
     rows = _columns(images, kernel, stride, padding) @ matrix
-    return rows.view(count, height, width, -1).permute(0, 3, 1, 2)
+    return rows.view(len(images), height, width, -1).permute(0, 3, 1, 2)
+
+
+def _output_sides(images: torch.Tensor, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    height, width = ((side + 2 * padding - kernel) // stride + 1 for side in images.shape[2:])
+    return height, width
 
 
 def _columns(images: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:

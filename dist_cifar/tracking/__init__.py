@@ -2,8 +2,8 @@
 
 Contract: every function here is called on rank 0 only; the caller sees to that. A row is a mapping of plain Python
 values with `kind` (`train`, `eval`, ...), `step` (optimizer steps since the start of the run) and whatever was
-measured; kind and step together name a row. JSONL errors are errors of the run (`OSError`); those of
-the others never are. `wandb` and `accelerate` are imported only where they are going to be used.
+measured; kind and step together name a row. JSONL errors are errors of the run (`OSError`); those of the others never
+are. `wandb` and `accelerate` are imported only where they are going to be used.
 """
 
 from __future__ import annotations
