@@ -230,16 +230,17 @@ def overhead(result: dict[str, Any]) -> str:
 
 def settings(result: dict[str, Any]) -> str:
     """What each setting gains."""
-    lines = ["| setting | model | images/s | without it | gain |", "|---" * 5 + "|"]
+    lines = ["| setting | model | threads | images/s | without it | gain |", "|---" * 6 + "|"]
     for row in result["results"]:
         rates = f"{row['images_per_second_median']:,.0f} | {row['images_per_second_without_median']:,.0f}"
-        lines.append(f"| {row['setting']} | {MODELS[row['model']]} | {rates} | {_ratio(row, 'gain')} |")
+        what = f"{row['setting']} | {MODELS[row['model']]} | {row['threads']}"
+        lines.append(f"| {what} | {rates} | {_ratio(row, 'gain')} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"`ddp`, bf16, one rank with {result['threads']} threads, global batch {result['global_batch']}: median and"
-            f" range of n = {result['rounds']} interleaved rounds, {result['hardware']}.",
+            f"`ddp`, bf16, one rank, global batch {result['global_batch']}: median and range of n = {result['rounds']}"
+            f" interleaved rounds, {result['hardware']}.",
         ]
     )
 

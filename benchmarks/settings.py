@@ -4,14 +4,15 @@
 
 Contract: the trainer's own loop on one rank with as many threads as there are cores, strategy ddp, bf16, global batch
 128. In a round each variant runs once, in a process of its own, in an order that rotates; `gain` is the rate with all
-settings over that without the one, within a round. The settings:
+settings over that without the one, at as many threads, within a round. The settings:
 
 - `freed memory is kept` (`dist_cifar/allocator.py`): glibc does not give it back to the kernel after every step;
 - `one thread beside the loop` (`dist_cifar/data/loader.py`): the thread that prepares batches has no OpenMP workers;
 - `small convolutions as products` (`dist_cifar/convolution.py`): those of few pixels are products of matrices.
-  ResNet-20 has none of them.
+  ResNet-20 has none of them;
+- `BatchNorm and ReLU in one` (`dist_cifar/normalization.py`): with one thread.
 
-Run it on a machine that does nothing else: about six minutes on two cores.
+Run it on a machine that does nothing else: about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -41,20 +42,29 @@ GLOBAL_BATCH = 128
 STEPS = {"resnet20": (10, 60), "resnet18": (4, 14)}
 """Steps that warm up, and all."""
 MEMORY, THREADS, PRODUCTS = "freed memory is kept", "one thread beside the loop", "small convolutions as products"
-VARIANTS = {"resnet20": ("all", MEMORY, THREADS), "resnet18": ("all", MEMORY, THREADS, PRODUCTS)}
-"""All settings, or all but the one that is named."""
+NORMS = "BatchNorm and ReLU in one"
+SETTINGS = {"resnet20": (MEMORY, THREADS, NORMS), "resnet18": (MEMORY, THREADS, PRODUCTS, NORMS)}
+CORES = os.cpu_count() or 1
+Variant = tuple[str, int]
+"""The setting that is left out, or none; threads."""
 
 
-def worker(variant: str, model: str, scratch: Path) -> None:
+def threads_of(setting: str) -> int:
+    """With which a setting is measured."""
+    return 1 if setting == NORMS else CORES
+
+
+def worker(left_out: str, threads: int, model: str, scratch: Path) -> None:
     """Trains, and prints images/s."""
-    threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
-    if variant != MEMORY:
+    if left_out != MEMORY:
         keep_freed_memory()
-    if variant == THREADS:
+    if left_out == THREADS:
         torch.set_num_threads = lambda _: None
-    if variant == PRODUCTS:
+    if left_out == PRODUCTS:
         precision.use_products = lambda _: None
+    if left_out == NORMS:
+        precision.use_fused = lambda _: None
     warm_up, steps = STEPS[model]
     config = load_config(
         None,
@@ -92,30 +102,33 @@ def worker(variant: str, model: str, scratch: Path) -> None:
     print("rate", (len(timed) - 1) * GLOBAL_BATCH / (timed[-1] - timed[0]))
 
 
-def rate(variant: str, model: str) -> float:
+def rate(variant: Variant, model: str) -> float:
     """Images/s of one run."""
+    left_out, threads = variant[0], str(variant[1])
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, __file__, "--worker", variant, model, scratch]
-        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, __file__, "--worker", left_out, threads, model, scratch]
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"}
         out = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
     return float(out.splitlines()[-1].removeprefix("rate "))
 
 
 def measure(model: str, rounds: int) -> list[dict[str, Any]]:
     """The rows of one model."""
-    variants = VARIANTS[model]
-    rates: dict[str, list[float]] = {variant: [] for variant in variants}
+    without = [(setting, threads_of(setting)) for setting in SETTINGS[model]]
+    variants: list[Variant] = [("none", CORES), ("none", 1), *without]
+    rates: dict[Variant, list[float]] = {variant: [] for variant in variants}
     for number in range(rounds):
         first = number % len(variants)
         for variant in (*variants[first:], *variants[:first]):
             rates[variant].append(rate(variant, model))
     rows = []
-    for variant in variants[1:]:
-        gains = [whole / without for whole, without in zip(rates["all"], rates[variant], strict=True)]
-        row: dict[str, Any] = {"model": model, "setting": variant, "n": rounds}
+    for setting, threads in without:
+        with_all, without_one = rates["none", threads], rates[setting, threads]
+        gains = [whole / part for whole, part in zip(with_all, without_one, strict=True)]
+        row: dict[str, Any] = {"model": model, "setting": setting, "threads": threads, "n": rounds}
         for name, values, digits in (
-            ("images_per_second", rates["all"], 1),
-            ("images_per_second_without", rates[variant], 1),
+            ("images_per_second", with_all, 1),
+            ("images_per_second_without", without_one, 1),
             ("gain", gains, 3),
         ):
             row |= {f"{name}_{f.__name__}": round(f(values), digits) for f in (statistics.median, min, max)}
@@ -125,12 +138,12 @@ def measure(model: str, rounds: int) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """What a person reads."""
-    lines = [f"{result['hardware']}; one rank, {result['threads']} threads, ddp, bf16, n = {result['rounds']} rounds"]
+    lines = [f"{result['hardware']}; one rank, ddp, bf16, n = {result['rounds']} rounds"]
     for row in result["results"]:
+        with_all, without_one = row["images_per_second_median"], row["images_per_second_without_median"]
         lines.append(
-            f"{row['model']:9} {row['setting']:31} {row['images_per_second_median']:7.1f} images/s, without it"
-            f" {row['images_per_second_without_median']:7.1f}: gain {row['gain_median']:.2f}x"
-            f" ({row['gain_min']:.2f} to {row['gain_max']:.2f})"
+            f"{row['model']:9} {row['setting']:31} {row['threads']} threads: {with_all:7.1f} images/s, without it"
+            f" {without_one:7.1f}: gain {row['gain_median']:.2f}x ({row['gain_min']:.2f} to {row['gain_max']:.2f})"
         )
     return "\n".join(lines)
 
@@ -140,18 +153,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default %(default)s)")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        variant, model, scratch = options.worker
-        return worker(variant, model, Path(scratch))
+        left_out, threads, model, scratch = options.worker
+        return worker(left_out, int(threads), model, Path(scratch))
     load = round(os.getloadavg()[0], 2)
     result = {
         "benchmark": "settings",
         "hardware": hardware(),
         "load_average_before": load,
         "global_batch": GLOBAL_BATCH,
-        "threads": os.cpu_count() or 1,
         "rounds": options.rounds,
         "versions": versions(),
         "results": [row for model in options.models for row in measure(model, options.rounds)],

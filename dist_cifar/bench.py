@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dist_cifar import jit
 from dist_cifar.augment import kernel, policy
 from dist_cifar.config import AugmentConfig
 from dist_cifar.data.synthetic import synthetic_split
@@ -35,7 +36,7 @@ _WINDOWS = 7
 
 def bench_augment(*, window_seconds: float = 0.25, say: Callable[[str], None] = print) -> None:
     """Measures the policy `seed` at its default strengths and says how many GPUs one core can feed."""
-    kernel.warm_up(say)
+    jit.warm_up(kernel.use_once, say)
     images, _ = synthetic_split(0, _IMAGES)
     batches = np.random.default_rng(0).permutation(_IMAGES).reshape(-1, BATCH)
     candidates = {"float32": augmenter(images, torch.float32), "bfloat16": augmenter(images, torch.bfloat16)}

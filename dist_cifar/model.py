@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,40 @@ from dist_cifar.config import ModelConfig
 _GROUPS = 8
 """Groups of GroupNorm; divides every channel count of these networks."""
 
-Norm = Callable[[int], nn.Module]
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """BatchNorm; plus `shortcut`, of the same shape, where there is one; then ReLU."""
+
+    def forward(self, input: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        return _add_and_rectify(super().forward(input), shortcut)
+
+
+class GroupNormReLU(nn.GroupNorm):
+    """As `BatchNormReLU`."""
+
+    def forward(self, input: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        return _add_and_rectify(super().forward(input), shortcut)
+
+
+def _add_and_rectify(hidden: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+    """In place."""
+    if shortcut is not None:
+        hidden += shortcut
+    return nn.functional.relu(hidden, inplace=True)
+
+
+class Norms(NamedTuple):
+    """Makers of normalisations for a number of channels."""
+
+    alone: Callable[[int], nn.Module]
+    with_relu: Callable[[int], nn.Module]
+    """Called with a hidden tensor and, or not, a shortcut, as `BatchNormReLU`."""
+
+
+_NORMS = {
+    "batch": Norms(nn.BatchNorm2d, BatchNormReLU),
+    "group": Norms(partial(nn.GroupNorm, _GROUPS), partial(GroupNormReLU, _GROUPS)),
+}
 
 
 class BasicBlock(nn.Module):
@@ -30,20 +64,18 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norms: Norms) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
-        self.bn1 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = norms.with_relu(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = norm(width)
+        self.bn2 = norms.with_relu(width)
         self.downsample = downsample
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = self.relu(self.bn1(self.conv1(images)))
-        hidden = self.bn2(self.conv2(hidden))
-        hidden += images if self.downsample is None else self.downsample(images)
-        return self.relu(hidden)
+        hidden = self.bn1(self.conv1(images))
+        shortcut = images if self.downsample is None else self.downsample(images)
+        return self.bn2(self.conv2(hidden), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -51,28 +83,26 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norm: Norm) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None, norms: Norms) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = norm(width)
+        self.bn1 = norms.with_relu(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = norm(width)
+        self.bn2 = norms.with_relu(width)
         self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
-        self.bn3 = norm(width * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn3 = norms.with_relu(width * self.expansion)
         self.downsample = downsample
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        hidden = self.relu(self.bn1(self.conv1(images)))
-        hidden = self.relu(self.bn2(self.conv2(hidden)))
-        hidden = self.bn3(self.conv3(hidden))
-        hidden += images if self.downsample is None else self.downsample(images)
-        return self.relu(hidden)
+        hidden = self.bn1(self.conv1(images))
+        hidden = self.bn2(self.conv2(hidden))
+        shortcut = images if self.downsample is None else self.downsample(images)
+        return self.bn3(self.conv3(hidden), shortcut)
 
 
 Block = type[BasicBlock] | type[Bottleneck]
-Shortcut = Callable[[int, int, int, Norm], nn.Module]
-"""Makes from (inputs, outputs, stride, norm) what stands beside the first block of a stage that changes its shape."""
+Shortcut = Callable[[int, int, int, Norms], nn.Module]
+"""Makes from (inputs, outputs, stride, norms) what stands beside the first block of a stage that changes its shape."""
 
 _WIDE: dict[str, tuple[Block, tuple[int, int, int, int]]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -98,18 +128,18 @@ class _ZeroPadded(nn.Module):
         return nn.functional.pad(pixels, (0, 0, 0, 0, before, self.new_channels - before))
 
 
-def _projection(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
+def _projection(inputs: int, outputs: int, stride: int, norms: Norms) -> nn.Module:
     """Option B of the paper."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norms.alone(outputs))
 
 
 def _stage(
-    block: Block, blocks: int, *, inputs: int, width: int, stride: int, shortcut: Shortcut, norm: Norm
+    block: Block, blocks: int, *, inputs: int, width: int, stride: int, shortcut: Shortcut, norms: Norms
 ) -> nn.Sequential:
     outputs = width * block.expansion
     changes = stride != 1 or inputs != outputs
-    first = block(inputs, width, stride, shortcut(inputs, outputs, stride, norm) if changes else None, norm)
-    return nn.Sequential(first, *(block(outputs, width, 1, None, norm) for _ in range(blocks - 1)))
+    first = block(inputs, width, stride, shortcut(inputs, outputs, stride, norms) if changes else None, norms)
+    return nn.Sequential(first, *(block(outputs, width, 1, None, norms) for _ in range(blocks - 1)))
 
 
 class ResNet(nn.Module):
@@ -117,20 +147,26 @@ class ResNet(nn.Module):
     over the pixels and a linear layer."""
 
     def __init__(
-        self, block: Block, blocks: Sequence[int], *, stem: nn.Conv2d, shortcut: Shortcut, num_classes: int, norm: Norm
+        self,
+        block: Block,
+        blocks: Sequence[int],
+        *,
+        stem: nn.Conv2d,
+        shortcut: Shortcut,
+        num_classes: int,
+        norms: Norms,
     ) -> None:
         """`blocks` of each stage, the first of which is as wide as the stem."""
         super().__init__()
         width = channels = stem.out_channels
         self.conv1 = stem
-        self.bn1 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = norms.with_relu(width)
         self.stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
         for number, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
             stride = 2 if number else 1
             self.add_module(
                 name,
-                _stage(block, count, inputs=channels, width=width, stride=stride, shortcut=shortcut, norm=norm),
+                _stage(block, count, inputs=channels, width=width, stride=stride, shortcut=shortcut, norms=norms),
             )
             width, channels = 2 * width, width * block.expansion
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -141,7 +177,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float [n, 3, 32, 32] to logits [n, num_classes]."""
-        hidden = self.relu(self.bn1(self.conv1(images)))
+        hidden = self.bn1(self.conv1(images))
         for name in self.stages:
             hidden = getattr(self, name)(hidden)
         return self.fc(self.avgpool(hidden).flatten(1))
@@ -153,7 +189,7 @@ def _draw(convolution: nn.Conv2d) -> None:
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
     """The network of `config` on the CPU: float32 [n, 3, 32, 32] to logits float32 [n, num_classes]."""
-    norm: Norm = nn.BatchNorm2d if config.norm == "batch" else partial(nn.GroupNorm, _GROUPS)
+    norms = _NORMS[config.norm]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name in _NARROW_DEPTHS:
@@ -163,12 +199,12 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
                 stem=nn.Conv2d(3, 16, 3, padding=1, bias=False),
                 shortcut=lambda inputs, outputs, *_: _ZeroPadded(outputs - inputs),
                 num_classes=num_classes,
-                norm=norm,
+                norms=norms,
             )
         block, blocks = _WIDE[config.name]
         # The weights are drawn with torchvision's stem in its place, so that they are torchvision's.
         theirs = nn.Conv2d(3, 64, 7, bias=False)
-        model = ResNet(block, blocks, stem=theirs, shortcut=_projection, num_classes=num_classes, norm=norm)
+        model = ResNet(block, blocks, stem=theirs, shortcut=_projection, num_classes=num_classes, norms=norms)
         # The stem for 32x32 images: torchvision's would shrink them to 8x8 before the first block.
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         _draw(model.conv1)

@@ -1,4 +1,4 @@
-"""How a module computes: in bf16 or fp32, as it is, with faster convolutions on a CPU, or compiled.
+"""How a module computes: in bf16 or fp32, as it is, with faster layers on a CPU, or compiled.
 
 Contract: `choose_precision` measures what `train.precision=auto` stands for on this machine; `prepare_forward` makes a
 module compute as a config says. Weights and gradients are float32 either way, logits too.
@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_cifar.config import TrainConfig
 from dist_cifar.convolution import use_products
+from dist_cifar.normalization import use_fused, use_once
 
 _PROBE_SHAPE = (16, 64, 32, 32)
 """Of the layer that is measured: images, channels, height, width; a ResNet-18's first stage."""
@@ -43,6 +44,13 @@ def prepare_forward(module: nn.Module, config: TrainConfig, device: torch.device
         module.compile()
     elif device.type == "cpu":
         use_products(module)
+        use_fused(module)
+
+
+def use_kernels_once(config: TrainConfig, device: torch.device) -> None:
+    """Calls what numba compiles for a module that `prepare_forward` has prepared with these arguments."""
+    if device.type == "cpu" and not compiles(config, device):
+        use_once(torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
 
 def set_precision(module: nn.Module, precision: str, device: torch.device) -> None:

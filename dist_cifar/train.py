@@ -36,7 +36,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import dist_cifar
-from dist_cifar import predictions, profile, report, signals
+from dist_cifar import jit, predictions, profile, report, signals
 from dist_cifar.augment import kernel, policy
 from dist_cifar.augment.place import augmenter, augments_on_device
 from dist_cifar.checkpoint import CheckpointStore, weights_sha256
@@ -52,7 +52,7 @@ from dist_cifar.evaluate import evaluate
 from dist_cifar.metrics import Evaluation, OwnTime, TrainingSums, peak_memory_bytes
 from dist_cifar.model import build_model
 from dist_cifar.numerics import numerics, pin
-from dist_cifar.precision import choose_precision, set_precision
+from dist_cifar.precision import choose_precision, set_precision, use_kernels_once
 from dist_cifar.profile import phase
 from dist_cifar.rundir import LOCK_SECONDS, RunDir
 from dist_cifar.schedule import (
@@ -149,11 +149,11 @@ class _Run:
         assert config.run.dir is not None  # the config resolved it
         self.run_dir = RunDir(config.run.dir)
 
-        kernel.load()  # side by side; what follows has something to do only where there was nothing to load
+        jit.load(self._use_kernels)  # side by side; what follows has something to do only where nothing was to load
         # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
-        communicator.on_first_rank(lambda: kernel.warm_up(self.display.say))
+        communicator.on_first_rank(lambda: jit.warm_up(self._use_kernels, self.display.say))
         if not self.is_first:
-            kernel.warm_up(self.display.say)
+            jit.warm_up(self._use_kernels, self.display.say)
         self.dataset = load_dataset(config.data, say=self.display.say)
         communicator.wait_for_all()
         communicator.require_equal("the data set's hash", self.dataset.content_sha256)
@@ -224,9 +224,9 @@ class _Run:
         steps = range(progress.step, plan.total_steps)
         with closing(prefetch(self.make_batch, steps, device)) as batches, self.profile or nullcontext():
             while progress.step < plan.total_steps:
+                phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
                 stops = signals.stop_requested() or self.deadline.is_near(self.store.write_seconds)
                 vote.cast(progress.step + 1, stops, self.store.failed)
-                phase("data")
                 step_started = time.perf_counter()
                 self.own_time.start()
                 batch = next(batches)
@@ -287,6 +287,11 @@ class _Run:
         return Batch(inputs=self.augment(indices, params), labels=labels)
 
     # --- restoring and saving ------------------------------------------------------------------------------------
+
+    def _use_kernels(self) -> None:
+        """Calls all that numba compiles for this run."""
+        kernel.use_once()
+        use_kernels_once(self.config.train, self.communicator.device)
 
     def _restore(self, must_resume: bool, resume_anyway: bool) -> int | None:
         """Loads the newest checkpoint on every rank; returns its step, or None if there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -57,7 +58,9 @@ class RankPool:
                 try:
                     succeeded, answer = connection.recv()
                 except EOFError:
-                    succeeded, answer = False, "the process died"
+                    process, _ = self._ranks[rank]
+                    process.join(10)
+                    succeeded, answer = False, f"the process died, exit code {process.exitcode}"
                 (answers if succeeded else failures)[rank] = answer
         if len(answers) < world_size:
             self.close()  # the others may hang in a collective: the next call starts anew
@@ -85,6 +88,7 @@ class RankPool:
 
 
 def _serve(connection: Connection) -> None:
+    faulthandler.enable()  # a crash says where
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 

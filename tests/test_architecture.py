@@ -23,6 +23,7 @@ ORDER = [
     "augment",
     "model",
     "convolution",
+    "normalization",
     "precision",
     "profile",
     "numerics",
@@ -56,7 +57,7 @@ ONLY_IN = {
     "onnxscript": ("inference",),
     "onnxruntime": ("inference",),
 }
-NO_DISTRIBUTION = ("augment", "model", "convolution")
+NO_DISTRIBUTION = ("augment", "model", "convolution", "normalization")
 
 
 def modules() -> list[Path]:

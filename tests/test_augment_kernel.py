@@ -351,10 +351,11 @@ def test_the_comparison_catches_a_mutant(images, mutant_case, name):
 
 WARM_UP = """
 import hashlib, numpy as np
+from dist_cifar import jit
 from dist_cifar.augment import kernel
 from dist_cifar.augment.policy import draw
 from dist_cifar.config import AugmentConfig
-kernel.warm_up(print)
+jit.warm_up(kernel.use_once, print)
 images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
 params = draw(AugmentConfig(), seed=0, epoch=0, indices=range(9))
 print(hashlib.sha256(kernel.augment(images, range(9), params, (0, 0, 0), (1, 1, 1)).numpy().tobytes()).hexdigest())
@@ -370,7 +371,7 @@ def test_a_cold_cache_is_announced_and_survives_two_ranks_at_once(tmp_path):
     together = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert sorted(len(lines) for lines in together) == [1, 2]
-    assert max(together, key=len)[0].startswith("compiling the augmentation kernel (once")
+    assert max(together, key=len)[0].startswith("compiling kernels for this machine (once")
     assert together[0][-1] == together[1][-1]
 
 
@@ -389,7 +390,12 @@ def test_compiles_without_a_cache_where_nothing_can_be_written(monkeypatch):
     assert jit.compiled(lambda number: number + 1)(2) == 3
 
 
-LOAD = "import sys; from dist_cifar.augment import kernel; sys.exit(not kernel.load())"
+LOAD = """
+import sys
+from dist_cifar import jit
+from dist_cifar.augment import kernel
+sys.exit(not jit.load(kernel.use_once))
+"""
 
 
 def test_loading_compiles_nothing(tmp_path):

@@ -8,6 +8,7 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from dist_cifar import profile
 from dist_cifar import train as train_module
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.communicator import Communicator, Vote
 from dist_cifar.profile import Profile, phase
 
 STEPS = profile.SKIPPED_STEPS + profile.TIMED_STEPS + 1 + profile.TRACED_STEPS
@@ -60,6 +61,40 @@ def test_two_ranks_write_a_summary_and_traces_and_train_to_the_same_weights(rank
         for name in ("data wait", "forward", "backward", "optimizer", "other"):
             assert names.count(name) % profile.TRACED_STEPS == 0 < names.count(name), name
         assert any(event["name"] == "aten::convolution" for event in events)
+
+
+def train_without_a_vote_under_way(communicator: Communicator, config: Config) -> int:
+    """The steps that began; fails if one does while the ranks vote."""
+    patch, votes, steps = pytest.MonkeyPatch(), [0], [0]
+    cast, result, begin = Vote.cast, Vote.result, Profile._begin_step
+
+    def cast_one(vote: Vote, *arguments: Any) -> None:
+        votes[0] += 1
+        cast(vote, *arguments)
+
+    def end_one(vote: Vote) -> list[bool]:
+        votes[0] -= 1
+        return result(vote)
+
+    def begin_one(opened: Profile) -> None:
+        steps[0] += 1
+        assert votes == [0]
+        begin(opened)
+
+    patch.setattr(Vote, "cast", cast_one)
+    patch.setattr(Vote, "result", end_one)
+    patch.setattr(Profile, "_begin_step", begin_one)
+    try:
+        train(communicator, config)
+    finally:
+        patch.undo()
+    return steps[0]
+
+
+def test_the_profiler_starts_and_stops_while_no_collective_is_under_way(ranks, tiny):
+    """Stopped during one, torch's profiler writes to memory that it has freed: one run in a hundred crashed."""
+    config = tiny("train.max_steps=8", "train.epochs=20", "eval.every_epochs=20", "run.profile=true")
+    assert ranks.run(2, train_without_a_vote_under_way, config) == [8, 8]
 
 
 def test_a_run_that_ends_early_says_what_there_is(ranks, tiny):

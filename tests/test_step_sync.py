@@ -38,6 +38,8 @@ class Reads(TorchDispatchMode):
             frames = traceback.extract_stack(sys._getframe(2))
             if frames[-1].name == "result" and frames[-1].filename.endswith("communicator.py"):
                 return  # the ranks' answers to each other, which never leave the host
+            if frames[-1].filename.endswith("dist_cifar/normalization.py"):
+                return  # the kernel itself, which there is for CPUs alone
             self.seen.append(f"{name} by " + " < ".join(f"{f.filename}:{f.name}" for f in reversed(frames)))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 from rank_pool import RankError
 
-from dist_cifar import checkpoint, files, signals
+from dist_cifar import checkpoint, files, jit, signals
 from dist_cifar import train as train_module
-from dist_cifar.augment import kernel, policy
+from dist_cifar.augment import policy
 from dist_cifar.config import Config, load_config
 from dist_cifar.deadline import Deadline
 from dist_cifar.display import Display
@@ -189,16 +189,16 @@ def warm_ups(communicator: Communicator, config: Config) -> list[tuple[float, fl
     """When each warm-up of the kernel began and ended; the one of rank 0 takes long, as with a cold cache."""
     times = []
 
-    def warm_up(say: Any) -> None:
+    def warm_up(use: Any, say: Any) -> None:
         began = time.monotonic()
         time.sleep(0.3 if communicator.rank == 0 and not times else 0)
         times.append((began, time.monotonic()))
 
-    original, kernel.warm_up = kernel.warm_up, warm_up
+    original, jit.warm_up = jit.warm_up, warm_up
     try:
         train_module._Run(config, communicator, must_resume=False)
     finally:
-        kernel.warm_up = original
+        jit.warm_up = original
     return times
 
 

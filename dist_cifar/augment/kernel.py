@@ -13,15 +13,11 @@ not contract a product and a sum into one rounding: numba does not unless `fastm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock
-from numba.core import event, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from dist_cifar.augment.policy import AugmentParams, draw
@@ -87,63 +83,11 @@ def normalize(
     return out
 
 
-def load() -> bool:
-    """Loads what a batch needs from numba's disk cache; False if it is not there. Processes may do it side by side."""
-    try:
-        with event.install_listener("numba:compile", _Refusal()):
-            _augment_one_image()
-    except _NotCached:
-        return False
-    return True
-
-
-def warm_up(say: Callable[[str], None]) -> None:
-    """Compiles what a batch needs, or loads it from numba's disk cache, so that the first batch does not wait.
-
-    `say` gets one line before a compilation, and none if the cache is warm. Processes that start together compile one
-    after the other: numba's index of the cache does not survive two writers on two kinds of CPU.
-    """
-    if load():
-        return
-    cache = _augment_batch.stats.cache_path
-    lock = FileLock(Path(cache) / "dist_cifar.lock") if cache else nullcontext()
-    with lock, event.install_listener("numba:compile", _Announcer(say)):
-        _augment_one_image()
-
-
-def _augment_one_image() -> None:
+def use_once() -> None:
+    """One image each way: has the kernels compiled, or loaded from numba's cache."""
     image, index = np.zeros((1, _SIDE, _SIDE, 3), np.uint8), [0]
     augment(image, index, draw(AugmentConfig(), seed=0, epoch=0, indices=index), (0, 0, 0), (1, 1, 1))
     normalize(image, index, (0, 0, 0), (1, 1, 1))
-
-
-class _NotCached(Exception):
-    """numba was about to compile."""
-
-
-class _Refusal(event.Listener):
-    """Ends a compilation before it begins; numba sends the event when it found nothing in its cache."""
-
-    def on_start(self, compilation: event.Event) -> None:
-        raise _NotCached
-
-    def on_end(self, compilation: event.Event) -> None:
-        pass
-
-
-class _Announcer(event.Listener):
-    """Says once that numba compiles."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say: Callable[[str], None] | None = say
-
-    def on_start(self, compilation: event.Event) -> None:
-        if self._say is not None:
-            self._say("compiling the augmentation kernel (once, about 3 s)")
-            self._say = None
-
-    def on_end(self, compilation: event.Event) -> None:
-        pass
 
 
 # --- arguments of the compiled code: it checks no bounds, so this does -------------------------------------------

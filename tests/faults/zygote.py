@@ -25,7 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the
 import accelerate  # noqa: E402, F401
 import torch  # noqa: E402
 
-from dist_cifar import cli, signals, train  # noqa: E402, F401
+from dist_cifar import cli, jit, signals, train  # noqa: E402, F401
 from dist_cifar.augment import kernel  # noqa: E402
 
 INJECTIONS = "tests.faults.injections"
@@ -68,7 +68,7 @@ def start(request: dict[str, Any]) -> int:
 def main() -> None:
     signals.die_with_launcher()
     torch.set_num_threads(1)
-    kernel.warm_up(lambda line: None)
+    jit.warm_up(kernel.use_once, lambda line: None)
     wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
