@@ -13,7 +13,7 @@ few left out; a ratio within a round. The variants of a peer:
 
 Ours is stopped by SIGTERM after its last counted step, since its end would be an evaluation. It logs a row in as many
 steps as warm up (2 or 4), and its rate is taken between rows; the end of its first step is that of the first row less
-the mean time of the steps between. Images are decoded and our kernel is compiled before anything is timed.
+the mean time of the steps between. Images are decoded and our kernels are compiled before anything is timed.
 
 Run it on a machine that does nothing else: about 50 minutes on two cores.
 """
@@ -40,8 +40,10 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 import yaml
 
+from dist_cifar import jit, normalization
 from dist_cifar.augment import kernel
 from dist_cifar.bench import hardware
 from dist_cifar.config import load_config
@@ -447,8 +449,15 @@ class Watched:
 # --- the benchmark -----------------------------------------------------------------------------------------------
 
 
+def use_kernels_once() -> None:
+    """What numba compiles for any of our rows."""
+    kernel.use_once()
+    for dtype in (torch.float32, torch.bfloat16):
+        normalization.use_once(dtype)
+
+
 def prepare(data: Path, scratch: Path) -> None:
-    """Decodes the images once, for ours and for the peers, and compiles our kernel."""
+    """Decodes the images once, for ours and for the peers, and compiles our kernels."""
     config = load_config(
         None, ["data.source=folder", f"data.root={data}", f"data.cache_dir={scratch / 'cache'}", "run.name=peers"]
     )
@@ -459,7 +468,7 @@ def prepare(data: Path, scratch: Path) -> None:
     np.save(images / "labels.npy", dataset.train.labels)
     normalisation = {"mean": list(map(float, dataset.mean)), "std": list(map(float, dataset.std))}
     (images / "statistics.json").write_text(json.dumps(normalisation), encoding="utf-8")
-    kernel.warm_up(print)
+    jit.warm_up(use_kernels_once, print)
 
 
 def run_again(row: Row, data: Path, scratch: Path) -> Sample:
