@@ -33,7 +33,7 @@ _BLOCK = 64
 def use_fused(module: nn.Module) -> None:
     """For the training passes of `module` from now on, which is on a CPU."""
     for layer in module.modules():
-        if isinstance(layer, BatchNormReLU):
+        if isinstance(layer, BatchNormReLU) and layer.affine and layer.track_running_stats and layer.momentum:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
 
 
@@ -49,6 +49,7 @@ def _forward(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor 
         layer.training
         and torch.get_num_threads() == 1  # with more, those of torch's kernels make up for it
         and images.dtype in (torch.float32, torch.bfloat16)
+        and layer.weight.dtype == torch.float32
         and images.is_contiguous(memory_format=torch.channels_last)
         and images.numel() > images.shape[1]  # else torch says that there is nothing to normalise
         and (shortcut is None or (shortcut.dtype, shortcut.shape) == (images.dtype, images.shape))

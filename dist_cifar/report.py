@@ -66,12 +66,14 @@ class Run:
 def read_run(path: Path) -> Run:
     """Reads a run directory. Raises `ConfigError` or `DataError` for files that are not what a run writes."""
     run_dir = RunDir(path)
-    config = run_dir.config()
+    config, status = run_dir.config(), run_dir.status()
+    if run_dir.is_lost():
+        status["status"] = "lost"
     return Run(
         path=path,
         name=config.run.name,
         config=config,
-        status=run_dir.status(),
+        status=status,
         summary=run_dir.summary(),
         rows=run_dir.metrics(),
         events=run_dir.events(),
@@ -124,6 +126,8 @@ def _state(run: Run) -> str:
     if status == "done" or not run.starts:
         return str(status)
     last = max((row["step"] for row in run.rows), default=0)
+    if status == "lost":
+        return f"{_ENDS['lost']} at step {last:,} of {run.starts[-1]['total_steps']:,}"
     return f"{status}, step {last:,} of {run.starts[-1]['total_steps']:,}"
 
 

@@ -24,6 +24,8 @@ from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest, nearest_path
 from dist_cifar.files import write_atomic
 
+_SILENCE_SECONDS = 600.0
+"""After which a job on another host that holds no lock is taken for dead: some file systems do not show its lock."""
 LOCK_SECONDS = 10.0
 """How long a job should wait for another one to leave the run directory: one that was requeued may start while the old
 one is still dying."""
@@ -149,6 +151,26 @@ class RunDir:
     def status(self) -> dict[str, Any]:
         """What `status.json` says; empty if there is none. Raises `DataError`."""
         return _object(self._status)
+
+    def is_lost(self) -> bool:
+        """Whether `status.json` says `running` of a job that has ended without a word: nobody holds its lock."""
+        status = self.status()
+        if status.get("status") != "running" or self._is_locked():
+            return False
+        files = [path for path in self.path.iterdir() if path.is_file()]
+        silence = time.time() - max(path.stat().st_mtime for path in files)
+        return status.get("host") == socket.gethostname() or silence > _SILENCE_SECONDS
+
+    def _is_locked(self) -> bool:
+        """Whether a job holds the lock; True also where that cannot be told."""
+        try:
+            with open(self.path / ".lock", "rb") as file:  # closed, it gives the lock back
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:  # held, or a file system without locks
+            return True
+        return False
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of `events.jsonl`, oldest first."""

@@ -17,6 +17,7 @@ from typing import Any
 from dist_cifar.display import format_row
 from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
 from dist_cifar.report import Run, duration, read_run, render, seconds_left
+from dist_cifar.rundir import RunDir
 
 REFRESH_SECONDS = 2.0
 _FILES = ("status.json", "metrics.jsonl", "events.jsonl", "summary.json", "config.yaml")
@@ -46,17 +47,16 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.path == "/version":
-                self._send(200, "text/plain", version(paths))
-            elif self.path == "/":
-                try:
+            try:
+                if self.path == "/version":
+                    self._send(200, "text/plain", version(paths))
+                elif self.path == "/":
                     page = render([read_run(path) for path in paths], refresh_seconds=REFRESH_SECONDS)
-                except UserError as error:
-                    self._send(500, "text/plain", str(error))
-                else:
                     self._send(200, "text/html", page)
-            else:
-                self._send(404, "text/plain", "there is / and /version")
+                else:
+                    self._send(404, "text/plain", "there is / and /version")
+            except UserError as error:
+                self._send(500, "text/plain", str(error))
 
         def _send(self, status: int, kind: str, text: str) -> None:
             data = text.encode()
@@ -74,9 +74,10 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
 
 
 def version(paths: Sequence[Path]) -> str:
-    """Changes when a file of one of the runs does."""
+    """Changes when a file of one of the runs does, or its job dies."""
     found = []
     for path in paths:
+        found.append("lost" if RunDir(path).is_lost() else "")
         for name in _FILES:
             file = path / name
             status = file.stat() if file.exists() else None

@@ -21,6 +21,7 @@ import pytest
 
 from dist_cifar.cli import main
 from dist_cifar.config import Config, to_yaml
+from dist_cifar.rundir import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -289,7 +290,7 @@ def test_killed_at_a_random_step_and_started_again(config, tmp_path):
     process.kill()  # the agent; its ranks are in sessions of their own
     process.communicate()
     require_no_process(directory)
-    assert status(directory)["status"] == "running"
+    assert status(directory)["status"] == "running" and RunDir(directory).is_lost()
     # Checkpoints are written beside the training: that of step 9 need not be there yet.
     saved = list(directory.glob("checkpoints/step-*/manifest.json"))
     code, out, err = run(command)

@@ -155,18 +155,27 @@ def test_numbers_are_rounded_as_torch_does():
     ("images", "shortcut"),
     [
         (draw((3, 4, 2, 2), 1).double(), None),
+        (draw((3, 4, 2, 2), 1, torch.bfloat16), None),
         (draw((3, 4, 2, 2), 1).contiguous(), None),
         (draw((3, 4, 2, 2), 1), draw((3, 4, 2, 2), 2, torch.bfloat16)),
         (draw((3, 4, 2, 2), 1), draw((3, 4, 1, 1), 2)),
     ],
-    ids=["float64", "row-major", "mixed types", "a shortcut that is spread"],
+    ids=["float64", "weights in bfloat16 too", "row-major", "mixed types", "a shortcut that is spread"],
 )
 def test_other_inputs_are_left_to_torch(fused, images, shortcut):
-    layer = make_layer(4).to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+    layer = make_layer(4).to(images.dtype)
     ours = copy.deepcopy(layer)
     use_fused(ours)
     assert torch.equal(ours(images, shortcut), layer(images, shortcut))
     assert fused == []
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+def test_other_layers_are_left_alone(fused, options):
+    layer = BatchNormReLU(4, **options)
+    ours = copy.deepcopy(layer)
+    use_fused(ours)
+    assert torch.equal(ours(draw((3, 4, 2, 2), 1)), layer(draw((3, 4, 2, 2), 1))) and fused == []
 
 
 def test_evaluation_and_more_threads_are_left_to_torch(fused):

@@ -27,6 +27,7 @@ from dist_cifar.cli import main
 from dist_cifar.data.synthetic import synthetic_split
 from dist_cifar.predictions import collect, wilson_interval
 from dist_cifar.report import read_run, render, segments
+from dist_cifar.rundir import RunDir
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -334,6 +335,23 @@ def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
     assert report.seconds_left(read_run(run)) == pytest.approx(left)
     assert f"about {report.duration(left)} of training left" in page.text and "training loss" in page.text
     assert '<i style="width:7.7%">' in render([read_run(run)])
+
+
+def test_a_job_that_died_is_not_shown_as_running(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "summary.json").unlink()
+    events = (run / "events.jsonl").read_text().splitlines()
+    (run / "events.jsonl").write_text("\n".join(line for line in events if '"done"' not in line) + "\n")
+    with RunDir(run).lock(print):
+        RunDir(run).write_status("running")
+        seen = watch.version([run])
+        assert "running, step 24 of 24" in page_of(run).text
+    assert watch.version([run]) != seen  # so the page asks for what is new
+    text = page_of(run).text
+    assert "ended without a word (killed, or its node died) at step 24 of 24" in text and "running" not in text
+    assert report.seconds_left(read_run(run)) is None
+    assert " lost " in watch.screen(read_run(run), 100).splitlines()[0]
 
 
 def test_a_directory_in_which_nothing_has_begun_is_named(tmp_path, capsys):

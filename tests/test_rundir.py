@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import time
 from typing import NoReturn
 
 import pytest
@@ -37,6 +39,46 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
     with RunDir(tmp_path).lock(said.append):
         pass
     assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
+
+
+def test_a_job_that_died_without_a_word_is_lost(tmp_path):
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        assert not run_dir.is_lost()  # nothing has begun
+        run_dir.write_status("running")
+        assert not run_dir.is_lost()
+    assert run_dir.is_lost()
+    with run_dir.lock(print, wait_seconds=0):  # looking left no lock behind
+        assert not run_dir.is_lost()
+    run_dir.write_status("saved")
+    assert not run_dir.is_lost()
+
+
+def test_of_another_host_it_is_lost_after_a_silence(tmp_path):
+    """Its lock may not be seen here."""
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        run_dir.write_status("running")
+    status = run_dir.status() | {"host": "another"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert not run_dir.is_lost()
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 700,) * 2)
+    assert run_dir.is_lost()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not run_dir.is_lost()
+
+
+def test_where_locks_cannot_be_seen_nothing_is_lost(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        run_dir.write_status("running")
+
+    def flock(file: object, operation: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not run_dir.is_lost()
 
 
 def test_a_failure_that_cannot_be_noted_leaves_no_litter(tmp_path, monkeypatch):
