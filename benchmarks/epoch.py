@@ -29,6 +29,7 @@ from dist_cifar.bench import hardware
 from dist_cifar.config import load_config
 from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.distributed.env import read_env
+from dist_cifar.rundir import RunDir
 from dist_cifar.train import _Run, versions
 
 RANKS = 2
@@ -60,6 +61,7 @@ def worker(precision: str, options: argparse.Namespace, scratch: Path) -> None:
             "tracking.wandb=disabled",
         ],
     )
+    communicator.on_first_rank(RunDir(scratch / precision).open)
     run = _Run(config, communicator, must_resume=False)
     make_real, constant, take_step = run.make_batch, run.make_batch(0), run.strategy.step
     marks: list[tuple[float, float]] = []  # after each step: the time, and the time waited for data so far
