@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.legend_handler import HandlerTuple
+from readme import rounds
 
 OURS, OTHERS, INK, FAINT = "#c2410c", "#64748b", "#1e293b", "#cbd5e1"
 OURS_LIGHT, OTHERS_LIGHT = "#fdba74", "#b6c2d1"
@@ -122,7 +123,7 @@ def draw_peers(result: dict[str, Any], path: Path) -> None:
     )
     figure.supxlabel(
         f"Same model, images, augmentation, global batch of {result['global_batch']}; every program on the same cores."
-        f"\nMedian of n = {result['rounds']} interleaved rounds, whiskers from minimum to maximum."
+        f"\nMedian of n = {rounds(result)} interleaved rounds, whiskers from minimum to maximum."
         f" {result['hardware']}.",
         x=0.01,
         ha="left",

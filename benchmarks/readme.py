@@ -109,7 +109,7 @@ def peers(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Median (and range) of n = {result['rounds']} interleaved rounds, ratios within a round; each model"
+            f"Median (and range) of n = {rounds(result)} interleaved rounds, ratios within a round; each model"
             " and number of ranks in its own rounds. The same model,"
             f" images ({result['data']}), augmentation and global batch ({result['global_batch']}); all on"
             f" {result['hardware']}; {versions}. *Documented*: as the program's documentation has it, in fp32. *Tuned*:"
@@ -117,6 +117,12 @@ def peers(result: dict[str, Any]) -> str:
             f" are of {heads[0]}; lines are those of a user's program.",
         ]
     )
+
+
+def rounds(result: dict[str, Any]) -> str:
+    """Of `peers.json`, whose models and shapes may have been run on their own: a number, or two with `to`."""
+    counts = sorted({row["n"] for row in result["results"] if row["name"] == "dist_cifar"})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
 def _program(row: dict[str, Any]) -> str | None:
@@ -144,7 +150,7 @@ def constant(result: dict[str, Any]) -> str:
     ]
     return (
         f"Images/s of `ddp` over those of the same command with one constant batch: {'; '.join(texts)} (ratios of"
-        f" medians, n = {result['rounds']})."
+        f" medians, n = {rounds(result)})."
     )
 
 
