@@ -29,11 +29,10 @@ quickstart: $(VENV)/installed
 
 # The tests on a SLURM cluster and those of faults mostly wait: they run beside the others, and their output follows.
 test: $(VENV)/installed-test
-	@$(BIN)/python -m pytest tests/slurm >$(VENV)/slurm.log 2>&1 & slurm=$$!; \
-	$(BIN)/python -m pytest tests/faults >$(VENV)/faults.log 2>&1 & faults=$$!; \
+	@($(BIN)/python -m pytest tests/slurm; slurm=$$?; $(BIN)/python -m pytest tests/faults && exit $$slurm) \
+		>$(VENV)/waiting.log 2>&1 & waiting=$$!; \
 	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/faults; others=$$?; \
-	wait $$faults; faults=$$?; cat $(VENV)/faults.log; \
-	wait $$slurm; slurm=$$?; cat $(VENV)/slurm.log; exit $$((others | faults | slurm))
+	wait $$waiting; waiting=$$?; cat $(VENV)/waiting.log; exit $$((others | waiting))
 
 test-slurm: $(VENV)/installed-test test-packages
 	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/slurm

@@ -253,7 +253,7 @@ def _differentiate(gradient, out, x, of_shortcut, of_x, statistics, of_affine):
         slopes[c] = scale_of_one * inverse * inverse * products[c]
         offsets[c] = scale_of_one * sums[c]
     scale, slope, offset = _repeated(statistics[2], width), _repeated(slopes, width), _repeated(offsets, width)
-    if len(of_shortcut):
+    if len(of_shortcut):  # one loop for both would not be vectorised: its source could be its target
         for i in range(rows):
             for j in range(width):
                 value = scale[j] * _widen(of_shortcut[i, j]) - slope[j] * (_widen(x[i, j]) - mean[j]) - offset[j]
