@@ -66,10 +66,11 @@ def test_what_is_compiled():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 @pytest.mark.filterwarnings("default")  # of the compiler
 def test_a_compiled_module_gives_the_same_gradients():
-    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    """In float64: in float32 a sum near zero may pass ReLU in one and not in the other, for one draw in six."""
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
     gradients = []
     for compiled in ("off", "on"):
-        module = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0)
+        module = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0).double()
         prepare_forward(module, TrainConfig(precision="fp32", compile=compiled), CPU)
         module(images).square().mean().backward()
         gradients.append(module.conv1.weight.grad)
