@@ -154,12 +154,13 @@ class RunDir:
 
     def is_lost(self) -> bool:
         """Whether `status.json` says `running` of a job that has ended without a word: nobody holds its lock."""
-        status = self.status()
-        if status.get("status") != "running" or self._is_locked():
+        if self.status().get("status") != "running" or self._is_locked():
             return False
+        status = self.status()  # again: a job that has just ended said so before it let go of the lock
         files = [path for path in self.path.iterdir() if path.is_file()]
         silence = time.time() - max(path.stat().st_mtime for path in files)
-        return status.get("host") == socket.gethostname() or silence > _SILENCE_SECONDS
+        is_seen = status.get("host") == socket.gethostname() or silence > _SILENCE_SECONDS
+        return status.get("status") == "running" and is_seen
 
     def _is_locked(self) -> bool:
         """Whether a job holds the lock; True also where that cannot be told."""

@@ -54,6 +54,19 @@ def test_a_job_that_died_without_a_word_is_lost(tmp_path):
     assert not run_dir.is_lost()
 
 
+def test_a_job_that_ends_while_one_looks_is_not_lost(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running")
+    assert run_dir.is_lost()
+
+    def ends(self: RunDir) -> bool:
+        self.write_status("done")
+        return False
+
+    monkeypatch.setattr(RunDir, "_is_locked", ends)
+    assert not run_dir.is_lost()
+
+
 def test_of_another_host_it_is_lost_after_a_silence(tmp_path):
     """Its lock may not be seen here."""
     run_dir = RunDir(tmp_path)
