@@ -37,6 +37,11 @@ def use_fused(module: nn.Module) -> None:
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
 
 
+def is_worth_it() -> bool:
+    """Whether torch has one thread: more of them make up for what its kernels lose."""
+    return torch.get_num_threads() == 1
+
+
 def use_once(dtype: torch.dtype) -> None:
     """One small pass each way: has the kernels compiled, or loaded from numba's cache."""
     images = torch.zeros(2, 8, 1, 1, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
@@ -47,7 +52,7 @@ def use_once(dtype: torch.dtype) -> None:
 def _forward(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
     fits = (
         layer.training
-        and torch.get_num_threads() == 1  # with more, those of torch's kernels make up for it
+        and is_worth_it()
         and images.dtype in (torch.float32, torch.bfloat16)
         and layer.weight.dtype == torch.float32
         and images.is_contiguous(memory_format=torch.channels_last)

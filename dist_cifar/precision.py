@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_cifar.config import TrainConfig
 from dist_cifar.convolution import use_products
-from dist_cifar.normalization import use_fused, use_once
+from dist_cifar.normalization import is_worth_it, use_fused, use_once
 
 _PROBE_SHAPE = (16, 64, 32, 32)
 """Of the layer that is measured: images, channels, height, width; a ResNet-18's first stage."""
@@ -49,7 +49,7 @@ def prepare_forward(module: nn.Module, config: TrainConfig, device: torch.device
 
 def use_kernels_once(config: TrainConfig, device: torch.device) -> None:
     """Calls what numba compiles for a module that `prepare_forward` has prepared with these arguments."""
-    if device.type == "cpu" and not compiles(config, device):
+    if device.type == "cpu" and is_worth_it() and not compiles(config, device):
         use_once(torch.bfloat16 if config.precision == "bf16" else torch.float32)
 
 

@@ -286,12 +286,12 @@ class _Run:
         labels = torch.from_numpy(self.dataset.train.labels[indices])
         return Batch(inputs=self.augment(indices, params), labels=labels)
 
-    # --- restoring and saving ------------------------------------------------------------------------------------
-
     def _use_kernels(self) -> None:
         """Calls all that numba compiles for this run."""
         kernel.use_once()
         use_kernels_once(self.config.train, self.communicator.device)
+
+    # --- restoring and saving ------------------------------------------------------------------------------------
 
     def _restore(self, must_resume: bool, resume_anyway: bool) -> int | None:
         """Loads the newest checkpoint on every rank; returns its step, or None if there is none."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from faults.jobs import VOLATILE
 from rank_pool import RankError
 
 from dist_cifar import checkpoint, files, jit, signals
@@ -28,17 +29,6 @@ from dist_cifar.distributed.communicator import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.schedule import Plateau
 from dist_cifar.strategy.ddp import DdpStrategy
-
-VOLATILE = {
-    "seconds",
-    "images_per_second",
-    "images_per_second_per_rank",
-    "data_wait_share",
-    "rank_work_share",
-    "straggler_ratio",
-    "memory_bytes",
-}
-"""What a row says of the machine."""
 
 
 def rows(config: Config, kind: str) -> list[dict[str, Any]]:
