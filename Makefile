@@ -29,13 +29,13 @@ quickstart: $(VENV)/installed
 
 # The tests on a SLURM cluster and those of faults mostly wait: they run beside the others, and their output follows.
 test: $(VENV)/installed-test
-	@($(BIN)/python -m pytest tests/slurm; slurm=$$?; $(BIN)/python -m pytest tests/faults && exit $$slurm) \
+	@($(BIN)/python -m pytest tests/integration/slurm; slurm=$$?; $(BIN)/python -m pytest tests/integration/faults && exit $$slurm) \
 		>$(VENV)/waiting.log 2>&1 & waiting=$$!; \
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/faults; others=$$?; \
+	$(BIN)/python -m pytest --ignore=tests/integration/slurm --ignore=tests/integration/faults; others=$$?; \
 	wait $$waiting; waiting=$$?; cat $(VENV)/waiting.log; exit $$((others | waiting))
 
 test-slurm: $(VENV)/installed-test test-packages
-	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/slurm
+	DIST_CIFAR_SLURM=1 $(BIN)/python -m pytest tests/integration/slurm
 
 # As another user than root, or without apt-get, it changes nothing: the tests then say what is missing.
 test-packages:
@@ -54,8 +54,8 @@ types: $(VENV)/installed-test
 
 # The quick tests of what a change breaks first; the blocks of the pages are run by `make test`.
 check: lint types
-	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_config.py tests/test_schedule.py \
-		tests/test_rng.py tests/test_metrics.py tests/test_docs.py tests/test_readme.py tests/test_documents.py
+	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/config/test_load.py tests/optim/test_lr_schedule.py \
+		tests/ops/test_philox.py tests/test_state.py tests/integration/documents/test_facts.py tests/integration/documents/test_readme.py tests/integration/documents/test_blocks.py
 
 clean:
 	rm -rf $(VENV) runs/quickstart

@@ -7,16 +7,80 @@ it does not depend on who computed which batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dist_cifar.augment.kernel import normalize
-from dist_cifar.data.dataset import Split
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.metrics import Evaluation
+from dist_cifar.augment.cpu import normalize
+from dist_cifar.data.dataset import Dataset, Split
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.state import Evaluation
+
+
+class Evaluator:
+    """Evaluates weights on the validation split while a run trains, and on the test split at its end."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        validation_indices: npt.NDArray[np.int64],
+        *,
+        batch_size: int,
+        communicator: Communicator,
+    ) -> None:
+        """`model` is loaded with the weights to evaluate: a module of its own, since a strategy may shard its one.
+
+        Without validation images the test split takes their part.
+        """
+        self._model, self._dataset = model, dataset
+        self._batch_size, self._communicator = batch_size, communicator
+        self._test = dataset.test, np.arange(len(dataset.test.labels))
+        self.selects_on_test = len(validation_indices) == 0
+        """Whether the best model is chosen on the test split."""
+        self._validation = self._test if self.selects_on_test else (dataset.train, validation_indices)
+        self.validation_size = len(self._validation[1])
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of the model's parameters."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    @property
+    def split_name(self) -> str:
+        """Name of the split on which the best model is chosen."""
+        return "test" if self.selects_on_test else "validation"
+
+    def load_state_dict(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Takes weights without evaluating them. Raises `RuntimeError` if they are another model's."""
+        self._model.load_state_dict(weights)
+
+    def validate(self, weights: Mapping[str, torch.Tensor]) -> Evaluation:
+        """The result of `weights` on the split on which the best model is chosen. A collective."""
+        return self._evaluate(weights, *self._validation)
+
+    def test(self, weights: Mapping[str, torch.Tensor]) -> Evaluation:
+        """The result of `weights` on the test split. A collective."""
+        return self._evaluate(weights, *self._test)
+
+    def _evaluate(
+        self, weights: Mapping[str, torch.Tensor], split: Split, indices: npt.NDArray[np.int64]
+    ) -> Evaluation:
+        self.load_state_dict(weights)
+        return evaluate(
+            self._model,
+            split,
+            indices,
+            mean=self._dataset.mean,
+            std=self._dataset.std,
+            num_classes=len(self._dataset.classes),
+            batch_size=self._batch_size,
+            communicator=self._communicator,
+        )
 
 
 def evaluate(
@@ -53,8 +117,8 @@ def evaluate(
     finally:
         module.train(was_training)
     for total in (losses, all_logits):  # each batch has one addend that is not zero: these sums are exact
-        communicator.sum(total)
-    communicator.sum(confusion)
+        communicator.all_reduce_sum(total)
+    communicator.all_reduce_sum(confusion)
     result = Evaluation(
         loss=sum(losses.tolist()) / len(indices),
         confusion=confusion.view(num_classes, num_classes).cpu().numpy(),

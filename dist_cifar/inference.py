@@ -21,17 +21,17 @@ import torch
 from PIL import UnidentifiedImageError
 from torch import nn
 
-from dist_cifar.augment.kernel import normalize
-from dist_cifar.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from dist_cifar.augment.cpu import normalize
 from dist_cifar.config import Config, config_from_values
-from dist_cifar.data.folder import decode
-from dist_cifar.data.synthetic import synthetic_split
+from dist_cifar.data.sources.image_folder import decode
+from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
-from dist_cifar.files import make_dirs, write_atomic
-from dist_cifar.model import build_model
-from dist_cifar.precision import set_precision
-from dist_cifar.predictions import softmax, wilson_interval
-from dist_cifar.rundir import RunDir, is_run, latest_run, require_run
+from dist_cifar.models.resnet import build_model
+from dist_cifar.ops.precision import set_precision
+from dist_cifar.run.atomic_io import make_dirs, write_atomic
+from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from dist_cifar.run.predictions import softmax, wilson_interval
+from dist_cifar.run.run_dir import RunDir, is_run, latest_run, require_run
 
 CHECKED_IMAGES = 256
 _TOLERANCE = 1e-3
@@ -59,7 +59,7 @@ class Classifier:
 
     def probabilities(self, images: npt.NDArray[np.uint8], *, tta: bool = False) -> npt.NDArray[np.float32]:
         """Of uint8 [n, 32, 32, 3]: float32 [n, classes]. `tta` averages each image with its mirror image."""
-        module = MirrorAveraged(self.module) if tta else self.module
+        module = HorizontalFlipTTA(self.module) if tta else self.module
         rows = []
         with torch.inference_mode():
             for start in range(0, len(images), _BATCH):
@@ -69,7 +69,7 @@ class Classifier:
         return np.concatenate(rows)
 
 
-class MirrorAveraged(nn.Module):
+class HorizontalFlipTTA(nn.Module):
     """Test-time augmentation: the mean of the probabilities of an image and of its mirror image, as logits."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -85,13 +85,13 @@ class MirrorAveraged(nn.Module):
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def load_classifier(path: Path | None, device: torch.device, *, say: Callable[[str], None]) -> Classifier:
+def load_classifier(path: Path | None, device: torch.device) -> Classifier:
     """The best model of the run directory `path` (the newest where none was chosen), or that of one of its checkpoints.
 
     Without `path`, of the run below `runs/` that was written to last. Raises `CheckpointError` or `ConfigError`.
     """
     path = latest_run(Path("runs")) if path is None else path
-    checkpoint = _of_run(path, say) if is_run(path) else _named(path)
+    checkpoint = _of_run(path) if is_run(path) else _named(path)
     state = checkpoint.state
     try:
         config = config_from_values(state["config"])
@@ -103,7 +103,7 @@ def load_classifier(path: Path | None, device: torch.device, *, say: Callable[[s
     model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
     model.load_state_dict(checkpoint.tensors["model"])
     model = model.to(device).to(memory_format=torch.channels_last).eval()
-    set_precision(model, config.train.precision, device)
+    set_precision(model, config.compute.precision, device)
     return Classifier(
         module=model,
         device=device,
@@ -139,14 +139,13 @@ def _directory_of(path: Path) -> Path:
     raise ConfigError(f"{path}: this is no checkpoint; did you mean {near}?")
 
 
-def _of_run(path: Path, say: Callable[[str], None]) -> Checkpoint:
+def _of_run(path: Path) -> Checkpoint:
     store = CheckpointStore(
         RunDir(path).checkpoints,
         keep_last=1,
         keep_best=1,
         keep_every_steps=None,
         on_write_error="raise",
-        say=say,
     )
     checkpoint = store.load_best() or store.load_newest()
     if checkpoint is None:
@@ -157,7 +156,9 @@ def _of_run(path: Path, say: Callable[[str], None]) -> Checkpoint:
 # --- predicting --------------------------------------------------------------------------------------------------
 
 
-def pictures(sources: Sequence[str], stdin: Callable[[], bytes]) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
+def load_images(
+    sources: Sequence[str], stdin: Callable[[], bytes]
+) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
     """Each picture's name with its pixels, uint8 [32, 32, 3], or with what is wrong with it.
 
     A source is a file, a folder, of which every file counts but hidden ones, or `-`: the bytes of one picture from
@@ -193,7 +194,7 @@ def _pixels(read: Callable[[], bytes]) -> npt.NDArray[np.uint8] | str:
     return f"not a readable picture ({reason})"
 
 
-def ranked(probabilities: npt.NDArray[np.float32], classes: Sequence[str], top: int) -> list[tuple[str, float]]:
+def top_k(probabilities: npt.NDArray[np.float32], classes: Sequence[str], top: int) -> list[tuple[str, float]]:
     """The `top` most probable classes of one picture, [classes], the first the most probable."""
     order = np.argsort(-probabilities, kind="stable")[:top]
     return [(classes[i], float(probabilities[i])) for i in order]
@@ -214,7 +215,7 @@ def batched(items: Iterable[Any], size: int = _BATCH) -> Iterator[list[Any]]:
 # --- exporting ---------------------------------------------------------------------------------------------------
 
 
-class FromPixels(nn.Module):
+class WithPreprocessing(nn.Module):
     """The graph that is exported: pixels in, logits out, the normalisation inside."""
 
     def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -240,7 +241,7 @@ def export(classifier: Classifier, kind: str, directory: Path) -> tuple[Path, fl
     """
     module = build_model(classifier.config.model, num_classes=len(classifier.classes), seed=0)
     module.load_state_dict(classifier.module.state_dict())
-    graph = FromPixels(module, classifier.mean, classifier.std).eval()
+    graph = WithPreprocessing(module, classifier.mean, classifier.std).eval()
     metadata = describe(classifier)
     images = torch.from_numpy(synthetic_split(1, CHECKED_IMAGES)[0])
     data, compute = (_to_torch if kind == "torch" else _to_onnx)(graph, images[:2], metadata)
@@ -420,7 +421,7 @@ def model_card(
         "## Training",
         "",
         f"- Step {classifier.step:,}, weights SHA-256 `{classifier.sha256}`.",
-        f"- Seed {config.run.seed}, strategy `{config.train.strategy}`, {config.train.precision},"
+        f"- Seed {config.run.seed}, strategy `{config.strategy.name}`, {config.compute.precision},"
         f" augmentation `{config.augment.policy}`.",
         *(
             [

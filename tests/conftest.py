@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from rank_pool import RankPool
 
 from dist_cifar.config import Config, load_config
+from dist_cifar.tracking.console import LineHandler
+from tests import REPOSITORY
+from tests.rank_pool import RankPool
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +48,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> 
 
 
 @pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines that the package logs for the person in front of it, as they come."""
+    lines: list[str] = []
+    logger, handler = logging.getLogger("dist_cifar"), LineHandler(lines.append)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+@pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Config]:
     """`tiny("key=value", ...)`: a config that trains in a second, with its run directory below `tmp_path`."""
 
@@ -63,8 +77,8 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
             "batch.global_size": "16",
             "optimizer.warmup_epochs": "1",
             "train.epochs": "2",
-            "train.precision": "fp32",
-            "train.strategy": "ddp",
+            "compute.precision": "fp32",
+            "strategy.name": "ddp",
             "tracking.wandb": "disabled",
         }
         values |= dict(override.split("=", 1) for override in overrides)

@@ -124,8 +124,8 @@ def _call(call: _Call) -> Any:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
-    from dist_cifar.distributed.communicator import Communicator
-    from dist_cifar.distributed.env import DistEnv
+    from dist_cifar.distributed.collectives import Communicator
+    from dist_cifar.distributed.launch_env import DistEnv
 
     env = DistEnv(rank=call.rank, world_size=call.world_size, local_rank=call.rank, local_world_size=call.world_size)
     for name in env.variables():

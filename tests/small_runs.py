@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from dist_cifar.config import load_config
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.distributed.env import DistEnv
-from dist_cifar.train import train
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.trainer import train
 
 VALUES = {
     "run.device": "cpu",
@@ -19,7 +19,7 @@ VALUES = {
     "model.name": "resnet20",
     "batch.global_size": "16",
     "train.epochs": "2",
-    "train.precision": "fp32",
+    "compute.precision": "fp32",
     "tracking.wandb": "disabled",
 }
 

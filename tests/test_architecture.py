@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "dist_cifar"
+from tests import REPOSITORY
+
+PACKAGE = REPOSITORY / "dist_cifar"
 ORDER = [
     "errors",
     "signals",

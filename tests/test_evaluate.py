@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dist_cifar.data.dataset import Split
-from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.evaluate import evaluate
-from dist_cifar.metrics import Evaluation
+from dist_cifar.state import Evaluation
 
 CLASSES, MEAN, STD = 10, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

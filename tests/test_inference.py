@@ -15,17 +15,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import small_runs
 import torch
 import yaml
 from PIL import Image
 
 from dist_cifar import inference
 from dist_cifar.cli import main
-from dist_cifar.data import benchmarks
-from dist_cifar.data.synthetic import CLASSES, synthetic_split
+from dist_cifar.data import ood_test_sets
+from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError
-from dist_cifar.inference import FromPixels, load_classifier
+from dist_cifar.inference import WithPreprocessing, load_classifier
+from tests import small_runs
 
 CPU = torch.device("cpu")
 
@@ -284,7 +284,7 @@ def test_labels_of_other_classes_are_warned_of(trained, tmp_path, capsys, monkey
     np.save(tmp_path / "cifar10.1_v6_labels.npy", np.zeros(3, np.int64))
     assert main(["evaluate", str(trained), "--data", str(tmp_path)]) == 0
     assert "classes are called disc, ring" in capsys.readouterr().err
-    monkeypatch.setattr(benchmarks, "CLASSES", CLASSES)
+    monkeypatch.setattr(ood_test_sets, "CLASSES", CLASSES)
     assert main(["evaluate", str(trained), "--data", str(tmp_path)]) == 0
     assert capsys.readouterr().err == ""
 
@@ -363,11 +363,11 @@ def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier)
 
 
 def test_a_graph_that_computes_something_else_is_not_written(classifier, tmp_path, monkeypatch):
-    class Wrong(FromPixels):
+    class Wrong(WithPreprocessing):
         def forward(self, images):
             return super().forward(images) * (1 if not torch.compiler.is_compiling() else 1.1)
 
-    monkeypatch.setattr(inference, "FromPixels", Wrong)
+    monkeypatch.setattr(inference, "WithPreprocessing", Wrong)
     with pytest.raises(CheckpointError, match="differ from the model's"):
         inference.export(classifier, "torch", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_cifar import train as train_module
+from dist_cifar import trainer as train_module
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.rundir import RunDir
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.run.run_dir import RunDir
 
 STEPS = 6
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
@@ -38,7 +38,7 @@ class Reads(TorchDispatchMode):
             frames = traceback.extract_stack(sys._getframe(2))
             if frames[-1].name == "result" and frames[-1].filename.endswith("communicator.py"):
                 return  # the ranks' answers to each other, which never leave the host
-            if frames[-1].filename.endswith("dist_cifar/normalization.py"):
+            if frames[-1].filename.endswith("dist_cifar/ops/fused_batchnorm.py"):
                 return  # the kernel itself, which there is for CPUs alone
             self.seen.append(f"{name} by " + " < ".join(f"{f.filename}:{f.name}" for f in reversed(frames)))
 
@@ -49,7 +49,7 @@ class Reads(TorchDispatchMode):
 
 
 def reads(communicator: Communicator, config: Config, careless: bool) -> list[str]:
-    communicator.on_first_rank(RunDir(config.run.dir).open)
+    communicator.run_on_rank0(RunDir(config.run.dir).open)
     run = train_module._Run(config, communicator)
     seen = Reads(run)
     patches = []
@@ -78,7 +78,7 @@ def reads(communicator: Communicator, config: Config, careless: bool) -> list[st
 def short(tiny: Any, strategy: str) -> Config:
     name, _, stage = strategy.partition(" ")
     words = [f"train.max_steps={STEPS}", f"run.log_every_steps={STEPS}", "train.epochs=20", "eval.every_epochs=20"]
-    return tiny(*words, f"train.strategy={name}", f"train.zero_stage={stage or 1}", "batch.virtual_ranks=4")
+    return tiny(*words, f"strategy.name={name}", f"strategy.zero_stage={stage or 1}", "strategy.virtual_ranks=4")
 
 
 @pytest.mark.parametrize("strategy", ["exact", "ddp", "fsdp"])
@@ -104,11 +104,11 @@ def test_a_read_in_the_loop_is_found(ranks, tiny):
 @pytest.mark.parametrize("strategy", ["exact", "ddp"])
 def test_on_a_gpu_nothing_waits_between_two_logs(tiny, strategy):
     """torch raises at the first call that waits for the device."""
-    from dist_cifar.distributed.env import read_env
+    from dist_cifar.distributed.launch_env import read_env
 
     communicator = Communicator(read_env({}), device=torch.device("cuda", 0), timeout_seconds=60)
     config = short(tiny, strategy)
-    communicator.on_first_rank(RunDir(config.run.dir).open)
+    communicator.run_on_rank0(RunDir(config.run.dir).open)
     run = train_module._Run(config, communicator)
     take_step = run.strategy.step
 

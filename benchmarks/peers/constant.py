@@ -5,10 +5,10 @@ The difference between its speed and that of the real command is what preparing 
 
 import sys
 
-from dist_cifar import train
+from dist_cifar import trainer
 from dist_cifar.cli import main
 
-_make_batch = train._Run.make_batch
+_make_batch = trainer._Run.make_batch
 _batches = {}
 
 
@@ -19,5 +19,5 @@ def _first_batch(run, step):
 
 
 if __name__ == "__main__":
-    train._Run.make_batch = _first_batch
+    trainer._Run.make_batch = _first_batch
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from dist_cifar.augment.policy import CROP_PADDING, SIDE, AugmentParams
+from dist_cifar.augment.params import CROP_PADDING, SIDE, AugmentParams
 
 _JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
-from dist_cifar.data.locks import exclusive
+from dist_cifar.data.file_lock import exclusive
 from dist_cifar.errors import DataError
 
 FORMAT_VERSION = 1
@@ -59,9 +59,7 @@ def cache_directory(configured: str | None) -> Path:
         raise DataError("there is no home directory to keep the cache in; set data.cache_dir to a directory") from None
 
 
-def load_or_build(
-    cache_dir: Path, name: str, key: str, build: Callable[[], Arrays], say: Callable[[str], None]
-) -> Entry:
+def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arrays]) -> Entry:
     """The entry of the content `key` (hexadecimal); `name` tells people what it is.
 
     `build` is called by one process per file system, and only where there is no good entry. Raises `DataError` if the
@@ -71,7 +69,7 @@ def load_or_build(
     entry = read_entry(directory, key)
     if entry is not None:
         return entry
-    with exclusive(directory.with_suffix(".lock"), say, key="data.cache_dir"):
+    with exclusive(directory.with_suffix(".lock"), key="data.cache_dir"):
         entry = read_entry(directory, key)
         if entry is None:
             arrays = build()

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from dist_cifar import rng
 from dist_cifar.config import DataConfig
-from dist_cifar.data import archive, cache, folder, stage, synthetic
+from dist_cifar.data import cache, node_staging
 from dist_cifar.data.arrays import Arrays
+from dist_cifar.data.sources import cifar, image_folder, synthetic
 from dist_cifar.errors import ConfigError
+from dist_cifar.ops import philox
 
-ARCHIVES = {"cifar10": archive.CIFAR10, "cifar100": archive.CIFAR100}
+ARCHIVES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 _SPLIT_SEED = 0
 
 
@@ -54,29 +54,29 @@ class Dataset:
     """Where the arrays are on the disk."""
 
 
-def load_dataset(config: DataConfig, *, say: Callable[[str], None] = print) -> Dataset:
+def load_dataset(config: DataConfig) -> Dataset:
     """The data set that `config` names; every process of a job may call it at once.
 
-    `say` gets a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url` or
+    Logs a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url` or
     `data.stage_dir`.
     """
-    stage_dir = None if config.stage_dir is None else stage.stage_directory(config.stage_dir, os.environ)
+    stage_dir = None if config.stage_dir is None else node_staging.stage_directory(config.stage_dir, os.environ)
     cache_dir = cache.cache_directory(config.cache_dir)
     root = Path(config.root).expanduser()
     if config.source == "synthetic":
         sizes = (config.synthetic_train_size, config.synthetic_test_size)
         key = hashlib.sha256(f"synthetic {synthetic.GENERATOR_VERSION} {sizes}".encode()).hexdigest()
-        entry = cache.load_or_build(cache_dir, config.source, key, lambda: _synthetic(*sizes), say)
+        entry = cache.load_or_build(cache_dir, config.source, key, lambda: _synthetic(*sizes))
     elif config.source == "folder":
-        key = cache.remembered(cache_dir, root, folder.signature(root), lambda: folder.content_key(root))
-        entry = cache.load_or_build(cache_dir, config.source, key, lambda: folder.read_folder(root, say), say)
+        key = cache.remembered(cache_dir, root, image_folder.signature(root), lambda: image_folder.content_key(root))
+        entry = cache.load_or_build(cache_dir, config.source, key, lambda: image_folder.read_folder(root))
     else:
         spec = ARCHIVES[config.source]
         entry = cache.load_or_build(
-            cache_dir, config.source, spec.sha256, lambda: archive.read_archive(spec, root, config.url, say), say
+            cache_dir, config.source, spec.sha256, lambda: cifar.read_archive(spec, root, config.url)
         )
     if stage_dir is not None:
-        entry = stage.staged(entry, stage_dir, say)
+        entry = node_staging.staged(entry, stage_dir)
     arrays = entry.arrays
     return Dataset(
         train=Split(images=arrays.train_images, labels=arrays.train_labels),
@@ -116,7 +116,7 @@ def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDAr
     shares, remainders = np.divmod(size * counts, len(labels))
     largest = np.argsort(-remainders, kind="stable")[: size - shares.sum()]
     shares[largest] += 1
-    chance = rng.random_words(_SPLIT_SEED, rng.STREAM_SPLIT, 0, np.arange(len(labels)), 1)[:, 0]
+    chance = philox.random_words(_SPLIT_SEED, philox.STREAM_SPLIT, 0, np.arange(len(labels)), 1)[:, 0]
     held_out = np.zeros(len(labels), bool)
     for label, count, share in zip(classes, counts, shares, strict=True):
         if share == count:

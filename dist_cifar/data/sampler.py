@@ -8,14 +8,15 @@ the ranks is the same set, in the same order. The position of a run is one numbe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from dist_cifar.schedule import BatchPlan
+if TYPE_CHECKING:
+    from dist_cifar.data.batching import BatchPlan
 
 
 class GlobalBatchSampler(DistributedSampler[int]):

@@ -1,71 +1,82 @@
-"""How replicas are kept in step. The trainer sees the protocol alone."""
+"""How the replicas of the model are kept in step: the strategies by name, and the properties of each.
+
+Contract: this module imports no torch. The command line asks for a strategy's properties before torch is imported,
+since the number of threads has to be set by then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from dist_cifar.config import BatchConfig, Config, StrategyConfig
+from dist_cifar.errors import ConfigError
 
-from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.schedule import BatchPlan
+if TYPE_CHECKING:
+    from torch import nn
 
-Tensors = dict[str, torch.Tensor]
-"""By name."""
+    from dist_cifar.data.batching import BatchPlan
+    from dist_cifar.distributed.collectives import Communicator
+    from dist_cifar.strategy.base import Strategy
 
 
-class Strategy(Protocol):
-    """One model on several ranks."""
+@dataclass(frozen=True, kw_only=True)
+class StrategySpec:
+    """What is known of a strategy before its module is imported."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
-        ...
+    path: str
+    """`module:class` of the `Strategy`."""
+    bitwise: bool = False
+    """The weights have the same bits on every number of ranks: a global batch is cut into `strategy.virtual_ranks`
+    slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
+    single_threaded: bool = False
+    """A rank has one CPU thread by default, since the number of threads changes how sums are rounded."""
+    auto_compile: bool = True
+    """Whether `compute.compile=auto` may compile the module."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss` [], the mean over the micro-batch of the last `forward`.
 
-        The gradient of the step is the mean over all micro-batches of all ranks; it is reduced during the last one.
-        """
-        ...
+STRATEGIES = {
+    "exact": StrategySpec(
+        path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, auto_compile=False
+    ),
+    "ddp": StrategySpec(path="dist_cifar.strategy.ddp:DdpStrategy"),
+    "deepspeed": StrategySpec(path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy"),
+    "fsdp": StrategySpec(path="dist_cifar.strategy.fsdp:FsdpStrategy"),
+}
+"""Every strategy by its name."""
 
-    def step(self, lr: float) -> torch.Tensor:
-        """Clips, takes one optimizer step at `lr`, clears the gradients; returns their norm before clipping, [].
 
-        The norm is the same on every rank. Where it is not finite, the step changes nothing.
-        """
-        ...
+def properties(config: StrategyConfig) -> StrategySpec:
+    """The properties of the strategy that `strategy.name` names."""
+    return STRATEGIES[config.name]
 
-    def model_tensors(self) -> Tensors:
-        """The whole model's state with its buffers averaged over ranks, the training undisturbed. A collective.
 
-        Tensors are on the device and may be the model's own: copy what must outlive the next step. So the next two.
-        """
-        ...
+def slice_count(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> int:
+    """How many slices of the global batch are computed each by itself: a multiple of the world size.
 
-    def rank_tensors(self) -> Tensors:
-        """What ranks hold that the others do not, stacked over ranks. A collective."""
-        ...
-
-    def optimizer_tensors(self) -> Tensors:
-        """Adam's state of whole parameters, `<parameter>.<moment>` to tensor. A collective."""
-        ...
-
-    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
-        """Restores what the three methods above returned, for the same model, of any strategy and number of ranks."""
-        ...
+    Raises `ConfigError` where `world_size` ranks cannot share a global batch equally.
+    """
+    if properties(config).bitwise:
+        if config.virtual_ranks % world_size:
+            allowed = ", ".join(str(2**i) for i in range(config.virtual_ranks.bit_length()))
+            raise ConfigError(
+                f"strategy.virtual_ranks: {config.virtual_ranks} virtual ranks cannot be shared equally by {world_size}"
+                f" ranks; start {allowed} ranks, or choose strategy.name=ddp"
+            )
+        return config.virtual_ranks
+    if batch.global_size is not None and batch.global_size % world_size:
+        lower = batch.global_size // world_size * world_size
+        near = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
+        raise ConfigError(
+            f"batch.global_size: {batch.global_size} samples cannot be shared equally by {world_size} ranks;"
+            f" set batch.global_size={near}, or start another number of ranks"
+        )
+    return world_size
 
 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
-    """The strategy that `train.strategy` names. What only another one needs is not imported."""
-    Chosen: Callable[..., Strategy]
-    if config.train.strategy == "exact":
-        from dist_cifar.strategy.exact import ExactStrategy as Chosen
-    elif config.train.strategy == "fsdp":
-        from dist_cifar.strategy.fsdp import FsdpStrategy as Chosen
-    elif config.train.strategy == "deepspeed":
-        from dist_cifar.strategy.deepspeed import DeepSpeedStrategy as Chosen
-    else:
-        from dist_cifar.strategy.ddp import DdpStrategy as Chosen
-    return Chosen(module, config, communicator=communicator, plan=plan)
+    """The strategy that `strategy.name` names, around `module`. The modules of the others are not imported."""
+    module_name, _, class_name = properties(config.strategy).path.partition(":")
+    strategy: type[Strategy] = getattr(importlib.import_module(module_name), class_name)
+    return strategy(module, config, communicator=communicator, plan=plan)

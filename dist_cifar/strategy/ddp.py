@@ -19,17 +19,16 @@ from accelerate.utils import DDPCommunicationHookType
 from torch import nn
 
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.data.batching import BatchPlan
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import LaunchError
-from dist_cifar.precision import prepare_forward
-from dist_cifar.profile import reduction_follows
-from dist_cifar.schedule import BatchPlan
-from dist_cifar.strategy import Tensors
-from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
-from dist_cifar.strategy.statistics import RankStatistics
+from dist_cifar.optim.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.run.step_profiler import reduction_follows
+from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 _HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
-"""What rounds the gradients before they are sent, by `train.grad_compression`."""
+"""What rounds the gradients before they are sent, by `strategy.grad_compression`."""
 
 
 class DdpStrategy:
@@ -39,14 +38,14 @@ class DdpStrategy:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
         self._communicator = communicator
-        self._clip_norm = config.optimizer.clip_norm
+        self._clip_norm = config.optimizer.max_grad_norm
         self._micro_batches, self._pass = plan.micro_batches, 0
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # `prepare_forward` sets it, as for every strategy
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, comm_hook=_HOOKS[config.train.grad_compression]
+                    gradient_as_bucket_view=True, comm_hook=_HOOKS[config.strategy.grad_compression]
                 )
             ],
         )
@@ -57,11 +56,11 @@ class DdpStrategy:
                 f" rank {counted[0]} of {counted[1]}; start with the files of launch/accelerate or with torchrun"
             )
         self.module = module.to(device).to(memory_format=torch.channels_last)
-        prepare_forward(module, config.train, device)
+        prepare_module(module, config, device)
         self._optimizer = build_adam(module.parameters(), config.optimizer)
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
         # Only now: Accelerate moves the module to its name of the device.
-        self._statistics = RankStatistics(module, communicator)
+        self._statistics = PerRankBatchNormStats(module, communicator)
         if self._replica is not self.module:
             # As an argument it is deprecated in torch 2.15, and the name that replaces it is unknown to 2.11.
             self._replica.broadcast_buffers = False
@@ -80,11 +79,11 @@ class DdpStrategy:
         parameter = next(self.module.parameters())
         self._accelerator.backward(self._replica(images.to(parameter.dtype)).sum())
         self._optimizer.zero_grad()
-        self._statistics.rewind()
+        self._statistics.restore()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self._pass == 0:
-            self._statistics.mark()
+            self._statistics.snapshot()
         is_last = self._pass == self._micro_batches - 1
         with nullcontext() if is_last else self._accelerator.no_sync(self._replica):
             return self._replica(images)
@@ -98,19 +97,19 @@ class DdpStrategy:
         self._pass = 0
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         adam_step(self._optimizer, lr, self._clip_norm, norm)
-        self._statistics.rewind_where(~norm.isfinite())
+        self._statistics.restore_where(~norm.isfinite())
         return norm
 
-    def model_tensors(self) -> Tensors:
+    def model_state_dict(self) -> Tensors:
         return self.module.state_dict() | self._statistics.averaged()
 
-    def rank_tensors(self) -> Tensors:
-        return self._statistics.of_all_ranks()
+    def per_rank_state(self) -> Tensors:
+        return self._statistics.all_gather()
 
-    def optimizer_tensors(self) -> Tensors:
+    def optimizer_state_dict(self) -> Tensors:
         return adam_tensors(self.module, self._optimizer)
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
-        self._statistics.restore(ranks)
+        self._statistics.load_per_rank(ranks)
         load_adam(self.module, self._optimizer, optimizer)

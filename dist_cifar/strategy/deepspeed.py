@@ -1,6 +1,6 @@
 """Strategy `deepspeed`: DeepSpeed's engine with ZeRO stage 0, 1, 2 or 3.
 
-Contract: `train.zero_stage` says what is cut among ranks instead of kept whole by each: 0 nothing, 1 Adam's state, 2
+Contract: `strategy.zero_stage` says what is cut among ranks instead of kept whole by each: 0 nothing, 1 Adam's state, 2
 the gradients too, 3 the parameters too. Otherwise as `ddp`: gradients are averaged over ranks, each rank normalises its
 own micro-batch.
 
@@ -23,13 +23,12 @@ import torch
 from torch import nn
 
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
+from dist_cifar.data.batching import BatchPlan
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import LaunchError
-from dist_cifar.precision import prepare_forward
-from dist_cifar.schedule import BatchPlan
-from dist_cifar.strategy import Tensors
-from dist_cifar.strategy.adam import MOMENTS, adam_options, adam_tensors, clip, load_adam, set_lr, sharded_norm
-from dist_cifar.strategy.statistics import RankStatistics
+from dist_cifar.optim.adam import MOMENTS, adam_options, adam_tensors, clip, load_adam, set_lr, sharded_norm
+from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 
 class DeepSpeedStrategy:
@@ -38,15 +37,15 @@ class DeepSpeedStrategy:
     def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
         """`module` is moved to the communicator's device. Raises `LaunchError` if DeepSpeed is not installed."""
         communicator.require_process_group()
-        self._device, self._stage = communicator.device, config.train.zero_stage
+        self._device, self._stage = communicator.device, config.strategy.zero_stage
         self._rank, self._world_size = communicator.rank, communicator.world_size
         self._micro_batches, self._pass = plan.micro_batches, 0
         deepspeed = _import_deepspeed(self._device)
         self._utils = deepspeed.utils
         self.module = module.to(self._device)
-        prepare_forward(module, config.train, self._device)
+        prepare_module(module, config, self._device)
         self._adam = _ClippingAdam(module.parameters(), fused=True, **adam_options(config.optimizer))
-        self._adam.clip_norm, self._adam.is_sharded = config.optimizer.clip_norm, self._stage > 0
+        self._adam.max_grad_norm, self._adam.is_sharded = config.optimizer.max_grad_norm, self._stage > 0
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._adam,
@@ -59,7 +58,7 @@ class DeepSpeedStrategy:
                 "zero_allow_untested_optimizer": True,
             },
         )
-        self._statistics = RankStatistics(module, communicator)
+        self._statistics = PerRankBatchNormStats(module, communicator)
         self._flat = self._flat_parts()
         for part in self._flat:
             self._adam.state[part] = {
@@ -71,7 +70,7 @@ class DeepSpeedStrategy:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self._pass == 0:
-            self._statistics.mark()
+            self._statistics.snapshot()
         self._engine.set_gradient_accumulation_boundary(self._pass == self._micro_batches - 1)
         return self._engine(images.contiguous(memory_format=torch.channels_last))
 
@@ -87,19 +86,19 @@ class DeepSpeedStrategy:
         self._adam.norm = torch.full((), float("nan"), device=self._device)
         self._engine.step()
         norm = self._adam.norm
-        self._statistics.rewind_where(~norm.isfinite())
+        self._statistics.restore_where(~norm.isfinite())
         return norm
 
-    def model_tensors(self) -> Tensors:
+    def model_state_dict(self) -> Tensors:
         state = self.module.state_dict()
         if self._stage == 3:
             state |= {name: self._utils.safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
         return state | self._statistics.averaged()
 
-    def rank_tensors(self) -> Tensors:
-        return self._statistics.of_all_ranks()
+    def per_rank_state(self) -> Tensors:
+        return self._statistics.all_gather()
 
-    def optimizer_tensors(self) -> Tensors:
+    def optimizer_state_dict(self) -> Tensors:
         if self._stage == 0:
             return adam_tensors(self.module, self._adam)
         step = self._adam.state[self._flat[0]]["step"]
@@ -114,7 +113,7 @@ class DeepSpeedStrategy:
         parameters, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         for name, buffer in buffers.items():
             buffer.copy_(model[name])
-        self._statistics.restore(ranks)
+        self._statistics.load_per_rank(ranks)
         for name, parameter in parameters.items():
             self._set(parameter, None, model[name])
         if self._stage == 0:
@@ -163,7 +162,7 @@ class DeepSpeedStrategy:
 class _ClippingAdam(torch.optim.Adam):
     """Adam that clips by the norm of the whole gradient, of which it may see a part, before it steps."""
 
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     is_sharded = False
     norm: torch.Tensor
     """Of the last step, before clipping, []."""
@@ -174,7 +173,7 @@ class _ClippingAdam(torch.optim.Adam):
             self.norm = sharded_norm(gradients, gradients[0].device)
         else:
             self.norm = nn.utils.get_total_norm(gradients)
-        clip(self, self.clip_norm, self.norm)
+        clip(self, self.max_grad_norm, self.norm)
         super().step()
 
 
@@ -187,7 +186,7 @@ def _import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise LaunchError(
-            f"train.strategy=deepspeed: DeepSpeed cannot be imported ({error}); install it:"
+            f"strategy.name=deepspeed: DeepSpeed cannot be imported ({error}); install it:"
             " DS_BUILD_OPS=0 pip install -e '.[deepspeed]'"
         ) from None
     # Its own all-reduce in shared memory is compiled on first use: half a minute at the start, and a compiler.

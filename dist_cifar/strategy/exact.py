@@ -1,9 +1,9 @@
 """Strategy `exact`: the same bits for every world size.
 
 Contract: weights, buffers, optimizer state and gradient norms after a step depend on the config, the data and the
-numerics of the machine (`dist_cifar.numerics`), not on the number of ranks. A global batch is cut into V virtual
+numerics of the machine (`dist_cifar.run.provenance`), not on the number of ranks. A global batch is cut into V virtual
 ranks; each is computed by itself, whoever computes it, in forward and backward passes of the same shape. What they
-give is summed in one balanced binary tree (`dist_cifar.distributed.tree`) and divided once by the number of passes.
+give is summed in one balanced binary tree (`dist_cifar.strategy.tree_reduce`) and divided once by the number of passes.
 BatchNorm normalises within a pass and starts every pass from the running statistics of the step's beginning; the mean
 of what the passes make of them, through the same tree, is the one update of the step. Passes of one virtual rank
 (`batch.max_micro_batch`) are added up in their order, before the tree.
@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.distributed.tree import Bucket, LocalTree
-from dist_cifar.precision import prepare_forward
-from dist_cifar.profile import phase
-from dist_cifar.schedule import BatchPlan
-from dist_cifar.strategy import Tensors
-from dist_cifar.strategy.adam import adam_step, adam_tensors, build_adam, load_adam
-from dist_cifar.strategy.statistics import RunningStatistics
+from dist_cifar.data.batching import BatchPlan
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.optim.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.run.step_profiler import phase
+from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.batchnorm_stats import BatchNormStats
+from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
 
 _BUCKET_BYTES = 8 * 2**20
 """Gradients of one bucket, at least (but for the last): enough to use the bandwidth, few enough to overlap."""
@@ -40,56 +39,56 @@ class ExactStrategy:
     def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
-        self._clip_norm = config.optimizer.clip_norm
+        self._clip_norm = config.optimizer.max_grad_norm
         self._leaves = plan.virtual_ranks * plan.passes
         self._local_passes = plan.micro_batches
         # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
         # best: while a gradient is still in the cache.
-        self._leaf_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
+        self._slice_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
         self.module = module.to(device).to(memory_format=torch.channels_last)
-        prepare_forward(module, config.train, device)
-        self._statistics = RunningStatistics(module)
+        prepare_module(module, config, device)
+        self._statistics = BatchNormStats(module)
         self._optimizer = build_adam(module.parameters(), config.optimizer)
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = list(reversed(list(module.parameters())))
-        self._gradients, self._statistics_tree = LocalTree(), LocalTree()
-        self._seen = self._statistics.values
+        self._gradients, self._statistics_tree = TreeAccumulator(), TreeAccumulator()
+        self._stats_sum = self._statistics.values
         """Sum of the running statistics that the passes of the current virtual rank have left."""
         self._pass = 0
         self._statistics_bucket = Bucket([self._statistics.values], communicator)
         self._buckets: list[Bucket] = []
-        self._places: list[slice] = []
+        self._bucket_slices: list[slice] = []
         """Where the tensors of a bucket are in `_parameters`."""
-        for place in _cut(self._parameters):
+        for place in _partition(self._parameters):
             self._buckets.append(Bucket(self._parameters[place], communicator))
-            self._places.append(place)
+            self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, len(self._buckets) - 1))
-        self._missing: list[int] = []
+                parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))
+        self._pending: list[int] = []
         """For each bucket, how many gradients of the last pass have not come."""
         self._next_bucket = 0
         self._reductions = _Reductions(communicator)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics
-        statistics.rewind()
+        statistics.restore()
         logits = self.module(images)
         seen = statistics.values.clone()
-        self._seen = seen if self._pass % self._leaf_passes == 0 else self._seen.add_(seen)
+        self._stats_sum = seen if self._pass % self._slice_passes == 0 else self._stats_sum.add_(seen)
         if self._is_last_pass:
-            self._missing = [len(bucket.views) for bucket in self._buckets]
+            self._pending = [len(bucket.views) for bucket in self._buckets]
             self._next_bucket = 0
             if statistics.names:
-                root = self._statistics_tree.root([self._seen])
+                root = self._statistics_tree.root([self._stats_sum])
                 self._reductions.submit(partial(self._statistics_bucket.reduce, root, self._leaves))
-        elif self._ends_leaf:
-            self._statistics_tree.add([self._seen])
+        elif self._is_slice_end:
+            self._statistics_tree.add([self._stats_sum])
         return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        if self._ends_leaf and not self._is_last_pass:
+        if self._is_slice_end and not self._is_last_pass:
             self._gradients.add(_gradients(self._parameters))
             self._optimizer.zero_grad()
         self._pass += 1
@@ -99,7 +98,7 @@ class ExactStrategy:
         phase("reduction")
         self._reductions.wait()
         phase("optimizer")
-        for bucket, place in zip(self._buckets, self._places, strict=True):
+        for bucket, place in zip(self._buckets, self._bucket_slices, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
         norm = nn.utils.get_total_norm(_gradients(list(self.module.parameters())))
@@ -109,42 +108,42 @@ class ExactStrategy:
         if statistics.names:
             statistics.values.copy_(self._statistics_bucket.views[0])
         statistics.counts.copy_(statistics.start_counts + 1)
-        statistics.rewind_where(~norm.isfinite())
-        statistics.mark()
+        statistics.restore_where(~norm.isfinite())
+        statistics.snapshot()
         self._gradients.clear()
         self._statistics_tree.clear()
         self._pass = 0
         return norm
 
-    def model_tensors(self) -> Tensors:
+    def model_state_dict(self) -> Tensors:
         return self.module.state_dict()
 
-    def rank_tensors(self) -> Tensors:
+    def per_rank_state(self) -> Tensors:
         return {}
 
-    def optimizer_tensors(self) -> Tensors:
+    def optimizer_state_dict(self) -> Tensors:
         return adam_tensors(self.module, self._optimizer)
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
-        self._statistics.mark()
+        self._statistics.snapshot()
         load_adam(self.module, self._optimizer, optimizer)
 
     @property
-    def _ends_leaf(self) -> bool:
-        return self._pass % self._leaf_passes == self._leaf_passes - 1
+    def _is_slice_end(self) -> bool:
+        return self._pass % self._slice_passes == self._slice_passes - 1
 
     @property
     def _is_last_pass(self) -> bool:
         return self._pass == self._local_passes - 1
 
-    def _arrived(self, index: int, _: torch.Tensor) -> None:
+    def _on_grad_ready(self, index: int, _: torch.Tensor) -> None:
         """A gradient of a bucket is complete. In the last pass the bucket may be due, and those that waited for it."""
         if not self._is_last_pass:
             return
-        self._missing[index] -= 1
-        while self._next_bucket < len(self._buckets) and self._missing[self._next_bucket] == 0:
-            bucket, place = self._buckets[self._next_bucket], self._places[self._next_bucket]
+        self._pending[index] -= 1
+        while self._next_bucket < len(self._buckets) and self._pending[self._next_bucket] == 0:
+            bucket, place = self._buckets[self._next_bucket], self._bucket_slices[self._next_bucket]
             gradients = _gradients(self._parameters[place])
             self._reductions.submit(partial(self._reduce, bucket, gradients, place))
             self._next_bucket += 1
@@ -160,7 +159,7 @@ class _Reductions:
         self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
         # With one rank there is nothing to wait for, so nothing to hide.
         threads = self._stream is None and communicator.world_size > 1
-        # No OpenMP workers of its own, for the reason given in `dist_cifar.data.loader`.
+        # No OpenMP workers of its own, for the reason given in `dist_cifar.data.prefetch`.
         single = partial(torch.set_num_threads, 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if threads else None
         self._futures: list[Future[None]] = []
@@ -190,7 +189,7 @@ def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None
 
 
-def _cut(parameters: list[nn.Parameter]) -> list[slice]:
+def _partition(parameters: list[nn.Parameter]) -> list[slice]:
     """Slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
     cuts, start, size = [], 0, 0
     for end, parameter in enumerate(parameters, 1):

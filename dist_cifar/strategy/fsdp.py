@@ -20,12 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_cifar.config import Config
-from dist_cifar.distributed.communicator import Communicator
-from dist_cifar.precision import prepare_forward
-from dist_cifar.schedule import BatchPlan
-from dist_cifar.strategy import Tensors
-from dist_cifar.strategy.adam import MOMENTS, adam_step, build_adam, sharded_norm
-from dist_cifar.strategy.statistics import RankStatistics
+from dist_cifar.data.batching import BatchPlan
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.optim.adam import MOMENTS, adam_step, build_adam, sharded_norm
+from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 
 class FsdpStrategy:
@@ -34,17 +33,17 @@ class FsdpStrategy:
     def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
         """`module` is moved to the communicator's device and its parameters become sharded."""
         communicator.require_process_group()
-        self._device, self._clip_norm = communicator.device, config.optimizer.clip_norm
+        self._device, self._clip_norm = communicator.device, config.optimizer.max_grad_norm
         self._micro_batches, self._pass = plan.micro_batches, 0
         self.module: Any = module.to(self._device)  # `fully_shard` makes it one of its own class
-        prepare_forward(module, config.train, self._device)
+        prepare_module(module, config, self._device)
         mesh = init_device_mesh(self._device.type, (communicator.world_size,))
         for stage in module.children():
             if isinstance(stage, nn.Sequential):
                 for block in stage:
                     fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
-        self._statistics = RankStatistics(module, communicator)
+        self._statistics = PerRankBatchNormStats(module, communicator)
         # DTensors, and so their gradients.
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         # Plain tensors with the memory of this rank's parts: fused Adam is not for DTensors on every device.
@@ -53,7 +52,7 @@ class FsdpStrategy:
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if self._pass == 0:
-            self._statistics.mark()
+            self._statistics.snapshot()
         is_last = self._pass == self._micro_batches - 1
         self.module.set_requires_gradient_sync(is_last)
         return self.module(images.contiguous(memory_format=torch.channels_last))
@@ -73,18 +72,18 @@ class FsdpStrategy:
             self._parameters[name].grad = None
         norm = sharded_norm(gradients, self._device)
         adam_step(self._optimizer, lr, self._clip_norm, norm)
-        self._statistics.rewind_where(~norm.isfinite())
+        self._statistics.restore_where(~norm.isfinite())
         return norm
 
-    def model_tensors(self) -> Tensors:
+    def model_state_dict(self) -> Tensors:
         state = self.module.state_dict()
         state |= {name: tensor.full_tensor() for name, tensor in state.items() if isinstance(tensor, DTensor)}
         return state | self._statistics.averaged()
 
-    def rank_tensors(self) -> Tensors:
-        return self._statistics.of_all_ranks()
+    def per_rank_state(self) -> Tensors:
+        return self._statistics.all_gather()
 
-    def optimizer_tensors(self) -> Tensors:
+    def optimizer_state_dict(self) -> Tensors:
         tensors: Tensors = {}
         if not self._optimizer.state:
             return tensors
@@ -103,7 +102,7 @@ class FsdpStrategy:
                 self._parts[name].copy_(self._part(tensor, model[name]))
             else:
                 tensor.copy_(model[name])
-        self._statistics.restore(ranks)
+        self._statistics.load_per_rank(ranks)
         for name, parameter in self._parameters.items():
             part = self._parts[name]
             if f"{name}.step" in optimizer and part.numel():

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_cifar.files import write_atomic
-from dist_cifar.tracking.rows import Results
+from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.tracking.base import Results
 
 
 def encode(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,400 @@
+"""Writes the figures of README.md and docs/*.md from benchmarks/results/*.json.
+
+    python benchmarks/publish/tables.py
+
+Each block of a page between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name makes of
+`results/NAME.json`. A test runs it and finds nothing to change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks/results"
+
+
+def real_job(result: dict[str, Any]) -> str:
+    """Accuracy and speed of the real job."""
+    accuracy, speed, wall = (result["spread"][name] for name in ("test_accuracy", "images_per_second", "wall_seconds"))
+    same = "ends with the same weights" if result["same_weights_through_torchrun"] else "ENDS WITH OTHER WEIGHTS"
+    return (
+        f"On an {result['hardware']}, with {result['data']} as the images: test accuracy"
+        f" {accuracy['median']:.1%} ({accuracy['min']:.1%} to {accuracy['max']:.1%}),"
+        f" {speed['median']:,.0f} images/s ({speed['min']:,.0f} to {speed['max']:,.0f}), {wall['median']:.0f} s a run;"
+        f" median and range of n = {result['n']} seeds. The same run through torchrun {same}."
+    )
+
+
+def augment(result: dict[str, Any]) -> str:
+    """The table of the augmentation benchmark."""
+    lines = ["| augmentation | images/s, one core | range | dist_cifar is |", "|---|---|---|---|"]
+    for row in sorted(result["results"], key=lambda row: -row["images_per_second_median"]):
+        low, high = row["images_per_second_min"], row["images_per_second_max"]
+        ratio = "" if row["name"] == "dist_cifar" else f"{row['ours_over_this_median']:.0f}x"
+        lines.append(f"| {row['name']} | {row['images_per_second_median']:,} | {low:,} to {high:,} | {ratio} |")
+    return "\n".join(
+        [*lines, "", f"Median and range of n = {result['rounds']} interleaved rounds, float32, {result['hardware']}."]
+    )
+
+
+def epoch(result: dict[str, Any]) -> str:
+    """How much of a step the loop waits for data."""
+    parts = [
+        f"{row['precision']}: {row['ratio_median']:.1%} ({row['ratio_min']:.1%} to {row['ratio_max']:.1%}) of the"
+        f" images/s of the same loop with one constant batch, data wait {row['data_wait_share_median']:.2%} of a step"
+        for row in result["results"]
+    ]
+    return (
+        "ResNet-20 on two ranks with one core each, real batches against a constant one. "
+        + "; ".join(parts)
+        + f". Median and range of n = {result['pairs']} pairs, {result['hardware']}."
+    )
+
+
+MODELS = {"resnet20": "ResNet-20", "resnet18": "ResNet-18"}
+PEERS = {
+    "accelerate": "Accelerate's example",
+    "ddp_tutorial": "PyTorch's DDP tutorial",
+    "pytorch_cifar": "pytorch-cifar",
+    "timm": "timm",
+    "lightning": "Lightning",
+}
+"""By their names in the results."""
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Rates of all programs, and the ratios of ours to the best of the others."""
+    cells = list(dict.fromkeys((row["model"], row["ranks"], row["threads_per_rank"]) for row in result["results"]))
+    heads = [f"{MODELS[model]}, {ranks} x {threads}" for model, ranks, threads in cells]
+    detail = cells[0]
+    lines = [
+        f"| images/s (ranks x threads) | {' | '.join(heads)} | first step after | data wait | memory | lines of code |",
+        "|---" * (len(cells) + 5) + "|",
+    ]
+    programs: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for row in result["results"]:
+        name = _program(row)
+        if name is not None:
+            programs.setdefault(name, {})[row["model"], row["ranks"], row["threads_per_rank"]] = row
+    for name, rows in programs.items():
+        rates = [f"{rows[cell]['images_per_second_median']:,.0f}" if cell in rows else "" for cell in cells]
+        row = rows[detail]
+        rates += [f"{row['startup_seconds_median']:.1f} s", f"{row['data_wait_share_median']:.1%}"]
+        rates += [f"{row['peak_pss_bytes_median'] / 2**20:,.0f} MiB", str(row["lines_of_code"])]
+        lines.append(f"| {name} | {' | '.join(rates)} |")
+    lines += ["", f"| over the best of the others | {' | '.join(heads)} |", "|---" * (len(cells) + 1) + "|"]
+    for strategy, precision, against in (
+        ("ddp", "fp32", "best documented"),
+        ("ddp", "bf16", "best documented"),
+        ("exact", "bf16", "best documented"),
+        ("ddp", "bf16", "best tuned"),
+        ("exact", "bf16", "best tuned"),
+    ):
+        found = {
+            (row["model"], row["shape"]): row
+            for row in result["comparisons"]
+            if (row["strategy"], row["precision"], row["against"]) == (strategy, precision, against)
+        }
+        ratios = [found[model, f"{ranks}x{threads}"] for model, ranks, threads in cells]
+        texts = " | ".join(f"{_ratio(row, 'ratio')}, {PEERS[row['peer']]}" for row in ratios)
+        lines.append(f"| `{strategy}` {precision} over the {against} | {texts} |")
+    packages = ("torch", "accelerate", "timm", "lightning")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in packages if name in result["versions"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Median (and range) of n = {rounds(result)} interleaved rounds, ratios within a round; each model"
+            " and number of ranks in its own rounds. The same model,"
+            f" images ({result['data']}), augmentation and global batch ({result['global_batch']}); all on"
+            f" {result['hardware']}; {versions}. *Documented*: as the program's documentation has it, in fp32. *Tuned*:"
+            " bf16, channels-last and fused Adam added by hand, and the better number of workers. The last four columns"
+            f" are of {heads[0]}; lines are those of a user's program.",
+        ]
+    )
+
+
+def rounds(result: dict[str, Any]) -> str:
+    """Of `peers.json`, whose models and shapes may have been run on their own: a number, or two with `to`."""
+    counts = sorted({row["n"] for row in result["results"] if row["name"] == "dist_cifar"})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
+def _program(row: dict[str, Any]) -> str | None:
+    """The name of a row of the table; none for what is no program."""
+    if row["name"] == "dist_cifar":
+        return f"**dist_cifar**, `{row['variant']}` {row['precision']}"
+    return f"{PEERS[row['name']]}, {row['variant']}" if row["name"] in PEERS else None
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
+    return f"{median:.2f}x ({low:.2f} to {high:.2f})"
+
+
+def constant(result: dict[str, Any]) -> str:
+    """How near ours is to the same loop without data to prepare, for each model and shape of `peers.json`."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in result["results"]:
+        if row["name"] in ("dist_cifar", "constant") and row["variant"] == "ddp":
+            key = row["model"], row["ranks"], row["threads_per_rank"], row["precision"]
+            found.setdefault(key, {})[row["name"]] = row["images_per_second_median"]
+    texts = [
+        f"{MODELS[model]} {precision}, {ranks} x {threads}: {rates['dist_cifar'] / rates['constant']:.3f}"
+        for (model, ranks, threads, precision), rates in found.items()
+    ]
+    return (
+        f"Images/s of `ddp` over those of the same command with one constant batch: {'; '.join(texts)} (ratios of"
+        f" medians, n = {rounds(result)})."
+    )
+
+
+def startup(result: dict[str, Any]) -> str:
+    """Seconds to the first step, of each command."""
+    states = list(dict.fromkeys(row["state"] for row in reversed(result["results"])))
+    heads = [f"{state}, s | {state}, of Accelerate's" for state in states]
+    lines = [f"| model | ranks | command | {' | '.join(heads)} |", "|---" * (3 + 2 * len(states)) + "|"]
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in result["results"]:
+        name = "Accelerate's example" if row["name"] == "accelerate" else f"**dist_cifar**, `{row['name']}`"
+        key = MODELS[row["model"]], str(row["ranks"]), f"{name}: `{row['launcher']}`"
+        median, low, high = (row[f"seconds_{kind}"] for kind in ("median", "min", "max"))
+        text = f"{median:.1f} ({low:.1f} to {high:.1f}) | "
+        if "over_peer_median" in row:
+            text += _ratio(row, "over_peer")
+        found.setdefault(key, {})[row["state"]] = text
+    lines += [
+        f"| {' | '.join(key)} | {' | '.join(values[state] for state in states)} |" for key, values in found.items()
+    ]
+    cold = " *Cold*: the file caches were dropped before." if "cold" in states else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "From the command to the end of the first optimizer step: median and range of"
+            f" n = {result['rounds']} interleaved rounds, ratios within a round; {result['hardware']}.{cold}",
+        ]
+    )
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """What a second rank gains on this machine, and what is predicted of GPUs."""
+
+    def ratio(values: dict[str, float]) -> str:
+        return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})"
+
+    columns = {
+        "ddp_two_ranks_over_two_threads": "2 ranks x 1 thread over 1 rank x 2 threads",
+        "ddp_over_plain_two_ranks": "over a hand-written DDP loop, 2 ranks",
+        "ddp_over_plain_one_rank": "over a hand-written loop, 1 rank",
+        "exact_over_ddp_two_ranks": "`exact` over `ddp`, 2 ranks",
+    }
+    lines = [f"| images/s of `ddp` | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for row in result["results"]:
+        cells = " | ".join(ratio(row[name]) for name in columns)
+        lines.append(f"| {MODELS[row['model']]} {row['precision']} | {cells} |")
+    lines += [
+        "",
+        f"Median and range of n = {result['rounds']} interleaved rounds, ratios within a round; global batch"
+        f" {result['global_batch']}, constant data, {result['hardware']}. The hand-written loops have the same model,"
+        " precision, channels-last and fused Adam.",
+        "",
+        "**Predicted, not measured**: efficiency of ResNet-18 on nodes of eight H100, by the assumptions in"
+        " `benchmarks/results/scaling.json`.",
+        "",
+        "| GPUs | images a GPU and step | `ddp` | `exact` |",
+        "|---|---|---|---|",
+    ]
+    for row in result["predictions"]:
+        shares = f"{row['ddp_efficiency']:.0%} | {row['exact_efficiency']:.0%}"
+        lines.append(f"| {row['gpus']} | {row['images_per_gpu']} | {shares} |")
+    return "\n".join(lines)
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """What stands beside the training, as shares of a step."""
+    names = {"progress": "bar", "vote": "vote", "log": "log", "checkpoint": "checkpoint", "writing": "writing it"}
+    lines = [f"| share of a step | {' | '.join(names.values())} | together |", "|---" * (len(names) + 2) + "|"]
+    for row in result["results"]:
+        cells = [f"{row[name]['share_of_a_step']:.2%}" for name in names] + [f"{row['share_of_a_step']:.2%}"]
+        step = row["step"]["milliseconds_median"]
+        lines.append(f"| {MODELS[row['model']]} {row['precision']}, {step:.0f} ms | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"On {result['ranks']} ranks with a core each, global batch {result['global_batch']}, W&B offline:"
+            f" {result['hardware']}. n is in `benchmarks/results/overhead.json`.",
+        ]
+    )
+
+
+def settings(result: dict[str, Any]) -> str:
+    """What each setting gains."""
+    lines = ["| setting | model | threads | images/s | without it | gain |", "|---" * 6 + "|"]
+    for row in result["results"]:
+        rates = f"{row['images_per_second_median']:,.0f} | {row['images_per_second_without_median']:,.0f}"
+        what = f"{row['setting']} | {MODELS[row['model']]} | {row['threads']}"
+        lines.append(f"| {what} | {rates} | {_ratio(row, 'gain')} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`ddp`, bf16, one rank, global batch {result['global_batch']}: median and range of n = {result['rounds']}"
+            f" interleaved rounds, {result['hardware']}.",
+        ]
+    )
+
+
+def exactness(result: dict[str, Any]) -> str:
+    """The table of the digests."""
+    lines = ["| model | steps | world sizes | digest of the state | seconds, all phases |", "|---|---|---|---|---|"]
+    for row in result["results"]:
+        phases = ", ".join(" -> ".join(map(str, phase["world_sizes"])) for phase in row["phases"])
+        seconds = sum(phase["seconds"] for phase in row["phases"])
+        digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
+        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
+    where = f"With {result['data']} as the images, batch 128, on an {result['hardware']}"
+    load = f"which did other work as well (load average {result['load_average_before']:g} at the start)"
+    return "\n".join([*lines, "", f"{where}, {load}."])
+
+
+def strategy(result: dict[str, Any]) -> str:
+    """The cost of strategy exact, its bytes, and the prediction."""
+
+    def ratio(row: dict[str, Any], name: str) -> str:
+        median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
+        return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+    lines = [
+        "| model | ranks | time, equal passes | processor time, equal passes | time, one pass a rank | bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["results"]:
+        names = ("exact_over_ddp_equal", "exact_over_ddp_equal_cpu", "exact_over_ddp_natural")
+        sent = [row.get(f"{side}_wire_bytes_per_rank_measured") for side in ("exact", "ddp_equal")]
+        wire = f"{sent[0] / sent[1]:.3f}" if all(sent) else ""
+        cells = [f"{row['model']} {row['precision']}", str(row["ranks"]), *(ratio(row, name) for name in names), wire]
+        lines.append(f"| {' | '.join(cells)} |")
+    oversubscribed = ", ".join(map(str, result["oversubscribed_ranks"]))
+    lines += [
+        "",
+        f"Strategy `exact` over `ddp`: median and range of n = {result['rounds']} rounds in which both take turns,"
+        f" global batch {result['global_batch']}, 8 virtual ranks, {result['hardware']}, one thread a rank (so"
+        f" {oversubscribed} ranks share its cores, on both sides). *Equal passes*: `ddp` accumulates passes of as many"
+        " samples as a virtual rank has. *One pass a rank* is how `ddp` would be run. *Bytes* are those that a rank"
+        " sends in a step, counted by the network interface.",
+        "",
+        "No GPU was measured. Predicted for ResNet-18 from the assumptions in `benchmarks/results/strategy.json`:",
+        "",
+        "| GPUs | virtual ranks | images a GPU and step | exact / ddp |",
+        "|---|---|---|---|",
+    ]
+    for row in result["predictions"]:
+        cells = (row["gpus"], row["virtual_ranks"], row["images_per_gpu"], f"{row['exact_over_ddp']:.3f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def schedules(result: dict[str, Any]) -> str:
+    """What became of the random schedules."""
+    kinds = "; ".join(f"{kind}: {count}" for kind, count in result["signals"].items())
+    moments = ", ".join(f"{moment} {count}" for moment, count in result["moments"].items())
+    return (
+        f"Of {result['n']} such schedules {result['equal']} ended with the weights and the log of the undisturbed run"
+        f" ({kinds}). When the signal came, rank 0 was here: {moments}. After a SIGKILL at most"
+        f" {result['lost_steps_max']} steps had to be done again, with a checkpoint every"
+        f" {result['checkpoint_every_steps']}."
+    )
+
+
+def checkpoint_damage(result: dict[str, Any]) -> str:
+    """What became of damaged checkpoints."""
+    return (
+        f"Of {result['n']:,} random damages to checkpoints {result['detected']:,} were found, and"
+        f" {result['fell_back']:,} times the checkpoint before it was loaded, with every bit."
+    )
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    return f"{row['p50']:.1f} ({row['min']:.1f} to {row['max']:.1f})"
+
+
+def _cluster(result: dict[str, Any]) -> str:
+    return (
+        f"p50 and range of n = {result['n']} jobs of {result['ranks']} CPU ranks on {result['nodes']} nodes, ResNet-20"
+        f" on generated images; {result['slurm']}, a test cluster whose nodes share one {result['hardware']}"
+    )
+
+
+def slurm(result: dict[str, Any]) -> str:
+    """How long a job takes to begin, and to save when it is told to stop."""
+    start, saved = (_seconds(result[f"{name}_seconds"]) for name in ("sbatch_to_first_step", "signal_to_checkpoint"))
+    return (
+        f"From `sbatch` to the end of the first step: {start} s. From the signal of a preemption to a checkpoint on the"
+        f" disk: {saved} s. ({_cluster(result)}.)"
+    )
+
+
+def preemption(result: dict[str, Any]) -> str:
+    """What happens when, in a preemption."""
+    saved, ended = (_seconds(result[f"{name}_seconds"]) for name in ("signal_to_checkpoint", "signal_to_requeue"))
+    rows = [
+        ("0", "SLURM sends SIGTERM to the tasks; torchrun hands it to its ranks, which finish their step"),
+        ("after that step", "the ranks agree to stop, their state is copied, and rank 0 writes the checkpoint"),
+        (saved, "the checkpoint is on the disk, and `status.json` says `saved`; the ranks end, then torchrun and srun"),
+        (ended, "the batch script has read `status.json`, notes why in `requeues.log` and asks SLURM for the requeue"),
+        ("`cred_expire` later", "SLURM starts the job again if there is room: by default after 120 seconds"),
+    ]
+    return (
+        "\n".join(
+            ["| seconds | what |", "|---|---|", *(f"| {when} | {what} |" for when, what in rows), "", _cluster(result)]
+        )
+        + "."
+    )
+
+
+BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
+    "README.md": {
+        "real_job": real_job,
+        "peers": peers,
+        "augment": augment,
+        "epoch": epoch,
+        "exactness": exactness,
+        "slurm": slurm,
+    },
+    "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
+    "docs/performance.md": {
+        "constant": constant,
+        "startup": startup,
+        "scaling": scaling,
+        "overhead": overhead,
+        "settings": settings,
+    },
+    "docs/slurm.md": {"slurm": preemption},
+}
+
+
+SOURCES = {"constant": "peers"}
+"""Blocks whose figures are in a result of another name."""
+
+
+def updated(page: str, text: str) -> str:
+    """The text of a page with its figures as the results say."""
+    for name, make in BLOCKS[page].items():
+        figures = make(json.loads((RESULTS / f"{SOURCES.get(name, name)}.json").read_text()))
+        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text, count = block.subn(lambda match, figures=figures: match[1] + figures + match[2], text)
+        assert count == 1, f"{page} has {count} blocks {name}"
+    return text
+
+
+if __name__ == "__main__":
+    for page in BLOCKS:
+        path = REPOSITORY / page
+        path.write_text(updated(page, path.read_text()))

@@ -1,0 +1,91 @@
+"""Decides whether the CPU or a GPU augments, and gives the function that does.
+
+Contract: the bits do not depend on the place. triton is imported only where a GPU may augment.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dist_cifar.augment import cpu
+from dist_cifar.augment.params import AugmentParams, sample_params
+from dist_cifar.config import AugmentConfig
+from dist_cifar.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_IMAGES = 128
+Augmenter = Callable[[npt.NDArray[np.int64], AugmentParams], torch.Tensor]
+"""Indices and the parameters of each to the network's input, float32 [n, 3, 32, 32] in channels-last memory format."""
+
+
+def augments_on_device(setting: str, device: torch.device) -> bool:
+    """Whether a run on `device` augments there, by `augment.backend`. Raises `ConfigError` if it cannot."""
+    if setting == "cpu" or (setting == "auto" and device.type != "cuda"):
+        return False
+    if device.type != "cuda":
+        raise ConfigError(
+            "augment.backend: device was set and this run is on the CPU; set augment.backend=auto, or give the"
+            " run a GPU"
+        )
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        if setting == "auto":
+            return False
+        raise ConfigError(
+            f"augment.backend: device was set and triton cannot be imported ({error}); install triton, or set"
+            " augment.backend=cpu"
+        ) from None
+    return True
+
+
+def augmenter(
+    setting: str,
+    images: npt.NDArray[np.uint8],
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike,
+    *,
+    device: torch.device,
+) -> Augmenter:
+    """Augments `images`, uint8 [N, 32, 32, 3], as `kernel.augment` does, where `augment.backend` says.
+
+    Before a GPU augments, it shows on a few images that it gives the CPU's bits. If it does not, `auto` falls back to
+    the CPU and says so, and `device` raises `ConfigError`.
+    """
+
+    def on_cpu(indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:
+        return cpu.augment(images, indices, params, mean, std)
+
+    if not augments_on_device(setting, device):
+        return on_cpu
+    try:
+        from dist_cifar.augment.triton_gpu import DeviceAugmenter
+
+        on_device = DeviceAugmenter(images, mean, std, device)
+        reason = None if gives_same_bits(on_device, on_cpu, len(images)) else "it does not give the bits of the CPU"
+    except Exception as error:  # a compiler and a driver stand behind this: anything may come
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if reason is None:
+        return on_device
+    if setting == "auto":
+        logger.info(f"augmentation on the CPU, for its kernel on {device} fails: {reason}")
+        return on_cpu
+    raise ConfigError(f"augment.backend: device was set and its kernel fails: {reason}; set augment.backend=cpu")
+
+
+def gives_same_bits(first: Augmenter, second: Augmenter, count: int) -> bool:
+    """Whether two augmenters of `count` images agree on some of them, under every policy."""
+    indices = np.arange(min(count, _CHECKED_IMAGES))
+    for name in ("seed", "flip_crop"):
+        params = sample_params(AugmentConfig(policy=name), seed=0, epoch=0, indices=indices)
+        found, expected = (augment(indices, params).cpu().view(torch.int32) for augment in (first, second))
+        if not torch.equal(found, expected):
+            return False
+    return True

@@ -1,0 +1,188 @@
+"""Applies augmentation parameters on a GPU to a data set that is resident there: a Triton kernel, one program an image.
+
+Contract: the result has the bits of `kernel.augment`, and so of `reference`. Nothing depends on the batch that an image
+is in. Importing this module imports triton; `place` decides whether it is used.
+
+Why the bits are the same:
+- Pixels are whole numbers in int32 from the gather to the table at the end. Rotation (16.16 fixed point), grey, the
+  mean of contrast and the smoothing of sharpness are integer formulas, which have no rounding to differ in. No sum
+  exceeds 2**24 but the one of the fixed-point coordinates, which PIL too keeps in 32 bits.
+- What needs a float on its way from an angle or a factor to the kernel is computed on the CPU, by `pack`.
+- PIL's blend is the only float arithmetic: one product and one sum of float32, each rounded to nearest. A GPU's
+  compiler would contract them into one fused multiply-add, rounded once; `enable_fp_fusion=False` forbids it. Whether
+  numbers below 2**-126 are flushed to zero does not matter: next to a whole number they vanish in the sum, and alone
+  they are truncated to 0.
+- There is no division by a variable. `(2 * total + 13) // 26` is PIL's rounding of thirteenths, a division by a
+  constant of a number that is not negative.
+- ToTensor, Normalize and the rounding to bfloat16 are read from a table of 256 values a channel that `kernel` made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+
+from dist_cifar.augment import cpu
+from dist_cifar.augment.params import AugmentParams
+from dist_cifar.data.prefetch import upload
+
+# Triton reads globals as constexpr only.
+_SIDE, _PIXELS = tl.constexpr(32), tl.constexpr(1024)
+_BRIGHTNESS, _CONTRAST = tl.constexpr(0), tl.constexpr(1)
+# Columns of what `pack` gives.
+_INDEX, _SHIFT_DOWN, _SHIFT_RIGHT, _MIRROR = (tl.constexpr(column) for column in range(4))
+_X_START, _Y_START, _COS, _SIN, _BACK = (tl.constexpr(column) for column in range(4, 9))
+_OPERATIONS, _ALPHAS, _SHARPNESS = tl.constexpr(9), tl.constexpr(12), tl.constexpr(15)
+_TOP, _LEFT, _BOTTOM, _RIGHT = (tl.constexpr(column) for column in range(16, 20))
+_COLUMNS = tl.constexpr(20)
+
+
+class DeviceAugmenter:
+    """The images of a split on a GPU, and the table that normalises them."""
+
+    def __init__(
+        self,
+        images: npt.NDArray[np.uint8],
+        mean: npt.ArrayLike,
+        std: npt.ArrayLike,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Copies `images`, uint8 [N, 32, 32, 3], to `device`; `dtype` of the result is float32 or bfloat16."""
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+            raise ValueError(f"images must be uint8 [N, 32, 32, 3], found {images.dtype} {list(images.shape)}")
+        self._images = torch.tensor(images, device=device)
+        self._table = normalized_values(mean, std, dtype).to(device)
+
+    def __call__(self, indices: npt.ArrayLike, params: AugmentParams) -> torch.Tensor:
+        """What `kernel.augment` gives: [n, 3, 32, 32] in channels-last memory format, on the device.
+
+        Row i of `params` belongs to `indices[i]`. Copy and kernel are put on the current stream of the device, which
+        must be the current one; the call does not wait for them.
+        """
+        rows = np.asarray(indices, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._images):
+            raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(self._images)} images")
+        packed = upload(torch.from_numpy(pack(rows, params)), self._images.device)
+        out = torch.empty(
+            (len(rows), 3, 32, 32),
+            dtype=self._table.dtype,
+            device=self._images.device,
+            memory_format=torch.channels_last,
+        )
+        _augment_images[(len(rows),)](self._images, packed, self._table, out, num_warps=4, enable_fp_fusion=False)
+        return out
+
+
+def normalized_values(mean: npt.ArrayLike, std: npt.ArrayLike, dtype: torch.dtype) -> torch.Tensor:
+    """What ToTensor and Normalize make of each value of a byte in each channel: [256, 3]."""
+    values = np.arange(1024).astype(np.uint8).repeat(3).reshape(1, 32, 32, 3)
+    out = torch.empty((1, 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
+    return cpu.normalize(values, [0], mean, std, out).permute(0, 2, 3, 1).reshape(1024, 3)[:256].contiguous()
+
+
+def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[np.int32]:
+    """The parameters as the kernel reads them, a row an image: int32 [n, 20], factors as the bits of a float32."""
+    n = len(indices)
+    if len(params.flip) != n:
+        raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
+    packed = np.empty((n, _COLUMNS.value), np.int32)
+    packed[:, _INDEX.value] = indices
+    packed[:, _SHIFT_DOWN.value : _MIRROR.value] = params.shift
+    packed[:, _MIRROR.value] = np.where(params.flip, 31, 0)  # 31 - x is x ^ 31
+    packed[:, _X_START.value : _OPERATIONS.value] = _rotation(params.angle)
+    packed[:, _OPERATIONS.value : _ALPHAS.value] = params.order
+    alphas = np.take_along_axis(params.factors, params.order.astype(np.intp), axis=1).astype(np.float32)
+    packed[:, _ALPHAS.value : _SHARPNESS.value] = alphas.view(np.int32)
+    packed[:, _SHARPNESS.value] = params.sharpness.astype(np.float32).view(np.int32)
+    packed[:, _TOP.value : _BOTTOM.value] = params.box[:, :2]
+    packed[:, _BOTTOM.value :] = params.box[:, :2] + params.box[:, 2:]
+    return packed
+
+
+def _rotation(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """PIL's inverse rotation in 16.16 fixed point, [n, 5]: x and y of the first pixel's source, then the steps.
+
+    The formulas of `kernel`. The cosine is Python's, as in PIL: NumPy's may differ in the last bit.
+    """
+    radians = (-(angle % 360.0) * (math.pi / 180.0)).tolist()
+    cos = np.rint(np.array([math.cos(number) for number in radians]) * 1e15) / 1e15
+    sin = np.rint(np.array([math.sin(number) for number in radians]) * 1e15) / 1e15
+    left = cos * -16.0 + sin * -16.0 + 16.0
+    top = -sin * -16.0 + cos * -16.0 + 16.0
+    real = np.stack([left + cos * 0.5 + sin * 0.5, top + -sin * 0.5 + cos * 0.5, cos, sin, -sin], axis=1)
+    return np.floor(real * 65536.0 + 0.5)
+
+
+# --- compiled for the GPU ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _reflect(place):
+    """A row or column beyond the border is the one as far on this side of the outermost."""
+    return 31 - tl.abs(31 - tl.abs(place))
+
+
+@triton.jit
+def _blend(degenerate, value, alpha):
+    """PIL's blend: from `degenerate` (alpha 0) over `value` (alpha 1) and beyond, clipped, then truncated."""
+    mixed = degenerate.to(tl.float32) + alpha * (value - degenerate).to(tl.float32)
+    return tl.minimum(tl.maximum(mixed, 0.0), 255.0).to(tl.int32)
+
+
+@triton.jit
+def _sharpen(plane, p, alpha):
+    """Blend with the 3x3 mean that weighs the centre five times; the outermost ring stays."""
+    last: tl.constexpr = _PIXELS - 1  # what wraps around reaches the ring alone
+    sums = tl.gather(plane, (p - 1) & last, 0) + plane + tl.gather(plane, (p + 1) & last, 0)
+    total = tl.gather(sums, (p - _SIDE) & last, 0) + sums + tl.gather(sums, (p + _SIDE) & last, 0) + 4 * plane
+    x, y = p % _SIDE, p // _SIDE
+    on_ring = (x == 0) | (x == _SIDE - 1) | (y == 0) | (y == _SIDE - 1)
+    return _blend(tl.where(on_ring, plane, (2 * total + 13) // 26), plane, alpha)
+
+
+@triton.jit
+def _augment_images(images, packed, table, out):
+    """`images`: uint8 [N, 32, 32, 3]; `packed`: int32 [n, 20]; `table`: [256, 3]; `out`: [n, 32, 32, 3] like it."""
+    image = tl.program_id(0).to(tl.int64)
+    row = packed + image * _COLUMNS
+    p = tl.arange(0, _PIXELS)
+    x, y = p % _SIDE, p // _SIDE
+
+    from_x = (tl.load(row + _X_START) + x * tl.load(row + _COS) + y * tl.load(row + _SIN)) >> 16
+    from_y = (tl.load(row + _Y_START) + x * tl.load(row + _BACK) + y * tl.load(row + _COS)) >> 16
+    inside = (from_x >= 0) & (from_x < _SIDE) & (from_y >= 0) & (from_y < _SIDE)
+    from_x = _reflect((from_x ^ tl.load(row + _MIRROR)) + tl.load(row + _SHIFT_RIGHT))
+    from_y = _reflect(from_y + tl.load(row + _SHIFT_DOWN))
+    source = images + tl.load(row + _INDEX).to(tl.int64) * (3 * _PIXELS) + 3 * (from_y * _SIDE + from_x)
+    red = tl.load(source, mask=inside, other=0).to(tl.int32)
+    green = tl.load(source + 1, mask=inside, other=0).to(tl.int32)
+    blue = tl.load(source + 2, mask=inside, other=0).to(tl.int32)
+
+    for k in tl.static_range(3):
+        operation = tl.load(row + _OPERATIONS + k)
+        alpha = tl.load(row + _ALPHAS + k).to(tl.float32, bitcast=True)
+        grey = (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
+        mean = (tl.sum(grey) + _PIXELS // 2) // _PIXELS
+        degenerate = tl.where(operation == _BRIGHTNESS, 0, tl.where(operation == _CONTRAST, mean, grey))
+        red = _blend(degenerate, red, alpha)
+        green = _blend(degenerate, green, alpha)
+        blue = _blend(degenerate, blue, alpha)
+
+    sharpness = tl.load(row + _SHARPNESS).to(tl.float32, bitcast=True)
+    if sharpness != 1.0:
+        red = _sharpen(red, p, sharpness)
+        green = _sharpen(green, p, sharpness)
+        blue = _sharpen(blue, p, sharpness)
+
+    rows_kept = (y < tl.load(row + _TOP)) | (y >= tl.load(row + _BOTTOM))
+    kept = rows_kept | (x < tl.load(row + _LEFT)) | (x >= tl.load(row + _RIGHT))
+    target = out + image * (3 * _PIXELS) + 3 * p
+    tl.store(target, tl.load(table + 3 * red, mask=kept, other=0))
+    tl.store(target + 1, tl.load(table + 3 * green + 1, mask=kept, other=0))
+    tl.store(target + 2, tl.load(table + 3 * blue + 2, mask=kept, other=0))

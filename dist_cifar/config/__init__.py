@@ -1,0 +1,46 @@
+"""The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
+
+from dist_cifar.config.load import config_from_values, describe, flatten, load_config, to_yaml
+from dist_cifar.config.resume import at_resume, differences
+from dist_cifar.config.schema import (
+    AtResume,
+    AugmentConfig,
+    BatchConfig,
+    CheckpointConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AtResume",
+    "AugmentConfig",
+    "BatchConfig",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PlateauConfig",
+    "RunConfig",
+    "StrategyConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "at_resume",
+    "config_from_values",
+    "describe",
+    "differences",
+    "flatten",
+    "load_config",
+    "to_yaml",
+]

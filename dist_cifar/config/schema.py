@@ -1,0 +1,341 @@
+"""Every field that a user can set: its type, range, default, meaning, and whether a resumed run may change it.
+
+Contract: the defaults are the recipe of `configs/cifar10_resnet18.yaml`. A field decides the result of a run, and so
+must stay what it was when the run is resumed, unless its type is marked `Free` (it says where, how long or how it is
+reported) or `Rounding` (it says how the same training is computed: strategies other than `exact` may resume with
+another value).
+"""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeVar
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed or half-open bounds of a number; `None` is no bound."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (self.minimum is None or number >= self.minimum)
+            and (self.maximum is None or number <= self.maximum)
+            and (self.above is None or number > self.above)
+        )
+
+    def __str__(self) -> str:
+        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum))
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+class AtResume(Enum):
+    """What a resumed run may do with a field."""
+
+    DECIDES = "decides"
+    """It must have the value that the run was started with."""
+    ROUNDING = "rounding"
+    """It changes how sums are rounded: outside of `exact` a resumed run may change it."""
+    FREE = "free"
+    """It may change."""
+
+
+T = TypeVar("T")
+Free = Annotated[T, AtResume.FREE]
+Rounding = Annotated[T, AtResume.ROUNDING]
+
+PositiveInt = Annotated[int, Range(minimum=1)]
+NonNegativeInt = Annotated[int, Range(minimum=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(minimum=0)]
+Probability = Annotated[float, Range(minimum=0, maximum=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and how its processes behave."""
+
+    name: Free[str] = "cifar10_resnet18"
+    """Name of the run; the stem of the config file unless it is set."""
+    dir: Free[str | None] = None
+    """Run directory: everything that the run writes, and all that a resume needs. Default `runs/<name>`."""
+    seed: NonNegativeInt = 0
+    """Seed of the weights, the order of the samples and the augmentation."""
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+    """Device of every rank; `auto` takes a GPU where there is one."""
+    threads_per_rank: Free[PositiveInt | None] = None
+    """CPU threads of one rank; by default the cores of the node divided by its ranks, and 1 in strategy `exact`: there
+    the number must stay the same, because it changes how sums are rounded."""
+    timeout_seconds: Free[PositiveFloat] = 60.0
+    """How long a collective waits for the slowest rank before the job ends with an error."""
+    log_every_steps: Free[PositiveInt] = 50
+    """Steps between two rows of the log and of `metrics.jsonl`."""
+    log_digests: Free[bool] = False
+    """Write the SHA-256 of every tensor of the state after every step to `digests.jsonl`. Slow."""
+    profile: Free[bool] = False
+    """Time the phases of some steps after each start, print a table of them and write it, with a chrome trace of each
+    rank, to `profile/` in the run directory."""
+    straggler_factor: Free[Annotated[float, Range(above=1)]] = 1.5
+    """The log names a rank that takes this many times the median rank's time before it can be waited for."""
+    time_limit_seconds: Free[PositiveFloat | None] = None
+    """Seconds after its start at which this job will be ended: it saves and stops before. SLURM's end time counts
+    too, where the job is told it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images."""
+
+    source: Literal["cifar10", "cifar100", "folder", "synthetic"] = "cifar10"
+    """`cifar10` and `cifar100`: the official python archives; `folder`: a folder or zip of `train/<class>/*` and
+    `test/<class>/*` images; `synthetic`: generated shapes, for tests and the quickstart."""
+    root: Free[str] = "data"
+    """Where the archive is (or is downloaded to), or the folder or zip of `source: folder`."""
+    url: Free[str | None] = None
+    """Mirror of the official archive; its hash is checked all the same."""
+    cache_dir: Free[str | None] = None
+    """Where the decoded arrays are cached; default `$XDG_CACHE_HOME/dist_cifar` or `~/.cache/dist_cifar`."""
+    stage_dir: Free[str | None] = None
+    """Directory local to each node, `$SLURM_TMPDIR` or `/dev/shm` for two, to which one process of the node copies the
+    decoded arrays, and from which all read them; null reads the cache itself. `$NAME` and `~` are expanded where the
+    process runs. The copy is left there for the next job; clusters empty `$SLURM_TMPDIR` themselves."""
+    validation_size: NonNegativeInt = 5000
+    """Training images held out, stratified by class, for the plateau and for choosing the best checkpoint. With 0
+    the test set takes that part, and the log and the summary say so."""
+    synthetic_train_size: PositiveInt = 5000
+    """Training images of `source: synthetic`, the validation images included."""
+    synthetic_test_size: PositiveInt = 1000
+    """Test images of `source: synthetic`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """The training augmentation: a policy, and the strengths of its operations in the order in which they are applied.
+    Zero switches an operation off. All fields below `flip_probability` belong to the policy `seed`."""
+
+    policy: Literal["seed", "flip_crop", "none"] = "seed"
+    """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after padding by 4 in reflection,
+    then the flip, and no other field counts; `none`: the images as they are, and no field counts."""
+    backend: Free[Literal["auto", "cpu", "device"]] = "auto"
+    """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
+    `cpu` in a thread of the rank; `auto` on the GPU where the rank has one and triton can be imported, else `cpu`."""
+    flip_probability: Probability = 0.5
+    """Horizontal flip; policies `seed` and `flip_crop`."""
+    rotation_degrees: Annotated[float, Range(minimum=0, maximum=180)] = 20.0
+    """Rotation by an angle drawn from [-rotation_degrees, rotation_degrees]; nearest neighbour, corners black."""
+    brightness: NonNegativeFloat = 0.2
+    """Brightness factor drawn from [max(0, 1 - brightness), 1 + brightness]. Brightness, contrast and saturation are
+    applied in an order drawn for each image."""
+    contrast: NonNegativeFloat = 0.2
+    """Contrast factor, likewise."""
+    saturation: NonNegativeFloat = 0.2
+    """Saturation factor, likewise."""
+    sharpness_factor: NonNegativeFloat = 2.0
+    """Sharpness factor: 0 blurs, 1 changes nothing, 2 sharpens."""
+    sharpness_probability: Probability = 0.2
+    """Probability of the sharpness change."""
+    erasing_probability: Probability = 0.75
+    """Probability that a box of the normalised image is set to zero."""
+    erasing_area: tuple[Probability, Probability] = (0.02, 0.33)
+    """Range of the box's share of the image's area."""
+    erasing_aspect: tuple[PositiveFloat, PositiveFloat] = (0.3, 3.3)
+    """Range of the box's ratio of height to width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56"] = "resnet18"
+    """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 20 to 56."""
+    norm: Literal["batch", "group"] = "batch"
+    """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not look at the other samples of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The samples of one optimizer step. Setting one of `global_size` and `per_rank_size` unsets the other."""
+
+    global_size: PositiveInt | None = 1024
+    """Samples of one step over all ranks; the world size must divide it."""
+    per_rank_size: PositiveInt | None = None
+    """Samples of one step on each rank: the global batch then grows with the world size."""
+    max_micro_batch: PositiveInt | None = None
+    """Most samples of one forward and backward pass; a rank's share of the batch that is larger, or a virtual rank's
+    in strategy `exact`, is accumulated over passes of equal size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Adam, its learning rate and the clipping of its gradients."""
+
+    lr: PositiveFloat = 1e-3
+    """Base learning rate: what a global batch of `lr_base_batch` samples gets."""
+    lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
+    """LR = lr x (global batch / lr_base_batch) to the power 1/2 (`sqrt`, right for Adam), 1 (`linear`) or 0."""
+    lr_base_batch: PositiveInt = 128
+    """The global batch for which `lr` was tuned."""
+    warmup_epochs: NonNegativeFloat = 5.0
+    """Epochs over which the learning rate rises linearly to its full value."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """L2 penalty that Adam adds to the gradient."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled to this global L2 norm when theirs is larger; null switches it off."""
+    non_finite: Literal["raise", "skip"] = "raise"
+    """A step with a gradient that is not finite changes nothing, on any rank. Then `raise` ends the run at the next
+    log or checkpoint, and `skip` goes on."""
+    max_skipped_steps: PositiveInt = 10
+    """With `non_finite: skip`, more skipped steps than this end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlateauConfig:
+    """ReduceLROnPlateau: the learning rate is cut when the watched metric has stopped improving."""
+
+    metric: Literal["loss", "accuracy"] = "loss"
+    """Metric of the validation split that is watched."""
+    factor: Annotated[float, Range(above=0, maximum=1)] = 0.5
+    """What a cut multiplies the learning rate by; 1 switches the plateau off."""
+    patience_evaluations: NonNegativeInt = 5
+    """Evaluations without improvement that are let pass before a cut."""
+    threshold: NonNegativeFloat = 1e-4
+    """Relative change that counts as an improvement."""
+    cooldown_evaluations: NonNegativeInt = 0
+    """Evaluations after a cut that are not counted."""
+    min_lr: NonNegativeFloat = 0.0
+    """The learning rate is never cut below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and loss of the training."""
+
+    epochs: Free[PositiveInt] = 100
+    """Passes over the training split."""
+    max_steps: Free[PositiveInt | None] = None
+    """Stop after this many steps even if the epochs are not complete."""
+    label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
+    """Label smoothing of the training loss; evaluation has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """How the replicas of the model are kept in step."""
+
+    name: Rounding[Literal["exact", "ddp", "deepspeed", "fsdp"]] = "exact"
+    """How replicas are kept in step: `exact` gives the same weights, to the last bit, for every world size; `ddp` is
+    Accelerate's DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's
+    `fully_shard`. A run may change its strategy at a resume."""
+    virtual_ranks: Rounding[PositiveInt] = 8
+    """Strategy `exact`: how many slices of the global batch are computed each by itself, a power of two that divides
+    it. It decides the result, with the batch size; the world size divides it and decides nothing."""
+    grad_compression: Rounding[Literal["none", "bf16"]] = "none"
+    """Strategy `ddp`: `bf16` rounds gradients to half their size before they are sent."""
+    zero_stage: Rounding[Annotated[int, Range(minimum=0, maximum=3)]] = 1
+    """Strategy `deepspeed`: what is cut among the ranks. 0: nothing; 1: Adam's state; 2: the gradients too; 3: the
+    parameters too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """The arithmetic of a forward and backward pass."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """`bf16` is autocast with fp32 weights and fp32 gradients; `auto` measures a layer in both at the first start and
+    takes bf16 where it is faster. The run directory keeps what was chosen."""
+    compile: Rounding[Literal["auto", "on", "off"]] = "auto"
+    """`torch.compile` of the module before it is wrapped. `auto` is on for GPUs with triton, but not in
+    strategy `exact`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on the validation split while training, and on the test set at the end."""
+
+    every_epochs: PositiveInt = 1
+    """Epochs between two evaluations; the end of the training is always evaluated."""
+    batch_size: PositiveInt = 500
+    """Samples of one forward pass. It does not depend on the world size, and so neither does the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints are written after every evaluation, when a signal stops the run, and as said here."""
+
+    every_steps: Free[PositiveInt | None] = None
+    """Steps between two checkpoints within an epoch; null writes none there."""
+    keep_last: Free[PositiveInt] = 2
+    """Newest checkpoints kept."""
+    keep_best: Free[PositiveInt] = 1
+    """Kept beside them: the newest of those that were the best so far when they were saved."""
+    keep_every_steps: Free[PositiveInt | None] = None
+    """Checkpoints of steps that are a multiple of this are never deleted; null deletes them like the others. It makes
+    no checkpoint by itself."""
+    on_write_error: Free[Literal["raise", "warn"]] = "raise"
+    """When the disk is full or cannot be written: `raise` ends the run; `warn` says so and trains on, with the earlier
+    checkpoints. The save with which a signal stops the run must succeed all the same."""
+
+
+TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """W&B and other trackers; `metrics.jsonl` and `summary.json` are always written."""
+
+    also: Free[tuple[TrackerName, ...]] = ()
+    """Other trackers, through Accelerate's; each is a package to install."""
+    wandb: Free[Literal["auto", "online", "offline", "disabled"]] = "auto"
+    """`auto` is `online` where wandb is installed and a key is configured, else `disabled`. An `online` run that
+    cannot reach the server goes on offline."""
+    wandb_project: Free[str] = "dist_cifar"
+    """W&B project."""
+    wandb_entity: Free[str | None] = None
+    """W&B user or team; default as wandb decides."""
+    wandb_group: Free[str | None] = None
+    """W&B group of runs that belong together."""
+    wandb_job_type: Free[str | None] = None
+    """W&B job type, which tells runs of a group apart."""
+    wandb_notes: Free[str | None] = None
+    """W&B notes on the run."""
+    wandb_tags: Free[tuple[str, ...]] = ()
+    """W&B tags."""
+    wandb_checkpoints: Free[bool] = False
+    """At the end of the run, the best and the last checkpoint go to W&B as artifacts with the aliases `best` and
+    `last`. The job ends when they are uploaded, or after ten minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. Every section is a dataclass of its own."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    plateau: PlateauConfig = field(default_factory=PlateauConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+SECTIONS: dict[str, type] = dict(typing.get_type_hints(Config))
+"""The dataclass of each section."""
+HINTS: dict[str, dict[str, Any]] = {
+    name: typing.get_type_hints(section, include_extras=True) for name, section in SECTIONS.items()
+}
+"""`{section: {field: annotated type}}`."""

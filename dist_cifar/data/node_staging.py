@@ -1,0 +1,96 @@
+"""A copy of the decoded data set on each node: made once, by one process, and memory-mapped by all of the node.
+
+Contract: `staged` returns arrays equal to those of the cache's entry, or raises `DataError`. A copy appears by a rename
+once it is whole, and every process hashes what it is about to use: a copy that is torn or damaged is replaced, never
+used. A copy of the same content that is there already is used as it is, from a read-only directory too. Copies are
+left where they are: the next job finds them, and what may be emptied (`$SLURM_TMPDIR`) the cluster empties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from dist_cifar.data.arrays import content_sha256
+from dist_cifar.data.cache import Entry, read_entry, write_entry
+from dist_cifar.data.file_lock import exclusive
+from dist_cifar.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def stage_directory(configured: str, environ: Mapping[str, str]) -> Path:
+    """`data.stage_dir` with `$NAME`, `${NAME}` and `~` expanded. Raises `ConfigError` where one stands for nothing."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not environ.get(name):
+            raise ConfigError(
+                f"data.stage_dir: {configured} was set and the environment has no {name}; set that variable on every"
+                " node, or name a directory, /dev/shm for one"
+            )
+        return environ[name]
+
+    expanded = re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, configured)
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"data.stage_dir: {configured} was set and there is no such home; name a directory") from None
+
+
+def staged(entry: Entry, stage_dir: Path) -> Entry:
+    """The entry, memory-mapped from its copy below `stage_dir`; every process of a node may call it at once.
+
+    Logs a line before the copy. Raises `DataError` if there is no good copy and none can be made.
+    """
+    # Each user's own folder: /dev/shm is everybody's, and nobody can lock or replace the files of another.
+    directory = stage_dir / f"dist_cifar-{os.getuid()}" / entry.directory.name
+    copy = _verified(directory, entry)
+    if copy is not None:
+        return copy
+    needed = sum(path.stat().st_size for path in entry.directory.iterdir())
+    lock = directory.with_suffix(".lock")
+    try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise _no_place(stage_dir, needed, error) from None
+    with exclusive(lock, key="data.stage_dir"):
+        copy = _verified(directory, entry)
+        if copy is None:
+            for rest in (directory, directory.with_suffix(".tmp")):  # damaged, or left by a process that was killed
+                shutil.rmtree(rest, ignore_errors=True)
+            try:
+                logger.info(f"staging {needed / 1e6:.0f} MB to {directory}")
+                write_entry(dataclasses.replace(entry, directory=directory))
+            except OSError as error:
+                raise _no_place(stage_dir, needed, error) from None
+            copy = _verified(directory, entry)
+    if copy is None:
+        raise DataError(
+            f"{directory}: the copy does not have the SHA-256 of the data set; delete {entry.directory}, which is then"
+            " made again, or set data.stage_dir to another disk"
+        )
+    return copy
+
+
+def _verified(directory: Path, entry: Entry) -> Entry | None:
+    """The copy in `directory`, or None unless it is that of `entry` to the last bit."""
+    copy = read_entry(directory, entry.key)
+    if copy is None or content_sha256(copy.arrays) != entry.content_sha256:
+        return None
+    return dataclasses.replace(entry, directory=directory, arrays=copy.arrays)
+
+
+def _no_place(stage_dir: Path, needed: int, error: OSError) -> DataError:
+    existing = next(path for path in (stage_dir, *stage_dir.absolute().parents) if os.path.exists(path))
+    free = shutil.disk_usage(existing).free
+    return DataError(
+        f"data.stage_dir={stage_dir}: the data set cannot be copied there ({error}; {needed:,} bytes needed,"
+        f" {free:,} free); make room, name another directory, or set data.stage_dir=null to read the cache itself"
+    )

@@ -1,0 +1,101 @@
+"""Test sets beside CIFAR-10's own, in the files that their authors publish.
+
+Contract: `read_test_sets` knows a layout by its files and gives uint8 images with labels; arrays are memory-mapped and
+nothing is unpickled. Layouts:
+
+    cifar10.1_v4_data.npy, cifar10.1_v4_labels.npy   CIFAR-10.1 (Recht et al. 2018), v4, v6 or both
+    labels.npy and <corruption>.npy                  CIFAR-10-C (Hendrycks & Dietterich 2019): severities 1 to 5, one
+                                                     after the other, each the whole test split in its order
+    test/<class>/<image> and train/<class>/<image>   as for data.source=folder: the pictures of test, also in a zip
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dist_cifar.config import DataConfig
+from dist_cifar.data.dataset import Split, load_dataset
+from dist_cifar.errors import DataError, nearest_path
+
+logger = logging.getLogger(__name__)
+
+SEVERITIES = 5
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""Of CIFAR-10, in the order of its labels, which are those of CIFAR-10.1 and CIFAR-10-C."""
+_LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.npy, or with train/ and test/"
+
+
+def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> dict[str, Split]:
+    """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`.
+
+    Logs a line about a model whose classes have other names than the labels of these files.
+    """
+    if not root.exists():
+        near = nearest_path(root)
+        hint = f"did you mean {near}?" if near else _LAYOUTS
+        raise DataError(f"--data {root}: there is no such file or folder; {hint}")
+    if root.is_dir():
+        found = [path.name.removesuffix("_data.npy") for path in sorted(root.glob("cifar10.1_v*_data.npy"))]
+        if (found or (root / "labels.npy").exists()) and tuple(classes) != CLASSES:
+            logger.info(
+                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called {', '.join(classes)};"
+                " the accuracy means nothing unless they are the same in the same order"
+            )
+        if found:
+            return {name: _split(root / f"{name}_data.npy", root / f"{name}_labels.npy", classes) for name in found}
+        if (root / "labels.npy").exists():
+            return _corruptions(root, classes)
+    if root.suffix == ".npy":
+        raise DataError(f"--data {root}: this is one file of several; give its folder, {root.parent}")
+    try:
+        dataset = load_dataset(DataConfig(source="folder", root=str(root), cache_dir=cache_dir))
+    except DataError as error:
+        raise DataError(f"--data {str(error).replace('data.root', '--data')}") from None
+    if dataset.classes != tuple(classes):
+        raise DataError(
+            f"--data {root}: its classes are {', '.join(dataset.classes)}, and the model's are {', '.join(classes)}"
+        )
+    return {"test": dataset.test}
+
+
+def _corruptions(root: Path, classes: Sequence[str]) -> dict[str, Split]:
+    sets = {}
+    for path in sorted(root.glob("*.npy")):
+        if path.name == "labels.npy":
+            continue
+        whole = _split(path, root / "labels.npy", classes)
+        if len(whole.labels) % SEVERITIES:
+            raise DataError(f"{path}: {len(whole.labels)} images are not {SEVERITIES} severities of as many")
+        size = len(whole.labels) // SEVERITIES
+        for i in range(SEVERITIES):
+            part = slice(i * size, (i + 1) * size)
+            sets[f"{path.stem}/{i + 1}"] = Split(images=whole.images[part], labels=whole.labels[part])
+    if not sets:
+        raise DataError(f"{root}: labels.npy and no <corruption>.npy beside it; unpack CIFAR-10-C.tar there")
+    return sets
+
+
+def _split(images_path: Path, labels_path: Path, classes: Sequence[str]) -> Split:
+    images, labels = _array(images_path), _array(labels_path)
+    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+        raise DataError(f"{images_path}: {images.dtype} {list(images.shape)} is not uint8 [n, 32, 32, 3]")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{labels_path}: {labels.dtype} {list(labels.shape)} are not the labels of {len(images)} images"
+        )
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise DataError(f"{labels_path}: labels are not all from 0 to {len(classes) - 1}")
+    return Split(images=images, labels=labels.astype(np.int64))
+
+
+def _array(path: Path) -> npt.NDArray[Any]:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from None

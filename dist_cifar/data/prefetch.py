@@ -1,0 +1,103 @@
+"""Ready batches of the training split, prepared in a thread while the device computes.
+
+Contract: the batch of a step is a function of (config, data set, step) and of this rank's slice, never of the time or
+of the batches before. The loop gets it on its device. A GPU fills it on a stream beside the loop's; the loop's stream
+waits for that, the loop does not. An error of the thread is raised in the loop that waits for it; leaving the loop,
+also by an error, ends the thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+
+_PREFETCHED_BATCHES = 2
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's share of the global batch of a step."""
+
+    inputs: torch.Tensor
+    """float32 [n, 3, 32, 32], channels-last, normalised."""
+    labels: torch.Tensor
+    """int64 [n]."""
+    filled: torch.cuda.Event | None = None
+    """On a GPU: the point of the side stream after which both may be read."""
+
+
+def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = _CPU) -> Generator[Batch, None, None]:
+    """`make(step)` for each of `steps`, in order, on `device`, a bounded number of batches ahead of the caller.
+
+    For a GPU, `make` may leave a tensor on the CPU or fill it there on the current stream. Close the generator
+    (`contextlib.closing`) to end its thread before the steps are over.
+    """
+    if device.type == "cuda":
+        make = _on_side_stream(make, device)
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED_BATCHES)
+    stop = threading.Event()
+
+    def put(item: Batch | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        # A thread that uses OpenMP has workers of its own. With more of them than cores, all workers go to sleep where
+        # they wait, also those of the loop (`benchmarks/suite/settings.py` says what that costs).
+        torch.set_num_threads(1)
+        try:
+            for step in steps:
+                if stop.is_set():
+                    return
+                put(make(step))
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item.filled is not None:
+                _hand_over(item, item.filled, torch.cuda.current_stream(device))
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`; to a GPU through page-locked memory, on the current stream and without waiting."""
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _on_side_stream(make: Callable[[int], Batch], device: torch.device) -> Callable[[int], Batch]:
+    stream = torch.cuda.Stream(device)
+
+    def make_there(step: int) -> Batch:
+        with torch.cuda.stream(stream):  # also makes the device the thread's current one
+            batch = make(step)
+            inputs, labels = upload(batch.inputs, device), upload(batch.labels, device)
+            return Batch(inputs=inputs, labels=labels, filled=stream.record_event())
+
+    return make_there
+
+
+def _hand_over(batch: Batch, filled: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+    """Lets `stream` read the batch once it is filled, and keeps its memory from the side stream until it has."""
+    stream.wait_event(filled)
+    for tensor in (batch.inputs, batch.labels):
+        tensor.record_stream(stream)

@@ -1,0 +1,99 @@
+"""BatchNorm's running statistics as one flat tensor, so that saving, restoring and reducing them is one operation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.strategy.base import Tensors
+
+
+class BatchNormStats:
+    """All buffers of a module. From construction on they are views: write to `values` and the module has it.
+
+    Make it when the module is on its device for good. Loading a state dict writes through the views.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        device = next(module.parameters()).device
+        owners = _buffers(module)
+        floating = [entry for entry in owners if getattr(entry[1], entry[2]).is_floating_point()]
+        self.names = [name for name, _, _ in floating]
+        """Names of the floating-point buffers, in the order of `values`."""
+        self.values = _flatten(floating, device)
+        """float32 [n]: running means and variances."""
+        self.counts = _flatten([entry for entry in owners if entry not in floating], device)
+        """int64 [m]: how many batches each layer has seen."""
+        self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
+        """Both as they were at the last `snapshot`."""
+
+    def snapshot(self) -> None:
+        """Remembers what is now."""
+        self.start_values.copy_(self.values)
+        self.start_counts.copy_(self.counts)
+
+    def restore(self) -> None:
+        """Goes back to the mark."""
+        self.values.copy_(self.start_values)
+        self.counts.copy_(self.start_counts)
+
+    def restore_where(self, condition: torch.Tensor) -> None:
+        """Goes back to the mark if `condition` (bool []) holds. The device decides: nothing waits for it."""
+        self.values.copy_(torch.where(condition, self.start_values, self.values))
+        self.counts.copy_(torch.where(condition, self.start_counts, self.counts))
+
+
+class PerRankBatchNormStats(BatchNormStats):
+    """Those of a rank that normalises its own micro-batches: they differ between ranks, and their mean is saved."""
+
+    def __init__(self, module: nn.Module, communicator: Communicator) -> None:
+        super().__init__(module)
+        self._communicator = communicator
+        shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
+        self._shapes = [shapes[name] for name in self.names]
+
+    def averaged(self) -> Tensors:
+        """The mean over ranks of each floating-point buffer; this rank's are left as they are. A collective."""
+        if not self.names:
+            return {}
+        mean = self._communicator.all_reduce_sum(self.values.clone()) / self._communicator.world_size
+        parts = mean.split([shape.numel() for shape in self._shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self._shapes, strict=True)}
+
+    def all_gather(self) -> Tensors:
+        """`{"buffers": float32 [ranks, n]}`, or nothing if there are no buffers. A collective."""
+        if not self.names:
+            return {}
+        # Rows of zeros and one sum: each rank's row arrives unchanged, in one collective.
+        rows = self.values.new_zeros(self._communicator.world_size, len(self.values))
+        rows[self._communicator.rank] = self.values
+        return {"buffers": self._communicator.all_reduce_sum(rows)}
+
+    def load_per_rank(self, ranks: Tensors) -> None:
+        """Takes this rank's row of what `all_gather` gave, if there were as many ranks."""
+        rows = ranks.get("buffers")
+        if rows is not None and len(rows) == self._communicator.world_size:
+            self.values.copy_(rows[self._communicator.rank])
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(full name, the module that has it, its name there) of every buffer."""
+    return [
+        (f"{path}.{name}" if path else name, owner, name)
+        for path, owner in module.named_modules()
+        for name, _ in owner.named_buffers(recurse=False)
+    ]
+
+
+def _flatten(buffers: list[tuple[str, nn.Module, str]], device: torch.device) -> torch.Tensor:
+    """One tensor with the values of these buffers, which become views of it."""
+    if not buffers:
+        return torch.empty(0, device=device)
+    tensors = [getattr(owner, name) for _, owner, name in buffers]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    for (_, owner, name), tensor, part in zip(
+        buffers, tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
+        setattr(owner, name, part.view_as(tensor))
+    return flat

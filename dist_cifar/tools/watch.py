@@ -1,0 +1,149 @@
+"""Looking at a run while it trains: its report, kept up to date, on a page of this machine or in the terminal.
+
+Contract: nothing is written, and the run knows nothing of it. The page is served on the loopback address alone.
+"""
+
+from __future__ import annotations
+
+import http.server
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
+from dist_cifar.run.run_dir import RunDir
+from dist_cifar.tools.report import Run, duration, read_run, render, seconds_left
+from dist_cifar.tracking.console import format_row
+
+logger = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 2.0
+_FILES = ("status.json", "metrics.jsonl", "events.jsonl", "summary.json", "config.yaml")
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def serve(paths: Sequence[Path], port: int) -> int:
+    """Serves the page about the runs at `paths` until Ctrl-C. Raises `LaunchError` for a port that is not free."""
+    try:
+        server = make_server(paths, port)
+    except OSError as error:
+        raise LaunchError(
+            f"watch: port {port} of 127.0.0.1 cannot be used ({error.strerror}); give another with --port, or 0"
+        ) from None
+    port = server.server_address[1]
+    logger.info(
+        f"http://127.0.0.1:{port}/ until Ctrl-C; from another machine: ssh -L {port}:127.0.0.1:{port} THIS_MACHINE"
+    )
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return EXIT_DONE
+    return EXIT_DONE
+
+
+def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPServer:
+    """A server of `/`, the page, and `/version`, which changes whenever the page would."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            try:
+                if self.path == "/version":
+                    self._send(200, "text/plain", version(paths))
+                elif self.path == "/":
+                    page = render([read_run(path) for path in paths], refresh_seconds=REFRESH_SECONDS)
+                    self._send(200, "text/html", page)
+                else:
+                    self._send(404, "text/plain", "there is / and /version")
+            except UserError as error:
+                self._send(500, "text/plain", str(error))
+
+        def _send(self, status: int, kind: str, text: str) -> None:
+            data = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            """The terminal is not for a line each two seconds."""
+
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def version(paths: Sequence[Path]) -> str:
+    """Changes when a file of one of the runs does, or its job dies."""
+    found = []
+    for path in paths:
+        found.append("lost" if RunDir(path).is_lost() else "")
+        for name in _FILES:
+            file = path / name
+            status = file.stat() if file.exists() else None
+            found.append("-" if status is None else f"{status.st_mtime_ns}.{status.st_size}")
+    return " ".join(found)
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+
+def show(path: Path) -> int:
+    """Shows the run in the terminal until it ends or Ctrl-C; once, where the output is no terminal."""
+    try:
+        while True:
+            run = read_run(path)
+            if not sys.stdout.isatty():
+                print(screen(run, 100))
+                return EXIT_DONE
+            print("\033[H\033[2J" + screen(run, shutil.get_terminal_size().columns), flush=True)
+            if run.status.get("status") != "running":
+                return EXIT_DONE
+            time.sleep(REFRESH_SECONDS)
+    except KeyboardInterrupt:
+        return EXIT_DONE
+
+
+def screen(run: Run, width: int) -> str:
+    """The state of a run as text."""
+    status = run.status.get("status", "not begun")
+    lines = [f"{run.name}  {status}  {run.path}"]
+    if status == "failed":
+        lines.append(f"reason: {run.status.get('reason')}")
+    trained, evaluated = run.of_kind("train"), run.of_kind("eval")
+    if run.starts:
+        start = run.starts[-1]
+        lines.append(f"{start['world_size']} rank(s) on {start['device']}, strategy {start['strategy']}")
+        step = run.rows[-1]["step"] if run.rows else start["step"]
+        lines.append(_progress(step, start["total_steps"], seconds_left(run), width))
+    for title, rows, key in (
+        ("training loss", trained, "loss"),
+        ("eval accuracy", evaluated, "accuracy"),
+        ("images/s", trained, "images_per_second"),
+    ):
+        values = [row[key] for row in rows if isinstance(row.get(key), float) and math.isfinite(row[key])]
+        if values:
+            lines.append(f"{title:<14} {sparkline(values, max(10, width - 34))}  {values[-1]:,.4g}")
+    lines += [format_row(row) for row in (*trained[-3:], *evaluated[-5:], *run.of_kind("test"))]
+    return "\n".join(line[:width] for line in lines)
+
+
+def _progress(step: int, total: int, seconds: float | None, width: int) -> str:
+    share = step / total
+    cells = max(10, min(50, width - 60))
+    bar = "#" * int(share * cells) + "." * (cells - int(share * cells))
+    line = f"[{bar}] step {step:,} of {total:,}, {share:.0%}"
+    return line if seconds is None else f"{line}, about {duration(seconds)} left"
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as at most `width` bars, each the mean of its share."""
+    size = math.ceil(len(values) / width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    return "".join(_BARS[int((value - low) / ((high - low) or 1) * (len(_BARS) - 1))] for value in means)

@@ -1,0 +1,126 @@
+"""The trackers that Accelerate knows, behind the `Tracker` interface: `tracking.also`.
+
+Contract: nothing depends on them, as on W&B: what one of them raises is said once, and the run goes on without it. The
+only error is `ConfigError`: asked for and not installed. Each gets the flattened config, and the numbers of every row
+under the names that W&B gets, at the row's step.
+
+A tracker that takes a directory writes to `<name>/` in the run directory, the others where their own settings say
+(`MLFLOW_TRACKING_URI`, `TRACKIO_DIR`). The run's name is what they call a project or an experiment. Most of them take
+every start for a run of its own. How many rows each was given is in `<name>.rows` in the run directory, a byte for each
+row, written after it: a resumed run does not give them again.
+
+Accelerate's trackers ask its `PartialState` which process this is. Where no strategy has made one, there is one during
+each call, of a process that is alone: only rank 0 opens trackers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_cifar.config import Config
+from dist_cifar.errors import ConfigError, one_line
+from dist_cifar.tracking.base import Results
+from dist_cifar.tracking.exactly_once import named, public_config
+
+logger = logging.getLogger(__name__)
+
+_COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""The variables from which Accelerate learns that there are other processes."""
+
+
+def require_installed(config: Config) -> None:
+    """Raises `ConfigError` for a tracker of `tracking.also` whose package is missing."""
+    if config.tracking.also:
+        from accelerate.tracking import get_available_trackers
+
+        installed = [str(name) for name in get_available_trackers()]
+        for name in config.tracking.also:
+            if name not in installed:
+                raise ConfigError(f"tracking.also: {name} is not installed; pip install {name}, or leave it out")
+
+
+def forget_accelerate_trackers(config: Config, run_dir: Path) -> None:
+    """Makes the trackers begin with the first row: what they were given is not of this run."""
+    for name in config.tracking.also:
+        _rows_file(run_dir, name).unlink(missing_ok=True)
+
+
+def open_accelerate_trackers(config: Config, run_dir: Path) -> list[AccelerateTracker]:
+    """The trackers of `tracking.also` that can be opened."""
+    found = []
+    for name in dict.fromkeys(config.tracking.also):
+        try:
+            found.append(AccelerateTracker(name, config, run_dir))
+        except Exception as error:  # whatever it is, the run does not depend on it
+            logger.info(f"{name}: {one_line(error)}; continuing without it")
+    return found
+
+
+class AccelerateTracker:
+    """A tracker of Accelerate's. See `dist_cifar.tracking.exactly_once.NumberedTracker`."""
+
+    def __init__(self, name: str, config: Config, run_dir: Path) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        path = _rows_file(run_dir, name)
+        self.row_count = path.stat().st_size if path.exists() else 0
+        self._name = name
+        self._failed = False
+        self._tracker = kind(config.run.name, *([str(run_dir / name)] if kind.requires_logging_directory else []))
+        with _state():
+            self._tracker.start()
+        self._attempt(lambda: self._tracker.store_init_configuration(_flat(public_config(config))))
+        self._given = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
+
+    def log(self, row: Mapping[str, Any], number: int) -> None:
+        values = {name: value for name, value in named(row).items() if isinstance(value, int | float)}
+        self._attempt(lambda: self._tracker.log(values, step=row["step"]))
+        self._given.write(b".")
+
+    def finish(self, exit_code: int, results: Results | None = None) -> None:
+        self._attempt(self._tracker.finish)
+        self._given.close()
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            with _state():
+                call()
+        except Exception as error:
+            if not self._failed:
+                logger.info(f"{self._name}: {one_line(error)}; some of the metrics will be missing there")
+            self._failed = True
+
+
+def _rows_file(run_dir: Path, name: str) -> Path:
+    return run_dir / f"{name}.rows"
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists as text, which every tracker takes, and without null, which some do not."""
+    texts = {key: str(value) if isinstance(value, list) else value for key, value in config.items()}
+    return {key: value for key, value in texts.items() if value is not None}
+
+
+@contextmanager
+def _state() -> Iterator[None]:
+    """Accelerate's state, if there is one, else for the block that of a lone process."""
+    from accelerate.state import PartialState
+
+    if PartialState._shared_state:
+        yield
+        return
+    hidden = {name: os.environ.pop(name) for name in _COUNTED_BY if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
+    try:
+        yield
+    finally:
+        PartialState._reset_state()  # a strategy of this process may yet want its own

@@ -1,0 +1,195 @@
+"""What a run writes about itself beside its rows: status, events, summary, predictions; and who is told of its end.
+
+Contract: `begin` and `is_done` are called on rank 0 alone; the other methods on every rank, of which rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dist_cifar.config import Config, differences, flatten
+from dist_cifar.data.batching import BatchPlan
+from dist_cifar.data.dataset import Dataset
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
+from dist_cifar.evaluate import Evaluator
+from dist_cifar.optim.lr_schedule import LRSchedule
+from dist_cifar.run import predictions, step_profiler
+from dist_cifar.run.checkpoint import CheckpointStore
+from dist_cifar.run.provenance import device_name, git_revision
+from dist_cifar.run.run_dir import RunDir
+from dist_cifar.run.summary import build_summary, result_rows
+from dist_cifar.state import Evaluation, TrainState
+from dist_cifar.strategy import properties
+from dist_cifar.tracking.base import OpenTracker, Results, Tracker
+from dist_cifar.tracking.console import table
+from dist_cifar.tracking.registry import open_trackers
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecords:
+    """The records of one run."""
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        config: Config,
+        communicator: Communicator,
+        plan: BatchPlan,
+        *,
+        dataset: Dataset,
+        train_indices: npt.NDArray[np.int64],
+    ) -> None:
+        self.run_dir = run_dir
+        self._config, self._communicator, self._plan = config, communicator, plan
+        self._dataset, self._train_indices = dataset, train_indices
+        self._is_main_process = communicator.rank == 0
+        self._own: list[Tracker] = []
+        self._of_caller: list[Tracker] = []
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """All that take rows; empty but on rank 0."""
+        return self._own + self._of_caller
+
+    def describe_setup(self, evaluator: Evaluator, schedule: LRSchedule) -> None:
+        """Says what is going to be trained."""
+        config, plan, communicator, dataset = self._config, self._plan, self._communicator, self._dataset
+        held_out = (
+            "none: the test set is watched" if evaluator.selects_on_test else f"{evaluator.validation_size:,} images"
+        )
+        virtual = f" ({plan.virtual_ranks} virtual ranks)" if properties(config.strategy).bitwise else ""
+        logger.info(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
+        logger.info(
+            f"ranks      {communicator.world_size} x {communicator.device.type},"
+            f" {torch.get_num_threads()} threads each, strategy {config.strategy.name}, {config.compute.precision}"
+        )
+        logger.info(
+            f"data       {config.data.source}: {len(self._train_indices):,} images to train on, validation {held_out},"
+            f" test {len(dataset.test.labels):,} images, {len(dataset.classes)} classes"
+        )
+        logger.info(
+            f"model      {config.model.name}, {config.model.norm} norm, {evaluator.parameter_count:,} parameters"
+        )
+        logger.info(
+            f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
+            f" {plan.micro_size}{virtual}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
+        )
+        logger.info(f"schedule   {schedule.describe()}")
+
+    def is_done(self, state: TrainState) -> bool:
+        """Whether the run directory holds a run of at least as many steps that is done."""
+        return state.step >= self._plan.total_steps and self.run_dir.status().get("status") == "done"
+
+    def show_result(self) -> None:
+        """Shows the result of a run that was done before."""
+        if self._is_main_process:
+            logger.info(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
+            logger.info(table(result_rows(self.run_dir.summary(), self.run_dir)))
+
+    def begin(self, state: TrainState, *, resume_step: int | None, trackers: Sequence[OpenTracker]) -> None:
+        """Marks the run as running and opens its trackers. On rank 0 alone."""
+        config, world_size = self._config, self._communicator.world_size
+        previous_config = self.run_dir.previous_config() if resume_step is None else None
+        config_changed = previous_config is not None and bool(differences(flatten(previous_config), config))
+        self.run_dir.write_config(config)
+        self.run_dir.write_status("running", step=state.step, world_size=world_size)
+        self.run_dir.append_event(
+            "started",
+            step=state.step,
+            total_steps=self._plan.total_steps,
+            steps_per_epoch=self._plan.steps_per_epoch,
+            world_size=world_size,
+            host=socket.gethostname(),
+            device=device_name(self._communicator.device),
+            strategy=config.strategy.name,
+        )
+        self._own = open_trackers(
+            config,
+            self.run_dir.path,
+            resume_step=resume_step,
+            config_changed=config_changed,
+            git_revision=git_revision,
+        )
+        self._of_caller = [open_tracker(config, self.run_dir.path) for open_tracker in trackers]
+
+    def lr_reduced(self, state: TrainState, line: str, *, lr: float) -> None:
+        """Notes that the schedule has reduced the learning rate, to `lr`."""
+        logger.info(line)
+        if self._is_main_process:
+            self.run_dir.append_event("lr_reduction", step=state.step, lr=lr)
+
+    def profiled(self, ranks: Sequence[Sequence[Mapping[str, float]]]) -> None:
+        """Shows and writes where the time of a step went; `ranks`: see `step_profiler.summarize`."""
+        if not ranks[0]:
+            logger.info(f"profile    not available: the run was shorter than {step_profiler.SKIPPED_STEPS + 2} steps")
+        elif self._is_main_process:
+            device = self._communicator.device.type
+            facts = {"strategy": self._config.strategy.name, "world_size": len(ranks), "device": device}
+            summary = facts | step_profiler.summarize(ranks)
+            path = self.run_dir.write_profile(summary)
+            logger.info(table([*step_profiler.lines(summary), ("profile", str(path))]))
+
+    def stopped(self, state: TrainState) -> None:
+        """Notes that the run stopped before its end, everything saved."""
+        if self._is_main_process:
+            for tracker in self.trackers:
+                tracker.finish(EXIT_SAVED)
+            self.run_dir.append_event("saved", step=state.step)
+            self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)
+        logger.info(f"stopped at step {state.step} and saved; run the same command again to resume")
+
+    def finished(
+        self,
+        state: TrainState,
+        test: Evaluation,
+        *,
+        weights_sha256: str,
+        best_chosen_on: str,
+        store: CheckpointStore,
+    ) -> None:
+        """Writes the result of the run, whose best model has the result `test` on the test split."""
+        if not self._is_main_process:
+            return
+        config, plan, dataset = self._config, self._plan, self._dataset
+        summary: dict[str, Any] = build_summary(
+            config,
+            state,
+            test,
+            classes=dataset.classes,
+            data_sha256=dataset.content_sha256,
+            weights_sha256=weights_sha256,
+            best_chosen_on=best_chosen_on,
+            global_size=plan.global_size,
+            steps_per_epoch=plan.steps_per_epoch,
+            world_size=self._communicator.world_size,
+            device=self._communicator.device,
+        )
+        found = predictions.collect(
+            test.logits,
+            dataset.test.labels,
+            dataset.test.images,
+            dataset.classes,
+            predictions.augmentation_samples(
+                dataset.train.images, self._train_indices, config.augment, seed=config.run.seed
+            ),
+        )
+        predictions.write(self.run_dir.path, found)
+        self.run_dir.append_event("done", step=state.step)
+        self.run_dir.write_summary(summary)
+        checkpoints = store.best_and_last() if config.tracking.wandb_checkpoints else {}
+        results = Results(summary=summary, predictions=found, checkpoints=checkpoints)
+        for tracker in self._own:
+            tracker.finish(EXIT_DONE, results)
+        self.run_dir.write_status("done", step=state.step, world_size=self._communicator.world_size)
+        for tracker in self._of_caller:
+            tracker.finish(EXIT_DONE, results)
+        logger.info(table(result_rows(summary, self.run_dir)))

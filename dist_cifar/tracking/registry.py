@@ -1,0 +1,47 @@
+"""Opens the trackers of a run: `metrics.jsonl` always, W&B and Accelerate's trackers where they are wanted.
+
+Contract: JSONL errors are errors of the run (`OSError`); those of the others never are. `wandb` and `accelerate` are
+imported only where they are going to be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_cifar.config import Config
+from dist_cifar.tracking.accelerate_trackers import (
+    forget_accelerate_trackers,
+    open_accelerate_trackers,
+    require_installed,
+)
+from dist_cifar.tracking.base import Tracker
+from dist_cifar.tracking.exactly_once import ExactlyOnce, NumberedTracker
+from dist_cifar.tracking.jsonl import JsonlTracker
+from dist_cifar.tracking.wandb_tracker import forget_wandb, open_wandb
+
+
+def open_trackers(
+    config: Config,
+    run_dir: Path,
+    *,
+    resume_step: int | None,
+    config_changed: bool = False,
+    git_revision: Callable[[], str | None] = lambda: None,
+) -> list[Tracker]:
+    """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
+
+    `run_dir` exists. `resume_step` is the step of the checkpoint that the run goes on from, `None` at a fresh start.
+    `config_changed` says that the directory has what another config began and that none of it counts any more.
+    `git_revision` names the source, and is asked if W&B is used.
+    Raises `ConfigError` where W&B or another tracker is asked for and not installed.
+    """
+    if config_changed:
+        forget_wandb(run_dir)
+        forget_accelerate_trackers(config, run_dir)
+    # First: their ConfigErrors must not leave a truncated metrics.jsonl.
+    require_installed(config)
+    wandb = open_wandb(config, run_dir, git_revision)
+    jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
+    others: list[NumberedTracker] = [*([] if wandb is None else [wandb]), *open_accelerate_trackers(config, run_dir)]
+    return [jsonl, *(ExactlyOnce(tracker, jsonl.kept) for tracker in others)]

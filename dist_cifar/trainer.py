@@ -1,0 +1,339 @@
+"""The training loop.
+
+Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what
+the run directory holds. The weights after a step depend on the config, the data set and the numerics of the machine,
+and but for a bitwise strategy on the world size; not on how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from dist_cifar import stopping
+from dist_cifar.augment.backend import augments_on_device
+from dist_cifar.config import Config
+from dist_cifar.data.batching import BatchPlan, TrainingBatches, build_training_data, evaluation_due, schedule_due
+from dist_cifar.data.prefetch import Batch
+from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.errors import ConfigError
+from dist_cifar.evaluate import Evaluator
+from dist_cifar.models.resnet import build_model
+from dist_cifar.ops.precision import resolve_precision, set_precision
+from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
+from dist_cifar.run.checkpoint import weights_sha256
+from dist_cifar.run.checkpointing import RunCheckpoints
+from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
+from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
+from dist_cifar.run.step_profiler import Profile, phase
+from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
+from dist_cifar.strategy import build_strategy, properties, slice_count
+from dist_cifar.strategy.base import Strategy, compile_kernels
+from dist_cifar.tracking.base import OpenTracker
+from dist_cifar.tracking.console import Console
+from dist_cifar.tracking.records import RunRecords
+from dist_cifar.tracking.training_log import TrainingLog, require_finite
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    communicator: Communicator,
+    *,
+    must_resume: bool = False,
+    resume_anyway: bool = False,
+    trackers: Sequence[OpenTracker] = (),
+) -> bool:
+    """Trains, evaluates and writes the run directory. A collective.
+
+    Returns True when the run is done, False when a signal or its time limit stopped it and it was saved. Raises
+    `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint. `resume_anyway`:
+    resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config, and finished
+    when `status.json` says that the run is done.
+    """
+    assert config.run.dir is not None  # the config resolved it
+    run_dir = RunDir(config.run.dir)
+    with Console(is_main_process=communicator.rank == 0) as console, ExitStack() as held:
+        # Rank 0 takes the lock; the others wait in the broadcast.
+        lock = run_dir.lock(wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
+        communicator.run_on_rank0(lambda: held.enter_context(lock))
+        config = resolve_precision(config, run_dir.previous_config, communicator)
+        trainer = Trainer.build(
+            config, communicator, console=console, must_resume=must_resume, resume_anyway=resume_anyway
+        )
+        return trainer.fit(trackers)
+
+
+class Trainer:
+    """One run on the ranks of a communicator. `build` makes its collaborators, which are public, from a config."""
+
+    def __init__(
+        self,
+        config: Config,
+        communicator: Communicator,
+        *,
+        plan: BatchPlan,
+        batches: TrainingBatches,
+        strategy: Strategy,
+        schedule: LRSchedule,
+        evaluator: Evaluator,
+        checkpoints: RunCheckpoints,
+        records: RunRecords,
+        console: Console,
+    ) -> None:
+        self._clock = time.perf_counter()
+        self.config, self.communicator, self.plan, self.batches = config, communicator, plan, batches
+        self.strategy, self.schedule, self.evaluator = strategy, schedule, evaluator
+        self.checkpoints, self.records, self.console = checkpoints, records, console
+        self.state = TrainState()
+        self.sums = TrainingSums(communicator.device, may_skip=config.optimizer.non_finite == "skip")
+        self.log = TrainingLog(config, plan, communicator=communicator, run_dir=records.run_dir, console=console)
+        self.deadline = stopping.Deadline(
+            stopping.seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time())
+        )
+        self.profile = (
+            Profile(records.run_dir.profile, rank=communicator.rank, device=communicator.device)
+            if config.run.profile
+            else None
+        )
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        communicator: Communicator,
+        *,
+        console: Console | None = None,
+        must_resume: bool = False,
+        resume_anyway: bool = False,
+    ) -> Trainer:
+        """Everything that a run needs, restored from its newest checkpoint if there is one. A collective."""
+        started = time.perf_counter()
+        assert config.run.dir is not None  # the config resolved it
+        run_dir, device, spec = RunDir(config.run.dir), communicator.device, properties(config.strategy)
+        slices = slice_count(config.batch, config.strategy, world_size=communicator.world_size)
+        if spec.bitwise:
+            make_deterministic(device)
+            communicator.assert_equal_across_ranks("the numerics", numerics_fingerprint(device))
+        augments_on_device(config.augment.backend, device)  # or an error, before anything takes long
+        compile_kernels(config, communicator)
+        data = build_training_data(config, communicator, slices=slices)
+        plan, dataset = data.plan, data.dataset
+        model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
+        # A module of its own: a strategy may shard its one, whose forward passes then need all ranks at once.
+        eval_model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
+        set_precision(eval_model, config.compute.precision, device)
+        evaluator = Evaluator(
+            eval_model, dataset, data.validation_indices, batch_size=config.eval.batch_size, communicator=communicator
+        )
+        schedule = build_lr_schedule(
+            config.optimizer, config.plateau, global_size=plan.global_size, steps_per_epoch=plan.steps_per_epoch
+        )
+        trainer = cls(
+            config,
+            communicator,
+            plan=plan,
+            batches=data.batches,
+            strategy=build_strategy(model, config, communicator=communicator, plan=plan),
+            schedule=schedule,
+            evaluator=evaluator,
+            checkpoints=RunCheckpoints(run_dir, config, communicator, dataset=dataset, bitwise=spec.bitwise),
+            records=RunRecords(run_dir, config, communicator, plan, dataset=dataset, train_indices=data.train_indices),
+            console=console or Console(is_main_process=communicator.rank == 0),
+        )
+        trainer._clock = started
+        trainer.restore(must_resume=must_resume, resume_anyway=resume_anyway)
+        return trainer
+
+    def fit(self, trackers: Sequence[OpenTracker] = ()) -> bool:
+        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective.
+
+        `trackers` are those of the caller: see `train`.
+        """
+        config, plan, state = self.config, self.plan, self.state
+        if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
+            self.records.show_result()
+            return True
+        self._begin(trackers)
+        vote = AsyncAnyReduce(self.communicator, 2)
+        batches = self.batches.stream(state.step, self.communicator.device)
+        with closing(batches), self.profile or nullcontext():
+            while state.step < plan.total_steps:
+                phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
+                stops = stopping.stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
+                vote.start(state.step + 1, stops, self.checkpoints.store.failed)
+                step_started = time.perf_counter()
+                self.log.compute_timer.start()
+                batch = next(batches)
+                state.wait_seconds += time.perf_counter() - step_started
+
+                lr = self.schedule.lr(state.step)
+                self.train_step(batch)
+
+                logs = state.step % config.run.log_every_steps == 0 or state.step == plan.total_steps
+                ranks = self._take_totals() if logs else None  # waits for the device
+                state.train_seconds += time.perf_counter() - step_started
+                if ranks is not None:
+                    self.log.steps(self._timed_state(), ranks, lr)
+                self.console.advance()
+                if config.run.log_digests:
+                    tensors = self.strategy.model_state_dict() | self.strategy.optimizer_state_dict()
+                    self.log.digests(state.step, tensors, self.sums.totals())
+                if self.profile is not None and self.profile.is_complete:
+                    self._end_profile()
+                if evaluation_due(plan, config.eval.every_epochs, state.step):
+                    self.evaluate()
+                    self.save(best=state.best_step == state.step)
+                stops, write_failed = vote.result()
+                if write_failed:
+                    self.checkpoints.wait()  # raises what went wrong
+                if stops:
+                    self.save()
+                    self._leave_loop()
+                    self.records.stopped(state)
+                    return False
+                if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0:
+                    self.save()
+        self._leave_loop()
+        self._finish()
+        return True
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """One optimizer step on this rank's share of a global batch; returns the gradient norm before clipping, [].
+
+        A collective. Nothing waits for the device.
+        """
+        strategy, micro_batches = self.strategy, self.plan.micro_batches
+        inputs, labels = batch.inputs.split(self.plan.micro_size), batch.labels.split(self.plan.micro_size)
+        for i in range(micro_batches):
+            phase("forward")
+            logits = strategy.forward(inputs[i])
+            loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)
+            if i == micro_batches - 1:
+                self.log.compute_timer.stop()
+            phase("backward")
+            strategy.backward(loss)
+            phase("other")
+            self.sums.add(loss, logits, labels[i])
+        phase("optimizer")
+        grad_norm = strategy.step(self.schedule.lr(self.state.step))  # clipped
+        phase("other")
+        if self.communicator.rank == 0:  # it is the same on every rank
+            self.sums.add_step(grad_norm)
+        self.state.step += 1
+        return grad_norm
+
+    def evaluate(self) -> Evaluation:
+        """Evaluates on the validation split, tells the schedule if that is due, and notes the best step. A
+        collective."""
+        phase("evaluation")
+        state = self.state
+        result = self.evaluator.validate(self.strategy.model_state_dict())
+        self.log.evaluation("eval", self._timed_state(), result, split=self.evaluator.split_name)
+        if schedule_due(self.plan, self.config.eval.every_epochs, state.step):
+            change = self.schedule.observe(result)
+            self.communicator.assert_equal_across_ranks("the state of the schedule", self.schedule.state_dict())
+            if change is not None:
+                self.records.lr_reduced(state, change, lr=self.schedule.lr(state.step))
+        if state.best_accuracy is None or result.accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_step = result.accuracy, state.step
+        return result
+
+    def save(self, *, best: bool = False) -> None:
+        """Begins to write a checkpoint, unless this step has one. A collective.
+
+        Raises `TrainingError` if a loss since the last log was not finite or the replicas do not agree.
+        """
+        phase("checkpoint")
+        if self.checkpoints.saved_step == self.state.step:
+            return
+        ranks = self.communicator.all_gather_object(self.sums.totals())
+        require_finite(self.state.step, ranks)
+        tensors = {
+            "model": self.strategy.model_state_dict(),
+            "optimizer": self.strategy.optimizer_state_dict(),
+            "ranks": self.strategy.per_rank_state(),
+        }
+        self.checkpoints.save(
+            self._timed_state(), tensors, schedule=self.schedule.state_dict(), totals=StepTotals.sum(ranks), best=best
+        )
+
+    def restore(self, *, must_resume: bool, resume_anyway: bool) -> None:
+        """Continues from the newest checkpoint, if there is one. A collective; see `RunCheckpoints.restore`."""
+        restored = self.checkpoints.restore(must_resume=must_resume, resume_anyway=resume_anyway)
+        if restored is None:
+            return
+        try:
+            self.evaluator.load_state_dict(restored.model)
+        except RuntimeError as error:  # only after --resume-anyway
+            raise ConfigError(
+                f"run.dir={self.config.run.dir}: its weights are not those of model.name={self.config.model.name}"
+                f" ({' '.join(str(error).split())[:200]}); give another run.dir"
+            ) from None
+        self.strategy.load(restored.model, restored.optimizer, restored.per_rank)
+        self.schedule.load_state_dict(restored.schedule)
+        self.state = restored.train_state
+        self.log.start(self.state)
+        if self.communicator.rank == 0:
+            self.sums.reset(restored.totals)
+
+    def _begin(self, trackers: Sequence[OpenTracker]) -> None:
+        resume_step = self.checkpoints.saved_step
+        self.records.describe_setup(self.evaluator, self.schedule)
+        if resume_step is not None:
+            logger.info(f"resume     from the checkpoint of step {resume_step}")
+        self.communicator.run_on_rank0(
+            lambda: self.records.begin(self.state, resume_step=resume_step, trackers=trackers)
+        )
+        self.log.trackers = self.records.trackers
+        self.console.start(self.plan.total_steps, self.state.step)
+
+    def _take_totals(self) -> list[StepTotals]:
+        """Every rank's totals since the last log; new ones begin. Waits for the device."""
+        ranks = self.communicator.all_gather_object(self.sums.totals())
+        self.sums.reset()
+        return ranks
+
+    def _timed_state(self) -> TrainState:
+        now = time.perf_counter()
+        self.state.wall_seconds += now - self._clock
+        self._clock = now
+        return self.state
+
+    def _end_profile(self) -> None:
+        """Shows and writes where the time of a step went, once. A collective."""
+        if self.profile is not None:
+            ranks = self.communicator.all_gather_object(self.profile.milliseconds())
+            self.profile = None
+            self.records.profiled(ranks)
+
+    def _leave_loop(self) -> None:
+        """No more steps: when this returns, what was saved is on the disk."""
+        self._end_profile()
+        self.checkpoints.wait(must_succeed=True)
+        self.console.stop()
+
+    def _finish(self) -> None:
+        """Evaluates the best checkpoint on the test split and writes the result."""
+        state = self.state
+        model = self.strategy.model_state_dict()
+        final_sha256 = weights_sha256(model)
+        if state.best_step != state.step:
+            model = self.checkpoints.load_best(state.best_step)
+        test = self.evaluator.test(model)
+        self.log.evaluation("test", self._timed_state(), test)
+        self.records.finished(
+            state,
+            test,
+            weights_sha256=final_sha256,
+            best_chosen_on=self.evaluator.split_name,
+            store=self.checkpoints.store,
+        )

@@ -1,0 +1,229 @@
+"""What the scripts of `benchmarks/` compute and write, on made-up measurements: nothing is timed here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks/suite"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script("name")`: a module of that folder, which finds its neighbours as it does when it is run."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
+            del sys.modules[name]
+
+
+# --- startup.py ---------------------------------------------------------------------------------------------------
+
+
+def test_starts_are_compared_with_the_peer_of_as_many_ranks_in_the_same_round(script):
+    startup = script("startup")
+    peers = {
+        ranks: startup.Start(model="resnet20", ranks=ranks, name="accelerate", launcher="accelerate launch")
+        for ranks in (1, 2)
+    }
+    ours = startup.Start(model="resnet20", ranks=2, name="ddp", launcher="torchrun")
+    samples = {peers[1]: {"warm": [1.0, 1.0]}, peers[2]: {"warm": [4.0, 10.0]}, ours: {"warm": [3.0, 1.0]}}
+    *others, row = startup.result_rows(samples)
+    assert not any("over_peer_median" in other for other in others)
+    assert (row["over_peer_min"], row["over_peer_median"], row["over_peer_max"]) == (0.1, 0.425, 0.75)
+    assert (row["seconds_median"], row["n"], row["state"], row["launcher"]) == (2.0, 2, "warm", "torchrun")
+
+
+def test_every_model_and_number_of_ranks_has_one_peer_and_both_strategies(script):
+    startup = script("startup")
+    starts = startup.all_starts(["resnet20", "resnet18"], [1, 2])
+    assert len(starts) == len(set(starts)) == 20
+    assert sum(start.is_peer for start in starts) == 4
+    assert {start.launcher for start in starts if start.ranks == 1} == {"accelerate launch", "python"}
+    assert {start.launcher for start in starts if start.ranks == 2} == {"accelerate launch", "torchrun"}
+
+
+def test_two_ranks_are_asked_of_every_launcher(script):
+    startup = script("startup")
+    for start in startup.all_starts(["resnet20"], [2]):
+        command = " ".join(startup.launch(start))
+        assert command.endswith("--nproc-per-node=2" if start.launcher == "torchrun" else "--num_processes 2")
+
+
+# --- scaling.py ---------------------------------------------------------------------------------------------------
+
+
+def test_ratios_are_above_one_where_the_side_that_is_named_first_is_faster(script):
+    scaling = script("scaling")
+    seconds = {side.name: [1.0, 1.0] for side in scaling.SIDES}
+    seconds |= {"ddp 2x1": [0.5, 2.0], "plain 2x1": [1.0, 1.0]}
+    found = scaling.ratios(seconds)
+    assert found["ddp_over_plain_two_ranks"] == found["ddp_two_ranks_over_two_threads"] == [2.0, 0.5]
+    assert found["ddp_efficiency_two_ranks"] == [2.0, 0.5] and found["exact_over_ddp_two_ranks"] == [0.5, 2.0]
+    assert found["ddp_over_plain_one_rank"] == [1.0, 1.0]
+
+
+def test_sides_share_a_global_batch_or_a_ranks_part_of_it(script):
+    scaling = script("scaling")
+    per_rank = {side.name: side.batch / side.ranks for side in scaling.SIDES}
+    assert per_rank["ddp 1x1"] == per_rank["ddp 2x1"] == per_rank["exact 1x1"] == per_rank["exact 2x1"]
+    assert {side.batch for side in scaling.SIDES if side.ranks * side.threads == 2} == {scaling.GLOBAL_BATCH}
+    assert {name for pair in scaling.RATIOS.values() for name in pair} == set(per_rank)
+
+
+def test_predicted_efficiency_falls_with_more_gpus_and_smaller_batches(script):
+    scaling = script("scaling")
+    rows = scaling.predictions(scaling.Cluster())
+    assert [(row["gpus"], row["images_per_gpu"]) for row in rows] == [
+        (gpus, images) for images in (256, 64) for gpus in (8, 64, 512)
+    ]
+    for name in ("ddp_efficiency", "exact_efficiency"):
+        found = {(row["gpus"], row["images_per_gpu"]): row[name] for row in rows}
+        assert 1 > found[8, 256] > found[64, 256] >= found[512, 256] > found[512, 64] > 0
+
+
+# --- readme.py and plot.py ----------------------------------------------------------------------------------------
+
+
+def spread(name: str, median: float) -> dict[str, float]:
+    return {f"{name}_median": median, f"{name}_min": 0.9 * median, f"{name}_max": 1.1 * median}
+
+
+def peers_result() -> dict[str, Any]:
+    rates = {("dist_cifar", "ddp", "bf16"): 690.0, ("lightning", "tuned", "bf16"): 400.0}
+    rates |= {("timm", "documented", "fp32"): 240.0, ("constant", "ddp", "bf16"): 700.0}
+    rows = [
+        {"model": "resnet20", "ranks": ranks, "threads_per_rank": 2 // ranks, "name": name, "variant": variant}
+        | {"precision": precision, "n": 3, "workers": 0, "lines_of_code": 40}
+        | spread("images_per_second", rate / ranks)
+        | spread("startup_seconds", 2.0)
+        | spread("data_wait_share", 0.125)
+        | spread("peak_pss_bytes", 2.0**30)
+        for (name, variant, precision), rate in rates.items()
+        for ranks in (1, 2)
+    ]
+    comparisons = [
+        {"model": "resnet20", "shape": shape, "strategy": strategy, "precision": precision}
+        | {"against": f"best {variant}", "peer": peer}
+        | spread("ratio", ratio)
+        for shape in ("1x2", "2x1")
+        for strategy in ("ddp", "exact")
+        for precision, variant, peer, ratio in (
+            ("fp32", "documented", "timm", 1.25),
+            ("bf16", "documented", "timm", 2.875),
+            ("bf16", "tuned", "lightning", 1.725),
+        )
+    ]
+    return {"benchmark": "peers", "hardware": "a machine", "rounds": 3, "global_batch": 128, "data": "images.zip"} | {
+        "versions": {"torch": "2.15.0"},
+        "results": rows,
+        "comparisons": comparisons,
+    }
+
+
+def test_block_of_the_peers(script):
+    text = script("readme").peers(peers_result())
+    lines = text.splitlines()
+    assert "| **dist_cifar**, `ddp` bf16 | 690 | 345 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
+    assert "| timm, documented | 240 | 120 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
+    assert not any("constant" in line for line in lines)
+    tuned = "1.73x (1.55 to 1.90), Lightning"
+    assert f"| `ddp` bf16 over the best tuned | {tuned} | {tuned} |" in lines
+    assert {line.count("|") for line in lines if line.startswith("|")} == {4, 8}
+    assert "n = 3 interleaved" in text and "a machine" in text
+
+
+def test_models_that_were_run_on_their_own_may_have_other_numbers_of_rounds(script):
+    result = peers_result()
+    result["results"][0]["n"] = 2
+    assert result["results"][0]["name"] == "dist_cifar" and script("readme").rounds(result) == "2 to 3"
+
+
+def test_ours_is_set_beside_the_same_loop_without_data(script):
+    result = peers_result()
+    text = script("readme").constant(result)
+    assert "ResNet-20 bf16, 1 x 2: 0.986; ResNet-20 bf16, 2 x 1: 0.986" in text
+
+
+def test_block_of_the_overhead(script):
+    calls = {"progress": 0.001, "vote": 0.002, "log": 0.0005, "checkpoint": 0.0, "writing": -0.001}
+    row = {name: {"share_of_a_step": share} for name, share in calls.items()}
+    row |= {"model": "resnet20", "precision": "bf16", "share_of_a_step": 0.0025, "step": {"milliseconds_median": 118.6}}
+    text = script("readme").overhead({"results": [row], "ranks": 2, "global_batch": 128, "hardware": "a machine"})
+    assert "| ResNet-20 bf16, 119 ms | 0.10% | 0.20% | 0.05% | 0.00% | -0.10% | 0.25% |" in text
+
+
+def test_block_of_the_settings(script):
+    row = {"model": "resnet20", "setting": "one thing", "threads": 2, "n": 5} | spread("images_per_second", 1100)
+    row |= spread("images_per_second_without", 900) | spread("gain", 1.2)
+    text = script("readme").settings({"results": [row], "global_batch": 128, "rounds": 5, "hardware": "x"})
+    assert "| one thing | ResNet-20 | 2 | 1,100 | 900 | 1.20x (1.08 to 1.32) |" in text
+
+
+def test_overhead_is_what_the_calls_and_the_slower_steps_take(script):
+    overhead = script("overhead")
+    calm, slow = (0.1, False), (0.12, True)
+    steps = [calm] * (overhead.WARM_UP_STEPS + 10) + [slow] * 3 + [calm] * 10
+    calls = {"progress": [1e-4] * 40, "vote": [1e-4] * 80, "log": [0.002, 0.003] * 8, "checkpoint": [9.0, 0.05, 0.05]}
+    row = overhead.figures(steps, calls, overhead.Config())
+    assert row["writing"]["n"] == 1 and row["writing"]["milliseconds_median"] == pytest.approx(60)
+    assert row["checkpoint"]["milliseconds_max"] == 50
+    expected = (1e-4 + 2e-4 + 0.005 / 50 + (0.05 + 0.06) / overhead.EPOCH_STEPS) / 0.1
+    assert row["share_of_a_step"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_block_of_the_starts(script):
+    rows = [
+        {"model": "resnet20", "ranks": 1, "name": name, "launcher": launcher, "state": state, "n": 7}
+        | spread("seconds", 2.0 if name == "exact" else 8.0)
+        | (spread("over_peer", 0.25) if name == "exact" else {})
+        for name, launcher in (("accelerate", "accelerate launch"), ("exact", "python"))
+        for state in ("cold", "warm")
+    ]
+    text = script("readme").startup({"results": rows, "rounds": 7, "hardware": "a machine"})
+    assert "| model | ranks | command | warm, s | warm, of Accelerate's | cold, s | cold, of Accelerate's |" in text
+    figures = "2.0 (1.8 to 2.2) | 0.25x (0.23 to 0.28)"
+    assert f"| ResNet-20 | 1 | **dist_cifar**, `exact`: `python` | {figures} | {figures} |" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {8}
+
+
+def test_block_of_the_scaling(script):
+    scaling = script("scaling")
+    seconds = {side.name: [1.0, 1.0] for side in scaling.SIDES} | {"ddp 2x1": [0.8, 0.8]}
+    row = {name: scaling.spread(values, 4) for name, values in scaling.ratios(seconds).items()}
+    result = {"results": [{"model": "resnet18", "precision": "bf16"} | row], "rounds": 2, "hardware": "a machine"}
+    result |= {"global_batch": 128, "predictions": scaling.predictions(scaling.Cluster())}
+    text = script("readme").scaling(result)
+    assert "| ResNet-18 bf16 | 1.25x (1.25 to 1.25) | 1.25x (1.25 to 1.25) | 1.00x (1.00 to 1.00) | 0.80x" in text
+    assert "Predicted, not measured" in text and "| 512 | 64 |" in text
+
+
+def test_the_picture_of_the_peers_has_a_panel_for_each_model_and_shape(script, tmp_path, monkeypatch):
+    plot = script("plot")
+    figures = []
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    plot.draw_peers(peers_result(), tmp_path / "peers.png")
+    one, two = figures[0].axes
+    assert (one.get_title(loc="left"), two.get_title(loc="left")) == (
+        "ResNet-20, 1 rank with 2 threads",
+        "ResNet-20, 2 ranks with 1 thread each",
+    )
+    assert [bar.get_width() for bar in one.patches] == [690, 400, 240]
+    bf16, _, fp32 = (bar.get_y() + bar.get_height() / 2 for bar in one.patches)
+    assert bf16 < 0 and fp32 > 1  # above and below the place of their program
+    assert [label.get_text() for label in one.get_yticklabels()] == ["dist_cifar, ddp", "timm train.py", "Lightning"]
+    plot.plt.close(figures[0])

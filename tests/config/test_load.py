@@ -1,0 +1,191 @@
+"""Reading, checking and printing the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_cifar.config import (
+    SECTIONS,
+    Config,
+    describe,
+    differences,
+    flatten,
+    load_config,
+    to_yaml,
+)
+from dist_cifar.errors import ConfigError
+from tests import REPOSITORY
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_default_is_the_shipped_recipe():
+    shipped = load_config(REPOSITORY / "configs/cifar10_resnet18.yaml")
+    assert shipped == load_config()
+
+
+def test_file_then_overrides(tmp_path):
+    path = write(tmp_path / "mine.yaml", "optimizer:\n  lr: 3e-4\ntrain:\n  epochs: 7\nmodel:\n")
+    config = load_config(path, ["train.epochs=9", "data.validation_size=0", "optimizer.max_grad_norm=null"])
+    assert (config.optimizer.lr, config.train.epochs, config.data.validation_size) == (3e-4, 9, 0)
+    assert config.optimizer.max_grad_norm is None
+    assert (config.run.name, config.run.dir) == ("mine", "runs/mine")
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "0.001", "+1e-3", "1.0e-3", ".1e-2"])
+def test_numbers_are_numbers_in_files_and_overrides(tmp_path, number):
+    path = write(tmp_path / "c.yaml", f"optimizer: {{lr: {number}}}")
+    assert load_config(path).optimizer.lr == load_config(None, [f"optimizer.lr={number}"]).optimizer.lr == 1e-3
+
+
+def test_text_stays_text():
+    config = load_config(None, ["run.name=007", "data.root=null", "run.dir=1e3", "tracking.wandb_group=no"])
+    assert (config.run.name, config.data.root, config.run.dir) == ("007", "null", "1e3")
+    assert config.tracking.wandb_group == "no"
+    assert load_config(None, ["tracking.wandb_group=null"]).tracking.wandb_group is None
+    assert load_config(None, ["tracking.wandb_tags=[a, b]"]).tracking.wandb_tags == ("a", "b")
+
+
+def test_one_batch_size_replaces_the_other(tmp_path):
+    path = write(tmp_path / "c.yaml", "batch: {per_rank_size: 64}\ntrain: {strategy: ddp}")
+    assert load_config(path).batch.global_size is None
+    assert load_config(path, ["batch.global_size=96"]).batch.per_rank_size is None
+    with pytest.raises(ConfigError, match="both of global_size and per_rank_size"):
+        load_config(None, ["batch.global_size=96", "batch.per_rank_size=64"])
+    with pytest.raises(ConfigError, match="neither of global_size and per_rank_size"):
+        load_config(None, ["batch.global_size=null"])
+
+
+def test_what_strategy_exact_cannot_keep_is_refused():
+    exact = "strategy.name=exact"
+    for overrides, message in (
+        (["batch.per_rank_size=16"], "batch.per_rank_size: in strategy.name=exact nothing depends on the world size"),
+        (["strategy.virtual_ranks=6"], "strategy.virtual_ranks: must be a power of two, found 6"),
+        (
+            ["batch.global_size=36"],
+            "batch.global_size: 36 samples cannot be shared equally by strategy.virtual_ranks=8",
+        ),
+    ):
+        load_config(None, [*overrides, "strategy.name=ddp"])
+        with pytest.raises(ConfigError, match=message):
+            load_config(None, [*overrides, exact])
+    load_config(None, ["batch.global_size=36", "strategy.virtual_ranks=4", exact])
+
+
+BAD_OVERRIDES = [
+    ("run.log_digests=1", r"run\.log_digests: must be true or false, found 1"),
+    ("optimzer.lr=1", r"optimzer\.lr: unknown key; did you mean optimizer\.lr\?"),
+    ("lr=1", r"lr: unknown key; did you mean optimizer\.lr\?"),
+    ("optimizer=1", r"optimizer: unknown key"),
+    ("train.epochs=three", r"train\.epochs: must be whole number, found three"),
+    ("train.epochs=3.0", r"train\.epochs: must be whole number, found 3\.0"),
+    ("train.epochs=true", r"train\.epochs: must be whole number, found true"),
+    ("train.epochs=0", r"train\.epochs: must be >= 1, found 0"),
+    ("train.epochs=", r"train\.epochs: must be whole number, found null"),
+    ("optimizer.lr=-1", r"optimizer\.lr: must be > 0, found -1"),
+    ("optimizer.lr=.inf", r"optimizer\.lr: must be number, found \.inf"),
+    ("augment.flip_probability=1.5", r"augment\.flip_probability: must be >= 0 and <= 1, found 1\.5"),
+    ("optimizer.betas=[0.9]", r"optimizer\.betas: must be a list of 2, found \[0\.9\]"),
+    ("optimizer.betas=[0.9, 1]", r"optimizer\.betas: must be < 1"),
+    ("augment.erasing_area=[0.3, 0.1]", r"augment\.erasing_area: must rise"),
+    ("model.name=resnet19", r"model\.name: must be one of resnet18, .*, found resnet19; did you mean resnet18\?"),
+    ("run.name=a/b", r"run\.name: must be a name without '/'"),
+    ("data.validation_size=[1", r"data\.validation_size: line 1: not YAML"),
+    ("epochs", r"'epochs': not an option and not key=value"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES)
+def test_a_bad_override_is_named_on_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+BAD_FILES = [
+    ("optimiser:\n  lr: 1\n", r"optimiser: unknown key; did you mean optimizer\?"),
+    ("optimizer:\n  lr: 1\n  lr: 2\n", r"line 3: key 'lr' is given twice"),
+    ("optimizer: 3\n", r"optimizer: found 3; write its keys below it"),
+    ("- a\n", r"not sections"),
+    ("1: 2\n", r"line 1: key 1 is not a string"),
+    ("a: [1\n", r"line 2: not YAML"),
+    ("a: !!python/object/apply:os.system ['true']\n", r"not YAML: could not determine a constructor"),
+    ("train:\n  epochs: '3'\n", r"train\.epochs: must be whole number, found '3'"),
+    ("run:\n  name: 7\n", r"run\.name: must be text, found 7"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_a_bad_file_is_named_on_one_line(tmp_path, text, message):
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_gets_the_nearest_name(tmp_path):
+    write(tmp_path / "resnet.yaml", "")
+    with pytest.raises(ConfigError, match=r"resnett\.yaml: no such file; did you mean .*resnet\.yaml\?"):
+        load_config(tmp_path / "resnett.yaml")
+    with pytest.raises(ConfigError, match="no such file; give a YAML file"):
+        load_config(tmp_path / "nowhere" / "other.txt")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=20),
+    lr=st.floats(1e-300, 1e300),
+    tags=st.lists(st.text(max_size=5), max_size=3),
+    size=st.integers(1, 10**8).map(lambda n: 8 * n),
+)
+def test_the_printed_config_reads_back_equal(tmp_path_factory, name, lr, tags, size):
+    sections = {
+        "run": {"name": name},
+        "optimizer": {"lr": lr},
+        "batch": {"global_size": size},
+        "tracking": {"wandb_tags": tags},
+    }
+    directory = tmp_path_factory.mktemp("config")
+    config = load_config(write(directory / "a.yaml", yaml.safe_dump(sections, allow_unicode=True)))
+    assert config.optimizer.lr == lr and config.tracking.wandb_tags == tuple(tags)
+    assert load_config(write(directory / "b.yaml", to_yaml(config))) == config
+
+
+def test_every_field_has_a_docstring_and_is_described():
+    described = {key: (kind, text) for key, kind, _, text in describe()}
+    assert described.keys() == flatten(Config()).keys()
+    assert all(kind and text for kind, text in described.values())
+
+
+def test_configs_are_frozen_and_keyword_only():
+    for section in [Config, *SECTIONS.values()]:
+        with pytest.raises(TypeError):
+            section(1)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section(), dataclasses.fields(section)[0].name, 1)
+
+
+def test_differences_name_what_decides_the_result():
+    config = load_config(None, ["optimizer.lr=0.5", "run.log_every_steps=3", "run.dir=elsewhere"])
+    assert differences(flatten(load_config()), config) == {"optimizer.lr": "optimizer.lr: 0.001 -> 0.5"}
+    elsewhere = load_config(None, ["run.log_every_steps=3", "data.stage_dir=$SLURM_TMPDIR"])
+    assert elsewhere.data.stage_dir == "$SLURM_TMPDIR"  # each node has its own
+    assert differences(flatten(load_config()), elsewhere) == {}
+
+
+def test_the_config_imports_no_torch():
+    code = "import sys, dist_cifar.config, dist_cifar.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

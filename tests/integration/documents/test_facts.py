@@ -1,0 +1,202 @@
+"""What the pages under docs/ name exists, and what they compute is so."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_cifar import state
+from dist_cifar.config import SECTIONS, Config, describe, load_config
+from dist_cifar.errors import ConfigError
+from dist_cifar.run.provenance import numerics
+from dist_cifar.strategy import exact
+from dist_cifar.strategy.tree_reduce import TreeAccumulator
+from tests import REPOSITORY
+from tests.strategy.test_exact import MUTANTS
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXACTNESS = (DOCS / "exactness.md").read_text()
+TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
+PACKAGE = "\n".join(path.read_text() for path in (REPOSITORY / "dist_cifar").rglob("*.py"))
+WRITTEN = {"runs", "data", "wandb", "build", "dist"}
+"""Folders that a checkout has once it was used."""
+FOLDERS = sorted(
+    path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in WRITTEN
+)
+
+
+def quoted(page: str) -> list[str]:
+    """What stands in backticks within a line."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"(?s)^```.*?^```", "", page, flags=re.MULTILINE))
+
+
+def wrong_names(page: str) -> list[str]:
+    """What a page names that does not exist: files, tests, config fields and their values, files of a run."""
+    keys = {key for key, *_ in describe()}
+    wrong = []
+    for name in quoted(page):
+        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.(?!onnx|pt2)\w+)(=.*)?", name)
+        if re.match(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*$", name):
+            exists = (REPOSITORY / name).exists()
+        elif re.fullmatch(r"test_\w+", name):
+            exists = f"def {name}(" in TESTS
+        elif re.fullmatch(r"\w+\.(jsonl?|yaml)", name):
+            exists = f'"{name}"' in PACKAGE
+        elif field:
+            exists = field[1] in keys and (field[2] is None or is_accepted(name))
+        else:
+            continue
+        if not exists:
+            wrong.append(name)
+    return wrong
+
+
+def is_accepted(override: str) -> bool:
+    try:
+        load_config(None, [override])
+    except ConfigError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_exist(page):
+    assert wrong_names(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "`tests/test_trees.py`",
+        "`test_a_right_fold_is_another_sum`",
+        "`batch.virtual_rank`",
+        "`strategy.name=exactly`",
+        "`digest.jsonl`",
+    ],
+)
+def test_wrong_names_are_found(name):
+    assert len(wrong_names(f"{EXACTNESS}\nSee {name}.\n")) == 1
+
+
+# --- docs/exactness.md -------------------------------------------------------------------------------------------
+
+
+def test_the_picture_is_what_its_script_draws():
+    specification = importlib.util.spec_from_file_location(
+        "tree_picture", REPOSITORY / "benchmarks/publish/tree_picture.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (DOCS / "tree.svg").read_text() == module.picture()
+
+
+def test_all_numerics_are_named_and_no_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    names = {name for device in ("cpu", "cuda") for name in numerics(torch.device(device))}
+    rows = re.findall(r"(?m)^\|(?: numerics| on a CPU| on a GPU|) \|([^|:]*):", EXACTNESS)
+    in_table = {name for row in rows for name in quoted(row) if "." not in name}
+    assert in_table == names
+
+
+def test_all_mutants_are_named():
+    assert [name for name in MUTANTS if f'"{name}"' not in EXACTNESS] == []
+
+
+def test_the_sums_of_the_example_are_those_of_float32():
+    one, tenth, fifth = np.float32(1), np.float32(0.1), np.float32(0.2)
+    assert f"(1 + 0.1) + 0.2 = {(one + tenth) + fifth:.9g}\n" in EXACTNESS
+    assert f"1 + (0.1 + 0.2) = {one + (tenth + fifth):.9g}\n" in EXACTNESS
+
+
+def test_the_partial_sums_of_a_rank_are_as_many_as_the_page_says():
+    most = []
+    for leaves in (8, 4, 2, 1):
+        tree, kept = TreeAccumulator(), [0]
+        for _ in range(leaves - 1):
+            tree.add([torch.ones(1)])
+            kept.append(len(tree._sums))
+        most.append(max(kept))
+    assert "{}, {}, {} and {} for V = 8".format(*most) in EXACTNESS
+
+
+def test_constants_are_those_of_the_code():
+    assert Config().strategy.virtual_ranks == 8 and "(8 by default: 1, 2, 4 or 8 ranks)" in EXACTNESS
+    assert f"at least {exact._BUCKET_BYTES // 2**20} MiB" in EXACTNESS
+    assert state._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
+    assert 2**53 * state._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
+
+
+# --- docs/slurm.md -----------------------------------------------------------------------------------------------
+
+SLURM = (DOCS / "slurm.md").read_text()
+SCRIPTS = {path.name: path.read_text() for path in (REPOSITORY / "slurm").iterdir()}
+SOURCES = re.sub(r'"\s*f?"', "", PACKAGE + "\n".join(SCRIPTS.values()))
+"""With strings that go on in the next line put together."""
+
+
+def first_column(heading: str) -> list[str]:
+    """What stands in backticks in the first column of the table below a heading."""
+    table = SLURM.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.+?)`", row)]
+
+
+@pytest.mark.parametrize(
+    "message", [name for name in first_column("Messages") if not name.startswith(("sbatch: ", "slurm/"))]
+)
+def test_messages_are_what_is_said(message):
+    """The longest part of it that is not a value."""
+    part = max(re.split(r"\d+|[A-Z]{4,}|\(.*?\)|crashed", message), key=len)
+    assert len(part) >= 9 and part in SOURCES
+
+
+@pytest.mark.parametrize("option", first_column("The scripts"))
+def test_options_of_the_scripts_exist(option):
+    if option.startswith("slurm/"):
+        assert option.removeprefix("slurm/") in SCRIPTS
+    else:
+        assert re.search(rf"^#+SBATCH {re.escape(option)}|^{option}=", SCRIPTS["train.sbatch"], re.MULTILINE)
+
+
+def test_every_script_and_option_is_described():
+    described = set(first_column("The scripts"))
+    assert described >= {f"slurm/{name}" for name in SCRIPTS}
+    settings = re.findall(r"^#+SBATCH (--[\w-]+)|^(\w+)=", SCRIPTS["train.sbatch"] + SCRIPTS["train_srun.sbatch"], re.M)
+    known = {name.partition("=")[0] for name in described} | {"--job-name", "--output", "--ntasks-per-node"}
+    assert {option or variable for option, variable in settings} <= known
+
+
+# --- docs/configuration.md ----------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_what_its_script_writes():
+    specification = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert (DOCS / "configuration.md").read_text() == module.page()
+
+
+# --- docs/troubleshooting.md --------------------------------------------------------------------------------------
+
+TROUBLES = (DOCS / "troubleshooting.md").read_text()
+QUOTED = [
+    part
+    for row in re.findall(r"(?m)^\| (`.*?`) \|", TROUBLES)
+    for message in re.findall(r"`(.+?)`", row)
+    for part in message.split("...")
+    if len(part.strip()) > 6
+]
+
+
+@pytest.mark.parametrize("part", QUOTED)
+def test_troubles_are_what_is_said(part):
+    assert part.strip(" ?") in SOURCES
+
+
+def test_there_are_troubles():
+    assert len(QUOTED) >= 20

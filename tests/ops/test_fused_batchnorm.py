@@ -1,0 +1,246 @@
+"""The fused BatchNorm, shortcut and ReLU against torch's, in float64."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import types
+from itertools import product
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_cifar.config import ModelConfig
+from dist_cifar.models.resnet import BatchNormReLU, build_model
+from dist_cifar.ops import fused_batchnorm, numba_jit
+from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu
+
+SHAPES = [(33, 16, 8, 8), (6, 64, 4, 4), (3, 5, 7, 2), (4, 3, 1, 1), (1, 2, 3, 130)]
+NAMES = ["out", "images", "shortcut", "weight", "bias", "running_mean", "running_var"]
+"""Of what a layer computes: the output, four gradients, two buffers."""
+CASES = [*product(SHAPES, (True, False))]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fused(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes that the fused layers were given."""
+    seen: list[tuple[int, ...]] = []
+    original = fused_batchnorm._fused
+
+    def counted(layer, images, shortcut):
+        seen.append(tuple(images.shape))
+        return original(layer, images, shortcut)
+
+    monkeypatch.setattr(fused_batchnorm, "_fused", counted)
+    return seen
+
+
+def make_layer(channels: int) -> BatchNormReLU:
+    generator = torch.Generator().manual_seed(0)
+    layer = BatchNormReLU(channels)
+    for tensor in (layer.weight, layer.bias, layer.running_mean):
+        tensor.data.normal_(generator=generator)
+    return layer
+
+
+def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> torch.Tensor:
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return drawn.to(dtype).to(memory_format=torch.channels_last)
+
+
+def passes(layer: nn.Module, images: torch.Tensor, shortcut: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """By `NAMES`."""
+    images = images.clone().requires_grad_()
+    shortcut = shortcut if shortcut is None else shortcut.clone().requires_grad_()
+    layer.zero_grad()
+    out = layer(images, shortcut)
+    out.backward(draw(images.shape, 3, torch.bfloat16).to(out))
+    assert int(layer.num_batches_tracked) == 1
+    tensors = [out.detach(), images.grad, shortcut if shortcut is None else shortcut.grad, layer.weight.grad]
+    tensors += [layer.bias.grad, layer.running_mean, layer.running_var]
+    return {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None}
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def three(images: torch.Tensor, shortcut: torch.Tensor | None, kernels: types.SimpleNamespace | None = None):
+    """What torch computes in float64, torch, and the fused layer."""
+    layer = make_layer(images.shape[1])
+    ours = copy.deepcopy(layer)
+    (kernels or normalization).fuse_batchnorm_relu(ours)
+    wide = [tensor if tensor is None else tensor.double() for tensor in (images, shortcut)]
+    return (
+        passes(copy.deepcopy(layer).double(), *wide),
+        passes(layer, images, shortcut),
+        passes(ours, images, shortcut),
+    )
+
+
+@pytest.mark.parametrize(("shape", "has_shortcut"), CASES)
+def test_float32_is_as_near_to_float64_as_rounding_allows(fused, shape, has_shortcut):
+    exact, _, found = three(draw(shape, 1, mean=3), draw(shape, 2) if has_shortcut else None)
+    assert fused == [shape] and exact.keys() == found.keys() and ("shortcut" in found) == has_shortcut
+    for name in exact:
+        assert error(found[name], exact[name]) < 2e-6, name
+        assert found[name].dim() < 4 or found[name].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("shape", "has_shortcut"), CASES)
+def test_bf16_is_rounded_once(fused, shape, has_shortcut):
+    """So it is at least as near to the exact result as torch, which rounds after each of three operations."""
+    images, shortcut = (draw(shape, seed, torch.bfloat16, mean) for seed, mean in ((1, 3), (2, 0)))
+    exact, torchs, found = three(images, shortcut if has_shortcut else None)
+    assert fused == [shape]
+    assert all(found[name].dtype == torchs[name].dtype for name in torchs)
+    for name in exact:
+        assert error(found[name], exact[name]) < max(1.02 * error(torchs[name], exact[name]), 1e-6), name
+        assert error(found[name], exact[name]) < 3e-3, name
+    half_a_unit = exact["out"].abs() * 2.0**-8
+    assert ((found["out"].double() - exact["out"]).abs() <= half_a_unit * 1.01 + 1e-6).all()
+
+
+def test_a_small_variance_beside_a_large_mean(fused):
+    images = draw((16, 8, 4, 4), 1) * 1e-2 + 100
+    exact, _, found = three(images, None)
+    assert error(found["running_var"], exact["running_var"]) < 1e-6
+    assert error(found["out"], exact["out"]) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(fused, dtype, bad):
+    """The step that would use it is left out, so it has to be seen."""
+    layer = make_layer(4)
+    fuse_batchnorm_relu(layer)
+    images = draw((3, 4, 2, 2), 1, dtype)
+    images[1, 2, 0, 1] = bad
+    found = passes(layer, images, None)
+    assert fused
+    for name in ("out", "images"):
+        assert found[name][:, 2].isnan().any() and found[name][:, [0, 1, 3]].isfinite().all(), name
+    assert found["weight"].isfinite().tolist() == [True, True, False, True]
+
+
+def test_numbers_are_rounded_as_torch_does():
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(1))
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 1e-40, 3.39e38, 1.00390625, 1.01171875, math.inf, math.nan])])
+
+    @numba.njit
+    def narrow(values, out):
+        for i in range(len(values)):
+            out[i] = fused_batchnorm._narrow(values[i], out[i])
+
+    out = np.empty(len(values), np.uint16)
+    narrow(values.numpy(), out)
+    torch.testing.assert_close(
+        torch.from_numpy(out).view(torch.bfloat16), values.bfloat16(), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "shortcut"),
+    [
+        (draw((3, 4, 2, 2), 1).double(), None),
+        (draw((3, 4, 2, 2), 1, torch.bfloat16), None),
+        (draw((3, 4, 2, 2), 1).contiguous(), None),
+        (draw((3, 4, 2, 2), 1), draw((3, 4, 2, 2), 2, torch.bfloat16)),
+        (draw((3, 4, 2, 2), 1), draw((3, 4, 1, 1), 2)),
+    ],
+    ids=["float64", "weights in bfloat16 too", "row-major", "mixed types", "a shortcut that is spread"],
+)
+def test_other_inputs_are_left_to_torch(fused, images, shortcut):
+    layer = make_layer(4).to(images.dtype)
+    ours = copy.deepcopy(layer)
+    fuse_batchnorm_relu(ours)
+    assert torch.equal(ours(images, shortcut), layer(images, shortcut))
+    assert fused == []
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+def test_other_layers_are_left_alone(fused, options):
+    layer = BatchNormReLU(4, **options)
+    ours = copy.deepcopy(layer)
+    fuse_batchnorm_relu(ours)
+    assert torch.equal(ours(draw((3, 4, 2, 2), 1)), layer(draw((3, 4, 2, 2), 1))) and fused == []
+
+
+def test_evaluation_and_more_threads_are_left_to_torch(fused):
+    images, layer = draw((3, 4, 2, 2), 1), make_layer(4)
+    fuse_batchnorm_relu(layer)
+    layer.eval()(images)
+    layer.train()
+    torch.set_num_threads(2)
+    layer(images)
+    assert fused == []
+    torch.set_num_threads(1)
+    layer(images)
+    assert fused == [(3, 4, 2, 2)]
+
+
+def test_one_value_for_each_channel_is_torchs_error():
+    layer = make_layer(4)
+    fuse_batchnorm_relu(layer)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        layer(draw((1, 4, 1, 1), 1))
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 19), ("resnet18", 17), ("resnet50", 49)])
+def test_all_that_ends_with_relu_is_fused(fused, name, count):
+    network = build_model(ModelConfig(name=name), num_classes=10, seed=0).to(memory_format=torch.channels_last)
+    names = list(network.state_dict())
+    fuse_batchnorm_relu(network)
+    network(draw((2, 3, 32, 32), 1)).sum().backward()
+    assert len(fused) == count
+    assert list(network.state_dict()) == names
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_group_norm_is_left_alone(fused):
+    network = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0)
+    images = draw((2, 3, 32, 32), 1)
+    expected = network(images)
+    fuse_batchnorm_relu(network)
+    assert torch.equal(network(images), expected) and fused == []
+
+
+MUTANTS = {
+    "the mean of a block": ("sums[c] / count", "sums[c] / (count - 1)"),
+    "the population's variance": ("variance * count / (count - 1)", "variance"),
+    "no epsilon": ("variance + epsilon", "variance"),
+    "the shortcut after ReLU": ("+ _widen(shortcut[i, j])", ""),
+    "ReLU's gradient everywhere": ("_widen(out[i, j]) <= 0", "_widen(out[i, j]) < 0"),
+    "no gradient through the mean": ("scale_of_one * sums[c]", "0"),
+    "no gradient through the deviation": ("- slope[j] * (_widen(x[i, j]) - mean[j])", ""),
+    "rounding down": ("builder.add(wide(0x7FFF), odd)", "wide(0)"),
+    "the last block left out": ("range(start, min(start + _BLOCK, rows))", "range(start, start + rows % _BLOCK)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_comparison_catches_a_mutant(monkeypatch, name):
+    original, changed = MUTANTS[name]
+    source = inspect.getsource(fused_batchnorm)
+    assert original in source
+    monkeypatch.setattr(numba_jit, "compiled", numba_jit.inlined)
+    namespace = {"__name__": "mutant"}
+    exec(compile(source.replace(original, changed), "mutant", "exec"), namespace)
+    worst = 0.0
+    for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 3e-3)):
+        images, shortcut = (draw((33, 16, 8, 8), seed, dtype, mean) for seed, mean in ((1, 3), (2, 0)))
+        exact, _, found = three(images, shortcut, types.SimpleNamespace(**namespace))
+        worst = max(worst, *(error(found[key], exact[key]) / bound for key in exact))
+    assert worst > 1

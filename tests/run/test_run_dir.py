@@ -1,0 +1,124 @@
+"""The run directory: its lock, and who may say that a job has failed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from typing import NoReturn
+
+import pytest
+
+from dist_cifar.errors import LaunchError
+from dist_cifar.run.run_dir import RunDir
+
+
+def test_one_job_at_a_time(tmp_path):
+    """Two locks in one process are as those of two: each belongs to its own open file."""
+    said = []
+    with RunDir(tmp_path).lock(said.append):
+        with (
+            pytest.raises(LaunchError, match=rf"another job \(host .*, pid {os.getpid()}, since .*\) is using it"),
+            RunDir(tmp_path).lock(said.append, wait_seconds=0.2),
+        ):
+            pass
+        assert len(said) == 1 and said[0].startswith("waiting up to 0.2 s for another job (host ")
+    with RunDir(tmp_path).lock(said.append, wait_seconds=0):
+        pass
+    assert len(said) == 1
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
+    def flock(descriptor: int, operation: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = []
+    with RunDir(tmp_path).lock(said.append):
+        pass
+    assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
+
+
+def test_a_job_that_died_without_a_word_is_lost(tmp_path):
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        assert not run_dir.is_lost()  # nothing has begun
+        run_dir.write_status("running")
+        assert not run_dir.is_lost()
+    assert run_dir.is_lost()
+    with run_dir.lock(print, wait_seconds=0):  # looking left no lock behind
+        assert not run_dir.is_lost()
+    run_dir.write_status("saved")
+    assert not run_dir.is_lost()
+
+
+def test_a_job_that_ends_while_one_looks_is_not_lost(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running")
+    assert run_dir.is_lost()
+
+    def ends(self: RunDir) -> bool:
+        self.write_status("done")
+        return False
+
+    monkeypatch.setattr(RunDir, "_is_locked", ends)
+    assert not run_dir.is_lost()
+
+
+def test_of_another_host_it_is_lost_after_a_silence(tmp_path):
+    """Its lock may not be seen here."""
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        run_dir.write_status("running")
+    status = run_dir.status() | {"host": "another"}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert not run_dir.is_lost()
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 700,) * 2)
+    assert run_dir.is_lost()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not run_dir.is_lost()
+
+
+def test_where_locks_cannot_be_seen_nothing_is_lost(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    with run_dir.lock(print):
+        run_dir.write_status("running")
+
+    def flock(file: object, operation: int) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not run_dir.is_lost()
+
+
+def test_a_failure_that_cannot_be_noted_leaves_no_litter(tmp_path, monkeypatch):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running")
+    status = run_dir.status()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.write_failure((status["host"], status["pid"]), 0, "the disk is full")
+    assert run_dir.status() == status and list(tmp_path.glob(".tmp*")) == []
+
+
+def test_only_the_first_failure_of_ones_own_job_is_noted(tmp_path):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running", step=3)
+    status = run_dir.status()
+    me = (status["host"], status["pid"])
+    run_dir.write_failure((me[0], me[1] + 1), 0, "that of another job")
+    assert run_dir.status() == status
+    run_dir.write_failure(me, 2, "killed")
+    run_dir.write_failure(me, 1, "because of rank 2")
+    found = run_dir.status()
+    assert (found["status"], found["rank"], found["reason"], found["step"]) == ("failed", 2, "killed", 3)
+    run_dir.write_status("done")
+    run_dir.write_failure(me, 1, "too late")
+    assert run_dir.status()["status"] == "done"

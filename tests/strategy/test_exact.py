@@ -1,0 +1,276 @@
+"""Strategy `exact`: one process is the oracle of many, to the last bit; and a hand-written loop that of one process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_cifar.config import BatchConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.models.resnet import build_model
+from dist_cifar.optim.lr_schedule import plan_batches
+from dist_cifar.run.provenance import pin
+from dist_cifar.strategy import exact, tree_reduce
+from dist_cifar.strategy.exact import ExactStrategy
+
+BATCH, VIRTUAL, LR, STEPS = 16, 4, 3e-4, 3
+OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, max_grad_norm=0.5)
+
+
+def config(**changes: Any) -> Config:
+    """`model`, `precision`, `max_micro_batch`, `virtual_ranks`, `non_finite`, `norm` may be given."""
+    return Config(
+        model=ModelConfig(name=changes.get("model", "resnet20"), norm=changes.get("norm", "batch")),
+        batch=BatchConfig(
+            global_size=BATCH,
+            virtual_ranks=changes.get("virtual_ranks", VIRTUAL),
+            max_micro_batch=changes.get("max_micro_batch"),
+        ),
+        optimizer=OPTIMIZER,
+        train=TrainConfig(
+            strategy="exact",
+            precision=changes.get("precision", "fp32"),
+            non_finite=changes.get("non_finite", "raise"),
+        ),
+    )
+
+
+def data(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(BATCH, 3, 32, 32, generator=generator).to(dtype)
+    return images, torch.randint(10, (BATCH,), generator=generator)
+
+
+def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch.float32) -> tuple[ExactStrategy, Any]:
+    plan = plan_batches(config.batch, config.train, world_size=communicator.world_size, train_size=BATCH)
+    model = build_model(config.model, num_classes=10, seed=1).to(dtype)
+    return ExactStrategy(model, config, communicator=communicator, plan=plan), plan
+
+
+def train_step(strategy: ExactStrategy, plan: Any, communicator: Communicator, step: int, poison: int = -1) -> float:
+    """One step; the images of virtual rank `poison` are NaN."""
+    parameter = next(strategy.module.parameters())
+    images, labels = (part.to(parameter.device) for part in data(step, parameter.dtype))
+    if poison >= 0:
+        images.chunk(VIRTUAL)[poison].fill_(float("nan"))
+    images, labels = (part.chunk(communicator.world_size)[communicator.rank] for part in (images, labels))
+    for inputs, targets in zip(images.split(plan.micro_size), labels.split(plan.micro_size), strict=True):
+        strategy.backward(torch.nn.functional.cross_entropy(strategy.forward(inputs), targets))
+    return strategy.step(LR).item()
+
+
+def state(strategy: ExactStrategy) -> dict[str, str]:
+    tensors = strategy.model_state_dict() | strategy.optimizer_state_dict()
+    return {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def trained(communicator: Communicator, config: Config, steps: int = STEPS) -> tuple[dict[str, str], list[float]]:
+    strategy, plan = build(communicator, config)
+    norms = [train_step(strategy, plan, communicator, step) for step in range(steps)]
+    return state(strategy), norms
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16"},
+        {"norm": "group"},
+        {"max_micro_batch": 2},
+        {"virtual_ranks": 8, "precision": "bf16"},
+    ],
+)
+def test_every_world_size_gives_the_same_bits_on_every_rank(ranks, changes):
+    expected = ranks.run(1, trained, config(**changes))[0]
+    assert expected[1][0] != expected[1][1]
+    for world_size in (2, 4):
+        for result in ranks.run(world_size, trained, config(**changes)):
+            assert result == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet18", "resnet34", "resnet50", "resnet56"])
+def test_every_resnet_gives_the_same_bits(ranks, model):
+    expected = ranks.run(1, trained, config(model=model), 1)[0]
+    assert ranks.run(4, trained, config(model=model), 1)[3] == expected
+
+
+def small_buckets(communicator: Communicator, config: Config) -> tuple[dict[str, str], list[float]]:
+    original, exact._BUCKET_BYTES = exact._BUCKET_BYTES, 10_000
+    try:
+        return trained(communicator, config)
+    finally:
+        exact._BUCKET_BYTES = original
+
+
+def test_buckets_do_not_change_the_bits(ranks):
+    expected = ranks.run(1, trained, config())[0]
+    assert ranks.run(1, small_buckets, config())[0] == expected
+    assert ranks.run(4, small_buckets, config())[0] == expected
+
+
+# --- against a hand-written loop ---------------------------------------------------------------------------------
+
+
+def by_hand(communicator: Communicator, passes: int, steps: int, dtype: torch.dtype) -> tuple[dict[str, Any], list]:
+    """Virtual ranks one after the other in one process, with nothing of the project but the network."""
+    model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1).to(dtype)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), LR, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay)
+    norms = []
+    for step in range(steps):
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        after = {name: torch.zeros_like(buffer) for name, buffer in before.items()}
+        optimizer.zero_grad()
+        for images, labels in zip(*(part.chunk(passes) for part in data(step, dtype)), strict=True):
+            for name, buffer in model.named_buffers():
+                buffer.data.copy_(before[name])
+            (torch.nn.functional.cross_entropy(model(images), labels) / passes).backward()
+            for name, buffer in model.named_buffers():
+                after[name] += buffer
+        for name, buffer in model.named_buffers():
+            buffer.data.copy_(after[name] / passes)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.max_grad_norm).item())
+        optimizer.step()
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}, norms
+
+
+def in_double(communicator: Communicator, config: Config, steps: int) -> tuple[dict[str, Any], list]:
+    strategy, plan = build(communicator, config, torch.float64)
+    norms = [train_step(strategy, plan, communicator, step) for step in range(steps)]
+    return {name: tensor.numpy().copy() for name, tensor in strategy.model_state_dict().items()}, norms
+
+
+def agrees(result: tuple[dict[str, Any], list], expected: tuple[dict[str, Any], list]) -> bool:
+    return np.allclose(result[1], expected[1], rtol=1e-8) and all(
+        np.allclose(result[0][name], expected[0][name], rtol=1e-8, atol=1e-11) for name in expected[0]
+    )
+
+
+@pytest.mark.parametrize(("world_size", "max_micro_batch", "passes"), [(1, None, 4), (4, None, 4), (2, 2, 8)])
+def test_a_step_is_that_of_a_hand_written_loop(ranks, world_size, max_micro_batch, passes):
+    """In float64, where rounding cannot hide a wrong term: gradients, clipping, Adam and BatchNorm's statistics."""
+    expected = ranks.run(1, by_hand, passes, STEPS, torch.float64)[0]
+    result = ranks.run(world_size, in_double, config(max_micro_batch=max_micro_batch), STEPS)[0]
+    assert result[0].keys() == expected[0].keys() and int(result[0]["bn1.num_batches_tracked"]) == STEPS
+    assert agrees(result, expected)
+    assert not agrees(ranks.run(1, by_hand, 2, STEPS, torch.float64)[0], expected)
+
+
+# --- mutants -----------------------------------------------------------------------------------------------------
+
+
+def left_fold(self: tree_reduce.TreeAccumulator, leaf: list[torch.Tensor]) -> None:
+    self._sums = [(0, [a + b for a, b in zip(self._sums[0][1], leaf, strict=True)] if self._sums else leaf)]
+
+
+def rows_in_order(rows: torch.Tensor) -> torch.Tensor:
+    total = rows[0]
+    for row in rows[1:]:
+        total = total + row
+    return total
+
+
+def statistics_of_each_rank(self: ExactStrategy, lr: float) -> torch.Tensor:
+    last = self._statistics.values.clone()
+    norm = _STEP(self, lr)
+    self._statistics.values.copy_(last)
+    self._statistics.snapshot()
+    return norm
+
+
+def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
+    self._statistics.start_counts += self._local_passes - 1
+    return _STEP(self, lr)
+
+
+def one_leaf_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
+    _INIT(self, *arguments, **keywords)
+    self._leaf_passes = self._local_passes
+
+
+_STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
+MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
+    "a left fold of the local leaves": (tree_reduce.TreeAccumulator, "add", left_fold),
+    "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_leaf_a_rank),
+    "a left fold over the ranks": (tree_reduce, "tree_sum", rows_in_order),
+    "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
+    "batches counted for each pass": (ExactStrategy, "step", a_batch_for_each_pass),
+}
+
+
+def mutated(communicator: Communicator, name: str) -> dict[str, str]:
+    owner, attribute, replacement = MUTANTS[name]
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, replacement)
+    try:
+        return trained(communicator, config(virtual_ranks=8))[0]
+    finally:
+        setattr(owner, attribute, original)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(ranks, name):
+    results = [ranks.run(world_size, mutated, name)[0] for world_size in (1, 2, 4)]
+    assert results[0] != results[1] or results[0] != results[2]
+
+
+def running_statistics_from_pass_to_pass(communicator: Communicator) -> dict[str, str]:
+    rewind, exact.BatchNormStats.rewind = exact.BatchNormStats.rewind, lambda self: None
+    try:
+        return trained(communicator, config())[0]
+    finally:
+        exact.BatchNormStats.rewind = rewind
+
+
+def test_statistics_that_run_from_pass_to_pass_are_caught(ranks):
+    one, four = (ranks.run(n, running_statistics_from_pass_to_pass)[0] for n in (1, 4))
+    assert one["bn1.running_mean"] != four["bn1.running_mean"]
+
+
+# --- what is not finite ------------------------------------------------------------------------------------------
+
+
+def skipping(communicator: Communicator, poisoned: int) -> tuple[dict[str, str], list[float], dict[str, str]]:
+    """Two steps, the second of which is poisoned on one virtual rank, and a third; the state after the first too."""
+    strategy, plan = build(communicator, config(non_finite="skip"))
+    norms = [train_step(strategy, plan, communicator, 0)]
+    first = state(strategy)
+    norms.append(train_step(strategy, plan, communicator, 1, poison=poisoned))
+    assert state(strategy) == first
+    norms.append(train_step(strategy, plan, communicator, 2))
+    return state(strategy), norms, first
+
+
+@pytest.mark.parametrize("poisoned", [0, 3])
+def test_a_step_that_is_not_finite_on_one_virtual_rank_is_skipped_on_all(ranks, poisoned):
+    expected = ranks.run(1, skipping, poisoned)[0]
+    assert np.isfinite(expected[1]).tolist() == [True, False, True] and expected[0] != expected[2]
+    for result in ranks.run(4, skipping, poisoned):
+        assert result[0] == expected[0] and result[2] == expected[2]
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_bits_every_time_and_with_every_bucket_size(precision, monkeypatch):
+    """The reduction on a stream of its own must wait for the gradients, and the step for the reduction."""
+    device = torch.device("cuda", 0)
+    pin(device)
+    communicator = Communicator(DistEnv(), device=device, timeout_seconds=60)
+    results = []
+    for bucket_bytes in (10_000, 10_000, exact._BUCKET_BYTES):
+        monkeypatch.setattr(exact, "_BUCKET_BYTES", bucket_bytes)
+        strategy, plan = build(communicator, config(precision=precision))
+        norms = [train_step(strategy, plan, communicator, step) for step in range(STEPS)]
+        results.append((state(strategy), norms))
+    assert results[0] == results[1] == results[2]

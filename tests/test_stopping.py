@@ -1,0 +1,96 @@
+"""The end of the job's time."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_cifar import stopping
+from dist_cifar.stopping import Deadline, seconds_left
+
+
+@pytest.mark.parametrize(
+    ("environ", "limit", "expected"),
+    [
+        ({}, None, None),
+        ({}, 30.0, 30.0),
+        ({"SLURM_JOB_END_TIME": "1100"}, None, 100.0),
+        ({"SLURM_JOB_END_TIME": "1100"}, 30.0, 30.0),
+        ({"SLURM_JOB_END_TIME": "1010"}, 30.0, 10.0),
+        ({"SLURM_JOB_END_TIME": "Unknown"}, None, None),
+        ({"SLURM_JOB_END_TIME": "900"}, None, -100.0),
+    ],
+)
+def test_the_nearer_end_counts(environ, limit, expected):
+    assert seconds_left(environ, limit, wall_time=1000.0) == expected
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock, to be set; the wall clock raises."""
+
+    class Clock:
+        now = 0.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(deadline, "time", clock)
+    return clock
+
+
+def check_intervals(clock):
+    clock.now = 0.0
+    end = Deadline(100.0)
+    clock.now = 1.0
+    assert not end.is_near(0.0)
+    clock.now = 21.0  # an evaluation: 20 seconds
+    assert not end.is_near(0.0)
+    clock.now = 40.0
+    assert not end.is_near(0.0)
+    clock.now = 44.9
+    assert not end.is_near(0.0)
+    clock.now = 45.1  # 54.9 left, 2 x 20 and the reserve of 15 do not fit
+    assert end.is_near(0.0)
+
+
+def check_writes(clock):
+    """Steps of a second; from the 11th on the disk has become slow."""
+    clock.now = 0.0
+    end = Deadline(200.0)
+    for _ in range(10):
+        clock.now += 1.0
+        assert not end.is_near(5.0)
+    clock.now = 11.0
+    assert not end.is_near(55.0)  # 189 left; 2 x 1, 3 x 55 and 15 are 182
+    assert end.is_near(58.0)  # 191
+    assert not end.is_near(1.0)  # that it was slow once does not count for ever
+    for now in range(12, 168):
+        clock.now = float(now)
+        assert not end.is_near(5.0)
+    clock.now = 168.0  # 32 left; 2 x 1, 3 x 5 and 15 fill them
+    assert end.is_near(5.0)
+
+
+def test_twice_the_longest_interval_is_kept_in_reserve(clock):
+    check_intervals(clock)
+
+
+def test_three_times_the_write_of_a_checkpoint_is_kept_in_reserve(clock):
+    check_writes(clock)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "check"),
+    [("_WRITES", 0, check_writes), ("_WRITES", 2, check_writes), ("_INTERVALS", 1, check_intervals)],
+)
+def test_a_smaller_margin_is_caught(clock, monkeypatch, name, value, check):
+    monkeypatch.setattr(deadline, name, value)
+    with pytest.raises(AssertionError):
+        check(clock)
+
+
+def test_no_end_is_never_near(clock):
+    end = Deadline(None)
+    clock.now = 1e9
+    assert not end.is_near(0.0)
