@@ -1,14 +1,22 @@
 # `make quickstart` and `make test` need Python >= 3.11 and nothing else; both work in .venv.
 
 PYTHON ?= python3
-VENV := .venv
+
+# locked: the exact versions of requirements/. latest, lowest: the newest and the lowest that pyproject.toml allows.
+PACKAGES ?= locked
+ifeq ($(filter locked latest lowest,$(PACKAGES)),)
+$(error PACKAGES=$(PACKAGES) is none of locked, latest, lowest)
+endif
+VENV := .venv$(filter-out -locked,-$(PACKAGES))
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+UV := .venv-uv/bin/uv
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py
 
 # Debian's: the suite's cluster, mpirun, and a browser for the report.
 TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin chromium
 
-.PHONY: help quickstart test test-slurm test-packages lint types check clean
+.PHONY: help quickstart test test-slurm test-packages lint types check lock clean require-python FORCE
 
 help:
 	@echo "make quickstart   train a small network on two CPU ranks, on generated images"
@@ -17,7 +25,11 @@ help:
 	@echo "make lint         check style and format"
 	@echo "make types        check the types of the package"
 	@echo "make check        lint, types, and the quick tests of the architecture, the config and the documents"
-	@echo "make clean        remove .venv and runs/quickstart"
+	@echo "make lock         write requirements/ from pyproject.toml; UPGRADE=--upgrade takes the newest versions"
+	@echo "make clean        remove .venv, those of PACKAGES=latest and lowest, and runs/quickstart"
+	@echo
+	@echo "PACKAGES=latest or PACKAGES=lowest, as in make test PACKAGES=lowest, installs the newest or the lowest versions that"
+	@echo "pyproject.toml allows in a .venv of their own, instead of the locked ones."
 
 quickstart: $(VENV)/installed
 	@rm -rf runs/quickstart
@@ -57,15 +69,52 @@ check: lint types
 	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/config/test_load.py tests/optim/test_lr_schedule.py \
 		tests/ops/test_philox.py tests/test_state.py tests/integration/documents/test_facts.py tests/integration/documents/test_readme.py tests/integration/documents/test_blocks.py
 
-clean:
-	rm -rf $(VENV) runs/quickstart
+# Universal: with markers for each Python and platform. The packages of the first file are those of the second, at the
+# same versions, that running needs. A version that is locked stays while it fits, unless UPGRADE=--upgrade.
+LOCK := DS_BUILD_OPS=0 UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 \
+	--no-emit-index-url --no-annotate $(UPGRADE) pyproject.toml --group build
 
-$(VENV)/installed: pyproject.toml
+lock: $(UV)
+	$(LOCK) --extra test --constraint requirements/chosen.txt --output-file requirements/test.txt
+	$(LOCK) --constraint requirements/test.txt --output-file requirements/run.txt
+
+clean:
+	rm -rf .venv .venv-latest .venv-lowest .venv-uv runs/quickstart
+
+$(UV): requirements/uv.txt
+	$(PYTHON) -m venv --clear .venv-uv
+	.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements/uv.txt
+	@touch $@
+
+require-python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dist_cifar needs Python >= 3.11, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+
+ifeq ($(PACKAGES),locked)
+
+# Another lock makes a new environment, in which nothing of the old one is left. What has to be built (this package, and
+# DeepSpeed) is built with the locked setuptools too, hence without build isolation.
+$(VENV)/installed: pyproject.toml requirements/run.txt requirements/test.txt | require-python
+	@cat requirements/run.txt requirements/test.txt | cmp --silent - $(VENV)/lock.txt || \
+		{ $(PYTHON) -m venv --clear $(VENV) && \
+		$(PIP) install --requirement requirements/run.txt && \
+		cat requirements/run.txt requirements/test.txt >$(VENV)/lock.txt; }
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --requirement requirements/test.txt
 	@touch $@
+
+else
+
+# Resolved anew each time, since what is newest changes; --exact removes what the last time left.
+$(VENV)/installed: $(UV) FORCE | require-python
+	@[ -d $(VENV) ] || $(PYTHON) -m venv --without-pip $(VENV)
+	DS_BUILD_OPS=0 $(UV) pip install --quiet --python $(BIN)/python --exact --upgrade \
+		--resolution $(if $(filter lowest,$(PACKAGES)),lowest-direct,highest) --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@touch $@
+
+endif

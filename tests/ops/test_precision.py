@@ -64,7 +64,6 @@ def test_what_is_compiled():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-@pytest.mark.filterwarnings("default")  # of the compiler
 def test_a_compiled_module_gives_the_same_gradients():
     """In float64: in float32 a sum near zero may pass ReLU in one and not in the other, for one draw in six."""
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)

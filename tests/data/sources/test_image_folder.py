@@ -76,6 +76,7 @@ def as_pillow_reads(data):
     return np.asarray(image)
 
 
+@pytest.mark.filterwarnings("error:Palette images")  # Pillow's, of what `decode` converts in two steps
 @both
 def test_pixels_labels_and_order(tmp_path, kind):
     files = small_set()

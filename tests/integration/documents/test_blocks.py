@@ -97,7 +97,7 @@ def run(block: Block, folder: Path) -> str:
 
 def copied(source: Path, target: Path) -> Path:
     """A copy of a checkout, without what git does not keep but for compiled code, which is slow to make again."""
-    ignored = shutil.ignore_patterns(".git", ".venv", ".*_cache", "data", "wandb", "build", "dist")
+    ignored = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "data", "wandb", "build", "dist")
 
     def ignore(folder: str, names: list[str]) -> set[str]:
         at_top = Path(folder) == source
