@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dist_cifar.config import describe
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 HEAD = """# Configuration
 
 Every field of a config, with its type and default; this page is written by `benchmarks/publish/config_reference.py` from
@@ -53,4 +54,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_suffix(".md").write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

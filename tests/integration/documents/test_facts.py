@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from dist_cifar import state
-from dist_cifar.config import SECTIONS, Config, describe, load_config
+from dist_cifar.config import Config, describe, load_config
+from dist_cifar.config.schema import SECTIONS
 from dist_cifar.errors import ConfigError
-from dist_cifar.run.provenance import numerics
+from dist_cifar.run.provenance import numerics_fingerprint
 from dist_cifar.strategy import exact
 from dist_cifar.strategy.tree_reduce import TreeAccumulator
 from tests import REPOSITORY
-from tests.strategy.test_exact import MUTANTS
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -87,25 +88,31 @@ def test_wrong_names_are_found(name):
 # --- docs/exactness.md -------------------------------------------------------------------------------------------
 
 
-def test_the_picture_is_what_its_script_draws():
-    specification = importlib.util.spec_from_file_location(
-        "tree_picture", REPOSITORY / "benchmarks/publish/tree_picture.py"
-    )
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/publish/ as a module."""
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / f"benchmarks/publish/{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert (DOCS / "tree.svg").read_text() == module.picture()
+    return module
+
+
+def test_the_picture_is_what_its_script_draws():
+    assert (DOCS / "tree.svg").read_text() == script("tree_picture").picture()
 
 
 def test_all_numerics_are_named_and_no_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    names = {name for device in ("cpu", "cuda") for name in numerics(torch.device(device))}
+    names = {name for device in ("cpu", "cuda") for name in numerics_fingerprint(torch.device(device))}
     rows = re.findall(r"(?m)^\|(?: numerics| on a CPU| on a GPU|) \|([^|:]*):", EXACTNESS)
     in_table = {name for row in rows for name in quoted(row) if "." not in name}
     assert in_table == names
 
 
 def test_all_mutants_are_named():
-    assert [name for name in MUTANTS if f'"{name}"' not in EXACTNESS] == []
+    tree = ast.parse((REPOSITORY / "tests/strategy/test_exact.py").read_text())
+    (mutants,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "MUTANTS")
+    names = [key.value for key in mutants.keys]
+    assert len(names) >= 4 and [name for name in names if f'"{name}"' not in EXACTNESS] == []
 
 
 def test_the_sums_of_the_example_are_those_of_float32():
@@ -175,10 +182,9 @@ def test_every_script_and_option_is_described():
 
 
 def test_the_reference_is_what_its_script_writes():
-    specification = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    assert (DOCS / "configuration.md").read_text() == module.page()
+    reference = script("config_reference")
+    assert (DOCS / "configuration.md") == reference.PAGE
+    assert reference.PAGE.read_text() == reference.page()
 
 
 # --- docs/troubleshooting.md --------------------------------------------------------------------------------------
