@@ -9,17 +9,17 @@ from dist_cifar.config import AtResume, at_resume, describe
 PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 HEAD = """# Configuration
 
-A config is a YAML file of sections, each of which holds its fields; on the command line a field is `section.field=value`,
-which takes precedence over the file. `dist-cifar train --help` lists every field as this page does, and `--print-config`
-prints what would run. An unknown key, a wrong type or an impossible value is an error that names the nearest right one. A
-key that was renamed is still read, with a warning.
+A config is a YAML file of sections, each of which holds its fields. On the command line a field is
+`section.field=value`, which takes precedence over the file. `dist-cifar train --help` lists every field as this page
+does, and `--print-config` prints what would run. An unknown key, a wrong type or an impossible value is an error that
+names the nearest right one. A key that was renamed is still read, with a warning.
 
 This page is written by `make docs` from `dist_cifar/config/schema.py`.
 
 ## What belongs together
 
-**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both when
-a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
+**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both
+when a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
 `compute.compile` is `auto` (on for GPUs with triton, but not in `exact`), `on` or `off`.
 
 **Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with
@@ -58,7 +58,13 @@ def page() -> str:
         first, _, name = key.partition(".")
         if first != section:
             section = first
-            lines += ["", f"## {section}", "", "| field | type | default | at resume | meaning |", "|---|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| field | type | default | at resume | meaning |",
+                "|---|---|---|---|---|",
+            ]
         cells = (f"`{name}`", kind, f"`{default}`", AT_RESUME[at_resume(key)], text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ from dist_cifar.strategy.tree_reduce import TreeAccumulator
 from tests import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 EXACTNESS = (DOCS / "exactness.md").read_text()
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 PACKAGE = "\n".join(path.read_text() for path in (REPOSITORY / "dist_cifar").rglob("*.py"))
@@ -30,6 +30,10 @@ WRITTEN = {"runs", "data", "wandb", "build", "dist"}
 FOLDERS = sorted(
     path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in WRITTEN
 )
+
+
+OVERRIDES = re.compile(r"[a-z]+\.\w+=\S+( [a-z]+\.\w+=\S+)+")
+"""Several `key=value`s."""
 
 
 def quoted(page: str) -> list[str]:
@@ -41,14 +45,14 @@ def wrong_names(page: str) -> list[str]:
     """What a page names that does not exist: files, tests, config fields and their values, files of a run."""
     keys = {key for key, *_ in describe()}
     wrong = []
-    for name in quoted(page):
-        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.(?!onnx|pt2)\w+)(=.*)?", name)
+    for name in (name for words in quoted(page) for name in (words.split() if OVERRIDES.fullmatch(words) else [words])):
+        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.(?!onnx|pt2|safetensors)\w+)(=.*)?", name)
         if re.match(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*$", name):
             exists = (REPOSITORY / name).exists()
         elif re.fullmatch(r"test_\w+", name):
             exists = f"def {name}(" in TESTS
         elif re.fullmatch(r"\w+\.(jsonl?|yaml)", name):
-            exists = f'"{name}"' in PACKAGE
+            exists = f'"{name}"' in PACKAGE or (REPOSITORY / "launch/accelerate" / name).exists()
         elif field:
             exists = field[1] in keys and (field[2] is None or is_accepted(name))
         else:
@@ -79,6 +83,8 @@ def test_names_exist(page):
         "`batch.virtual_rank`",
         "`strategy.name=exactly`",
         "`digest.jsonl`",
+        "`nine_gpus.yaml`",
+        "`data.source=folder data.roots=images.zip`",
     ],
 )
 def test_wrong_names_are_found(name):
