@@ -106,6 +106,12 @@ def test_the_picture_is_what_its_script_draws():
     assert (DOCS / "tree.svg").read_text() == script("tree_picture").picture()
 
 
+def test_make_docs_calls_every_script():
+    scripts = {f"benchmarks/publish/{path.name}" for path in (REPOSITORY / "benchmarks/publish").glob("*.py")}
+    target = (REPOSITORY / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
+    assert scripts == set(re.findall(r"benchmarks/publish/\w+\.py", target))
+
+
 def test_all_numerics_are_named_and_no_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     names = {name for device in ("cpu", "cuda") for name in numerics_fingerprint(torch.device(device))}
