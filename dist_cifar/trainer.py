@@ -141,10 +141,7 @@ class Trainer:
         return trainer
 
     def fit(self, trackers: Sequence[OpenTracker] = ()) -> bool:
-        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective.
-
-        `trackers` are those of the caller: see `train`.
-        """
+        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective; see `train`."""
         config, plan, state = self.config, self.plan, self.state
         if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
             self.records.show_result()
@@ -154,8 +151,10 @@ class Trainer:
         )
         self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
-        batches = self.batches.stream(state.step, self.communicator.device)
-        with closing(batches), self.profile or nullcontext():
+        with (
+            closing(self.batches.stream(state.step, self.communicator.device)) as batches,
+            self.profile or nullcontext(),
+        ):
             while state.step < plan.total_steps:
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
                 stops = stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
@@ -164,15 +163,13 @@ class Trainer:
                 self.log.compute_timer.start()
                 batch = next(batches)
                 state.wait_seconds += time.perf_counter() - step_started
-
-                lr = self.schedule.lr(state.step)
                 self.train_step(batch)
 
                 logs = state.step % config.run.log_every_steps == 0 or state.step == plan.total_steps
                 ranks = self.communicator.all_gather_object(self.sums.take()) if logs else None  # waits for the device
                 state.train_seconds += time.perf_counter() - step_started
                 if ranks is not None:
-                    self.log.steps(self._timed_state(), ranks, lr)
+                    self.log.steps(self._timed_state(), ranks, lr=self.schedule.lr(state.step - 1))
                 self.console.advance()
                 if config.run.log_digests:
                     self.log.digests(state.step, self.strategy, self.sums.totals())

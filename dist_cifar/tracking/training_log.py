@@ -76,7 +76,7 @@ class TrainingLog:
             class_accuracy=result.class_accuracy,
         )
 
-    def steps(self, state: TrainState, ranks: Sequence[StepTotals], lr: float) -> None:
+    def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:
         """The row of the steps since the last one, of which `ranks` holds every rank's totals.
 
         Names a straggler. Raises `TrainingError` where a loss was not finite, or too many steps were skipped.
