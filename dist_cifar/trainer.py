@@ -49,12 +49,11 @@ def train(
     resume_anyway: bool = False,
     trackers: Sequence[OpenTracker] = (),
 ) -> bool:
-    """Trains, evaluates and writes the run directory. A collective.
+    """Trains, evaluates and writes the run directory; returns whether the run is done, or was stopped and saved.
 
-    Returns True when the run is done, False when a signal or its time limit stopped it and it was saved. Raises
-    `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint. `resume_anyway`:
-    resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config, and finished
-    when `status.json` says that the run is done.
+    A collective. Raises `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint.
+    `resume_anyway`: resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config,
+    and finished when `status.json` says that the run is done.
     """
     assert config.run.dir is not None  # the config resolved it
     run_dir = RunDir(config.run.dir)
@@ -141,14 +140,13 @@ class Trainer:
         return trainer
 
     def fit(self, trackers: Sequence[OpenTracker] = ()) -> bool:
-        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective; see `train`."""
+        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective."""
         config, plan, state = self.config, self.plan, self.state
         if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
             self.records.show_result()
             return True
-        self.log.trackers = self.records.begin(
-            state, self.evaluator, self.schedule, resume_step=self.checkpoints.saved_step, trackers=trackers
-        )
+        resume_step = self.checkpoints.saved_step
+        self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
         self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
         with (

@@ -96,7 +96,6 @@ class RunRecords:
         state: TrainState,
         evaluator: Evaluator,
         schedule: LRSchedule,
-        *,
         resume_step: int | None,
         trackers: Sequence[OpenTracker],
     ) -> list[Tracker]:
