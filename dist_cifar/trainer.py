@@ -164,7 +164,7 @@ class Trainer:
                 self.train_step(batch)
 
                 logs = state.step % config.run.log_every_steps == 0 or state.step == plan.total_steps
-                ranks = self.communicator.all_gather_object(self.sums.take()) if logs else None  # waits for the device
+                ranks = self.log.take_totals(self.sums) if logs else None  # waits for the device
                 state.train_seconds += time.perf_counter() - step_started
                 if ranks is not None:
                     self.log.steps(self._timed_state(), ranks, lr=self.schedule.lr(state.step - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dist_cifar import stopping
 from dist_cifar.stopping import Deadline, seconds_left
 
 

@@ -19,7 +19,7 @@ from dist_cifar.errors import TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.timers import ComputeTimer, peak_memory_bytes
-from dist_cifar.state import Evaluation, StepTotals, TrainState
+from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.tracking.base import Tracker
 from dist_cifar.tracking.console import Console
@@ -75,6 +75,10 @@ class TrainingLog:
             count=result.count,
             class_accuracy=result.class_accuracy,
         )
+
+    def take_totals(self, sums: TrainingSums) -> list[StepTotals]:
+        """Every rank's totals since the last log, for `steps`; `sums` starts again. Waits for the device."""
+        return self._communicator.all_gather_object(sums.take())
 
     def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:
         """The row of the steps since the last one, of which `ranks` holds every rank's totals.
