@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy
 from dist_cifar.config import ModelConfig, OptimizerConfig, load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
 from dist_cifar.trainer import _Run, versions

@@ -66,7 +66,7 @@ def prepare_forward(
 ) -> None:
     """Sets how `module` computes in training. Call it once, before the module is wrapped.
 
-    `auto_compile` and `bitwise` are properties of the strategy: see `dist_cifar.strategy.StrategySpec`.
+    `auto_compile` and `bitwise` are properties of the strategy: see `dist_cifar.strategy.StrategyProperties`.
     """
     set_precision(module, config.precision, device)
     if compiles(config, device, auto_compile=auto_compile):

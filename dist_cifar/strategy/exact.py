@@ -23,7 +23,8 @@ from torch import nn
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.optim.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import phase
 from dist_cifar.strategy.base import Tensors, prepare_module
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
@@ -34,12 +35,20 @@ _BUCKET_BYTES = 8 * 2**20
 
 
 class ExactStrategy:
-    """See `dist_cifar.strategy.Strategy`."""
+    """See `dist_cifar.strategy.base.Strategy`."""
 
-    def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        *,
+        communicator: Communicator,
+        plan: BatchPlan,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
-        self._clip_norm = config.optimizer.max_grad_norm
+        self._max_grad_norm = config.optimizer.max_grad_norm
         self._leaves = plan.virtual_ranks * plan.passes
         self._local_passes = plan.micro_batches
         # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
@@ -48,7 +57,7 @@ class ExactStrategy:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
-        self._optimizer = build_adam(module.parameters(), config.optimizer)
+        self._optimizer = make_optimizer(module.parameters())
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = list(reversed(list(module.parameters())))
@@ -102,7 +111,7 @@ class ExactStrategy:
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
         norm = nn.utils.get_total_norm(_gradients(list(self.module.parameters())))
-        adam_step(self._optimizer, lr, self._clip_norm, norm)
+        clipped_step(self._optimizer, lr, self._max_grad_norm, norm)
 
         statistics = self._statistics
         if statistics.names:
@@ -122,12 +131,12 @@ class ExactStrategy:
         return {}
 
     def optimizer_state_dict(self) -> Tensors:
-        return adam_tensors(self.module, self._optimizer)
+        return optimizer_state_dict(self.module, self._optimizer)
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
         self._statistics.snapshot()
-        load_adam(self.module, self._optimizer, optimizer)
+        load_optimizer_state_dict(self.module, self._optimizer, optimizer)
 
     @property
     def _is_slice_end(self) -> bool:

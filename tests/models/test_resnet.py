@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 
 # He et al. 2016, table 6, gives the CIFAR ResNets in millions; these are the exact counts with BatchNorm.
 PARAMETERS = {

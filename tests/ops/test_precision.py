@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_cifar.config import ModelConfig, TrainConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops import precision
 from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward
 
