@@ -1,4 +1,4 @@
-"""BatchNorm with its shortcut and ReLU in two passes over memory each way, on CPUs.
+"""BatchNorm, the shortcut and ReLU as one operation that passes over memory twice each way, on CPUs.
 
 Contract: after `fuse_batchnorm_relu`, a module computes the same function in training, forward and backward: where it
 is recognised to apply BatchNorm, then or not a shortcut, then ReLU, these are one kernel for float32 and bfloat16 in
@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from dist_cifar.ops.numba_jit import compiled, inlined
 
 _BLOCK = 64
-"""Rows whose sums are float32."""
+"""The number of rows that are summed in float32."""
 
 
 def fuse_batchnorm_relu(module: nn.Module) -> None:
@@ -101,7 +101,7 @@ def _forward(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor
 
 
 def plain(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-    """The same by torch's operations, one after the other."""
+    """Computes the same by torch's operations, one after the other."""
     hidden = nn.BatchNorm2d.forward(layer, images)
     if shortcut is not None:
         hidden += shortcut
@@ -116,7 +116,7 @@ def _fused(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor |
 
 
 class _Fused(torch.autograd.Function):
-    """images [n, c, h, w], shortcut the same or None, the rest float32 [c] and numbers -> as images."""
+    """Maps images [n, c, h, w], a shortcut like them or None, and float32 [c] to a tensor like the images."""
 
     @staticmethod
     def forward(
@@ -153,7 +153,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
-    """[n, c, h, w] in channels-last as rows of pixels [n h, w c]: float32, or uint16 for the bits of bfloat16."""
+    """Views [n, c, h, w] in channels-last as rows of pixels [n h, w c]: float32, or uint16 for the bits of bfloat16."""
     count, channels, height, width = images.shape
     rows = images.detach().permute(0, 2, 3, 1).view(count * height, width * channels)
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
@@ -164,7 +164,7 @@ def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
 
 @intrinsic
 def _widen(_: Any, value: Any) -> Any:
-    """float32 of a float32 or of the bits of a bfloat16."""
+    """Converts a float32, or the bits of a bfloat16, to float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (bits,) = arguments
@@ -196,7 +196,7 @@ def _narrow(_: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def _unless(_: Any, condition: Any, value: Any) -> Any:
-    """`value`, or zero where the condition holds."""
+    """Selects `value`, or zero where the condition holds."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         zero = context.get_constant(value, 0)
@@ -207,7 +207,7 @@ def _unless(_: Any, condition: Any, value: Any) -> Any:
 
 @inlined
 def _repeated(values, width):
-    """float32 [width] with the values of the channels, for each pixel of a row."""
+    """Repeats the values of the channels for each pixel of a row: float32 [width]."""
     repeated = np.empty(width, np.float32)
     for first in range(0, width, len(values)):
         for c in range(len(values)):
@@ -225,7 +225,7 @@ def _add_pixels(row, sums):
 
 @compiled
 def _normalize(x, shortcut, affine, running_mean, running_variance, momentum, epsilon, statistics, out):
-    """`affine`: weight and bias. `statistics`, written: mean, 1 / deviation, and weight / deviation."""
+    """Writes `out`, and into `statistics` mean, 1 / deviation and weight / deviation. `affine`: weight and bias."""
     rows, width = x.shape
     channels = affine.shape[1]
     first_pixel = np.empty(channels, np.float32)
@@ -275,8 +275,8 @@ def _normalize(x, shortcut, affine, running_mean, running_variance, momentum, ep
 
 @compiled
 def _differentiate(gradient, out, x, of_shortcut, of_x, statistics, of_affine):
-    """Written: `of_shortcut`, if it is not empty: the gradient of what ReLU is given; `of_x`; `of_affine`, of weight
-    and bias."""
+    """Writes `of_x`, `of_affine` (of weight and bias) and, if it is not empty, `of_shortcut`: the gradient of what ReLU
+    is given."""
     rows, width = x.shape
     channels = statistics.shape[1]
     mean = _repeated(statistics[0], width)

@@ -29,7 +29,7 @@ from dist_cifar.strategy.base import DataParallelStrategy, Tensors, prepare_modu
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 _HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
-"""What rounds the gradients before they are sent, by `strategy.grad_compression`."""
+"""The hook that rounds the gradients before they are sent, by `strategy.grad_compression`."""
 
 
 class DdpStrategy(DataParallelStrategy):

@@ -1,8 +1,8 @@
 """Strategy `deepspeed`: DeepSpeed's engine with ZeRO stage 0, 1, 2 or 3.
 
-Contract: `strategy.zero_stage` says what is cut among ranks instead of kept whole by each: 0 nothing, 1 the optimizer's
-state, 2 the gradients too, 3 the parameters too. Otherwise as `ddp`: gradients are averaged over ranks, each rank normalises its
-own micro-batch.
+Contract: `strategy.zero_stage` says what is cut among ranks instead of kept whole by each: 0 nothing, 1 the state of
+the optimizer, 2 the gradients too, 3 the parameters too. Otherwise as `ddp`: gradients are averaged over ranks, each
+rank normalises its own micro-batch.
 
 The engine is called directly and not through Accelerate, whose plugin needs another package, takes each CPU process for
 rank 0 of 1, and clips at 1.0 unless told. Clipping is the optimizer's here, not the engine's: so its rule is that of
@@ -151,7 +151,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
 
 
 class _ClippingOptimizer(torch.optim.Optimizer):
-    """An optimizer of ours as the engine takes it: of torch's class, and clipping before it steps by the norm of the
+    """Makes an optimizer one of torch's class, as the engine wants it, that clips before it steps: by the norm of the
     whole gradient, of which it may see a part."""
 
     norm: torch.Tensor

@@ -2,8 +2,8 @@
 
 Contract: weights, buffers, optimizer state and gradient norms after a step depend on the config, the data and the
 numerics of the machine (`dist_cifar.run.provenance`), not on the number of ranks. A global batch is cut into V virtual
-ranks; each is computed by itself, whoever computes it, in forward and backward passes of the same shape. What they
-give is summed in one balanced binary tree (`dist_cifar.strategy.tree_reduce`) and divided once by the number of passes.
+ranks; each is computed by itself, on whichever rank, in forward and backward passes of the same shape. Their results
+are summed in one balanced binary tree (`dist_cifar.strategy.tree_reduce`) and divided once by the number of passes.
 BatchNorm normalises within a pass and starts every pass from the running statistics of the step's beginning; the mean
 of what the passes make of them, through the same tree, is the one update of the step. Passes of one virtual rank
 (`batch.max_micro_batch`) are added up in their order, before the tree.
@@ -31,7 +31,7 @@ from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
 
 _BUCKET_BYTES = 8 * 2**20
-"""Gradients of one bucket, at least (but for the last): enough to use the bandwidth, few enough to overlap."""
+"""The least size of a bucket but the last: enough to use the bandwidth, small enough to overlap."""
 
 
 class ExactStrategy:
@@ -63,19 +63,19 @@ class ExactStrategy:
         self._parameters = list(reversed(list(module.parameters())))
         self._gradients, self._statistics_tree = TreeAccumulator(), TreeAccumulator()
         self._stats_sum = self._statistics.values
-        """Sum of the running statistics that the passes of the current virtual rank have left."""
+        """The sum of the running statistics after each pass of the current slice."""
         self._pass = 0
         self._statistics_bucket = Bucket([self._statistics.values], communicator)
         self._buckets: list[Bucket] = []
         self._bucket_slices: list[slice] = []
-        """Where the tensors of a bucket are in `_parameters`."""
+        """The range of each bucket's tensors in `_parameters`."""
         for place in _partition(self._parameters):
             self._buckets.append(Bucket(self._parameters[place], communicator))
             self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
                 parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))
         self._pending: list[int] = []
-        """For each bucket, how many gradients of the last pass have not come."""
+        """The number of gradients of the last pass that each bucket still waits for."""
         self._next_bucket = 0
         self._reductions = _Reductions(communicator)
 
@@ -147,7 +147,7 @@ class ExactStrategy:
         return self._pass == self._local_passes - 1
 
     def _on_grad_ready(self, index: int, _: torch.Tensor) -> None:
-        """A gradient of a bucket is complete. In the last pass the bucket may be due, and those that waited for it."""
+        """Notes that a gradient of a bucket is complete; in the last pass, reduces the buckets that are now due."""
         if not self._is_last_pass:
             return
         self._pending[index] -= 1
@@ -162,7 +162,7 @@ class ExactStrategy:
 
 
 class _Reductions:
-    """Runs what is submitted, in order, beside the computation that submits it."""
+    """Runs what is submitted, in order, while the computation that submits it continues."""
 
     def __init__(self, communicator: Communicator) -> None:
         self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
@@ -185,7 +185,7 @@ class _Reductions:
             function()
 
     def wait(self) -> None:
-        """What follows sees the results. Raises what a function raised."""
+        """Makes what follows see the results. Raises what a function raised."""
         for future in self._futures:
             future.result()
         self._futures.clear()
@@ -194,12 +194,12 @@ class _Reductions:
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """After a backward pass, which gives each of them one."""
+    """The gradients of `parameters` after a backward pass, which gives each of them one."""
     return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None
 
 
 def _partition(parameters: list[nn.Parameter]) -> list[slice]:
-    """Slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
+    """Cuts `parameters` into slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
     cuts, start, size = [], 0, 0
     for end, parameter in enumerate(parameters, 1):
         size += parameter.nbytes

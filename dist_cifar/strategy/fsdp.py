@@ -1,9 +1,9 @@
 """Strategy `fsdp`: torch's fully sharded data parallelism (`fully_shard`, FSDP2).
 
-Contract: parameters, gradients and the optimizer's state are cut along their first dimension and every rank keeps a part; the
-parameters of a residual block are gathered for its forward and backward pass alone. Otherwise as `ddp`: gradients are
-averaged over ranks, each rank normalises its own micro-batch. The optimizer steps the parts, on every rank at the same
-learning rate, after clipping by the norm of the whole gradient.
+Contract: parameters, gradients and the optimizer's state are cut along their first dimension and every rank keeps a
+part; the parameters of a residual block are gathered for its forward and backward pass alone. Otherwise as `ddp`:
+gradients are averaged over ranks, each rank normalises its own micro-batch. The optimizer steps the parts, on every
+rank at the same learning rate, after clipping by the norm of the whole gradient.
 
 Weights stay in the row-major layout: FSDP2 takes no other. Source: Zhao et al., "PyTorch FSDP", 2023, and torch's
 documentation of `fully_shard`.
@@ -112,13 +112,13 @@ class FsdpStrategy(DataParallelStrategy):
                 self._optimizer.state[part] = state
 
     def _part(self, like: DTensor, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a tensor that all ranks hold, cut as the parameter `like`."""
+        """Cuts a tensor that all ranks hold as the parameter `like` is; returns this rank's part."""
         return distribute_tensor(
             whole.to(self._device), like.device_mesh, like.placements, src_data_rank=None
         ).to_local()
 
     def _like(self, parameter: DTensor, part: torch.Tensor) -> DTensor:
-        """The tensor cut as `parameter` of which this rank holds `part`."""
+        """Returns the sharded tensor, cut as `parameter`, of which this rank holds `part`."""
         return DTensor.from_local(
             part,
             parameter.device_mesh,
