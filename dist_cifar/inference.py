@@ -26,7 +26,7 @@ from dist_cifar.config import Config, config_from_values
 from dist_cifar.data.sources.image_folder import decode
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
 from dist_cifar.run.atomic_io import make_dirs, write_atomic
 from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256

@@ -29,7 +29,7 @@ import torch
 
 from dist_cifar.config import ModelConfig
 from dist_cifar.errors import CheckpointError
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.run import checkpoint
 from dist_cifar.run.provenance import versions
 from dist_cifar.tools.bench import hardware
