@@ -87,8 +87,8 @@ RULES = {
     "tracking.wandb_tags": "free",
     "tracking.wandb_checkpoints": "free",
 }
-"""Every key and what a resumed run may do with it. `decides`: it changes the result; `rounding`: it changes how the same
-result is computed; `free`: neither. A new key, or another rule for one, is a decision that is taken here as well."""
+"""Every key and what a resumed run may do with it. `decides`: it changes the result; `rounding`: it changes how the
+same result is computed; `free`: neither. A new key, or another rule for one, is a decision taken here as well."""
 
 
 def test_every_key_and_its_rule_is_a_decision():
