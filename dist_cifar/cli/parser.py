@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dist_cifar import __version__
 from dist_cifar.cli import bench, data, doctor, evaluate, export, predict, report, status, submit, train, verify, watch
 from dist_cifar.cli.arguments import add_local_rank
-from dist_cifar.errors import ConfigError, nearest
+from dist_cifar.errors import ConfigError, did_you_mean
 
 COMMANDS = (train, verify, doctor, submit, data, evaluate, predict, export, report, watch, status, bench)
 """In the order of the help. Each has `add(commands)`, and `run(options)`, which returns the exit code."""
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags = [argument for argument in rest if argument.startswith("-")]
     if flags or (rest and "overrides" not in options):
         parser: CommandParser = options.parser
-        hint = _did_you_mean(flags[0].partition("=")[0], parser.option_names) if flags else ""
+        hint = did_you_mean(flags[0].partition("=")[0], parser.option_names) if flags else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides += rest
@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
-            message += _did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
@@ -76,8 +76,3 @@ class CommandParser(_Parser):
         action = super().add_argument(*names, **options)
         self.option_names += action.option_strings
         return action
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    meant = nearest(word, known)
-    return f"; did you mean {meant}?" if meant else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.cli.arguments import Commands
-from dist_cifar.errors import EXIT_DONE, ConfigError, DataError, nearest
+from dist_cifar.errors import EXIT_DONE, ConfigError, DataError, did_you_mean
 
 
 def add(commands: Commands) -> None:
@@ -39,9 +39,8 @@ def run(options: argparse.Namespace) -> int:
     elif options.field in status:
         print(_text(status[options.field]))
     else:
-        meant = nearest(options.field, status)
-        hint = f"did you mean {meant}?" if meant else f"it has {', '.join(status)}"
-        raise ConfigError(f"{path}: status.json has no field {options.field}; {hint}")
+        hint = did_you_mean(options.field, status) or f"; it has {', '.join(status)}"
+        raise ConfigError(f"{path}: status.json has no field {options.field}{hint}")
     return EXIT_DONE
 
 

@@ -19,8 +19,8 @@ import yaml
 
 from dist_cifar.config import schema
 from dist_cifar.config.schema import HINTS, SECTIONS, Config
-from dist_cifar.config.values import accepts_text, convert, did_you_mean, show, type_name
-from dist_cifar.errors import ConfigError, nearest_path
+from dist_cifar.config.values import accepts_text, convert, show, type_name
+from dist_cifar.errors import ConfigError, did_you_mean, nearest_path
 
 logger = logging.getLogger(__name__)
 

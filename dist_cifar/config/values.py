@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import yaml
 
 from dist_cifar.config.schema import Range
-from dist_cifar.errors import ConfigError, nearest
+from dist_cifar.errors import ConfigError, did_you_mean
 
 _SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
 """Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
@@ -89,9 +88,3 @@ def show(value: Any) -> str:
     """A value as YAML would write it, on one line, so that what is printed can be typed."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is nearest to `word`; empty if none is near."""
-    match = nearest(word, known)
-    return f"; did you mean {match}?" if match else ""

@@ -22,9 +22,13 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _LOWEST_PORT, _PORTS = 10000, 20000
 """Derived ports: below those that kernels give to outgoing connections."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""A rank's variables, as torchrun sets them."""
 _AGENT = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE")
+"""What torchrun's agent sets beside them."""
 _PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
+"""Other variables of launchers."""
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+"""Variables that hold the rank, in the order of trust."""
 
 
 @dataclass(frozen=True, kw_only=True)
