@@ -240,7 +240,10 @@ def latest_run(folder: Path) -> Path:
 def _object(path: Path) -> dict[str, Any]:
     """What a file of JSON says; empty if there is none. Raises `DataError` if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("not an object of JSON")
+        return found
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, and run the training again") from None
 

@@ -39,8 +39,9 @@ from dist_cifar.config import Config
 from dist_cifar.data.arrays import Arrays, content_sha256
 from dist_cifar.data.dataset import load_dataset, missing_download
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.device import visible_gpus
 from dist_cifar.distributed.failure_detector import Failure
-from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.launch_env import DistEnv, lone_environ
 from dist_cifar.distributed.rendezvous import interface_towards
 from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
 from dist_cifar.run.atomic_io import write_atomic
@@ -394,28 +395,20 @@ def check_sums(communicator: Communicator, env: DistEnv) -> Finding:
 
 def check_exactness(config: Config) -> Finding:
     """Ten steps at two world sizes and through two kills, bit for bit: `verify` on a small network, on this host."""
-    sizes = "1,2" if config.run.device == "cpu" or not torch.cuda.is_available() else "1"
+    sizes = "1" if visible_gpus(config.run.device) else "1,2"
     with tempfile.TemporaryDirectory(prefix="dist_cifar-doctor-") as folder:
         command = [sys.executable, "-m", "dist_cifar", "verify", "--steps", "10", "--world-sizes", sizes]
         command += ["--dir", f"{folder}/runs", "--json", f"{folder}/found.json", f"run.device={config.run.device}"]
         command += ["data.source=synthetic", "data.synthetic_train_size=1200", "data.synthetic_test_size=100"]
         command += ["data.validation_size=100", "model.name=resnet20", "batch.global_size=64", "compute.precision=fp32"]
         done = subprocess.run(
-            command, env=_lone(os.environ), capture_output=True, text=True, timeout=300, start_new_session=True
+            command, env=lone_environ(os.environ), capture_output=True, text=True, timeout=300, start_new_session=True
         )
         if done.returncode != 0:
             last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             return failed("exactness", f"{' '.join(last)}", "run dist-cifar verify, and see docs/exactness.md")
         digest = json.loads(Path(folder, "found.json").read_text())["phases"][0]["digest"]
     return ok("exactness", f"10 steps at world sizes {sizes}, killed and resumed: all bits equal ({digest})")
-
-
-def _lone(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that is no rank of this job."""
-    from dist_cifar.tools.verify import rank_environ
-
-    kept = rank_environ(environ, DistEnv())
-    return {name: value for name, value in kept.items() if name not in {*DistEnv().variables(), "TORCHELASTIC_RUN_ID"}}
 
 
 # --- all of them -------------------------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ from typing import Any, TypeVar
 import dist_cifar
 from dist_cifar import stopping
 from dist_cifar.config import Config, config_from_values, flatten, to_yaml
+from dist_cifar.distributed.device import sees_only_its_own, visible_gpus
 from dist_cifar.distributed.kv_store import KeyValueStore
-from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.launch_env import DistEnv, rank_environ
 from dist_cifar.errors import (
     EXIT_DATA,
     EXIT_DONE,
@@ -63,12 +64,6 @@ _NAMES_SHOWN = 5
 """Tensors that an error names."""
 _SUMS = ("loss", "correct predictions", "samples", "gradient norms", "steps", "skipped steps")
 """What `sums` of a line of digests holds, in its order."""
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
-_LAUNCHER_NAMES = {
-    *DistEnv().variables(),
-    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
-}
-"""Variables of the slot's own place in its job, which are not its ranks'."""
 
 T = TypeVar("T")
 
@@ -219,25 +214,9 @@ def default_world_sizes(virtual_ranks: int, slots: Sequence[Slot]) -> list[int]:
     return sizes
 
 
-def rank_environ(environ: Mapping[str, str], place: DistEnv) -> dict[str, str]:
-    """A slot's environment as one of its ranks gets it: with the rank's place in place of the slot's."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name == "ACCELERATE_USE_CPU" or not (name.startswith(_LAUNCHER_PREFIXES) or name in _LAUNCHER_NAMES)
-    }
-    return kept | place.variables() | {"TORCHELASTIC_RUN_ID": place.job}
-
-
 def _this_slot(config: Config, env: DistEnv) -> Slot:
-    gpus = 0
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if config.run.device == "cuda" or (config.run.device == "auto" and not on_cpu):
-        import torch
-
-        gpus = torch.cuda.device_count()
-    host = socket.gethostname()
-    has_its_own = gpus == 1 and env.launcher == "slurm" and env.local_world_size > 1
+    gpus, host = visible_gpus(config.run.device), socket.gethostname()
+    has_its_own = sees_only_its_own(env, gpus)
     return Slot(pool=f"{host} (task {env.rank})" if has_its_own else host, gpus=gpus)
 
 

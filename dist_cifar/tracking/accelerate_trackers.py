@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.config import Config
+from dist_cifar.distributed.accelerate_env import without_other_processes
 from dist_cifar.errors import ConfigError, one_line
 from dist_cifar.tracking.base import Results
 from dist_cifar.tracking.exactly_once import named, public_config
 
 logger = logging.getLogger(__name__)
-
-_COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""The variables from which Accelerate learns that there are other processes."""
 
 
 def require_installed(config: Config) -> None:
@@ -115,11 +113,8 @@ def _state() -> Iterator[None]:
     if PartialState._shared_state:
         yield
         return
-    hidden = {name: os.environ.pop(name) for name in _COUNTED_BY if name in os.environ}
-    try:
+    with without_other_processes(os.environ):
         PartialState(cpu=True)
-    finally:
-        os.environ.update(hidden)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_cifar.cli import main as cli
+from dist_cifar.cli.parser import parse
 from dist_cifar.config import load_config
 from dist_cifar.errors import ConfigError
 from tests import REPOSITORY
@@ -237,13 +237,13 @@ def test_training_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     launcher = re.search(r"--config_file (\S+)", line)
     assert launcher is None or (REPOSITORY / launcher[1]).is_file()
-    require_config(cli._parse(["train", *arguments_of(line, DOORS)]), line)
+    require_config(parse(["train", *arguments_of(line, DOORS)]), line)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(rf"dist[_-]cifar ({OTHERS})\b", line)])
 def test_other_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    options = cli._parse(arguments_of(line, "dist[_-]cifar"))
+    options = parse(arguments_of(line, "dist[_-]cifar"))
     if "overrides" in options:
         require_config(options, line)
 
