@@ -450,7 +450,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     import torch
 
-    from dist_cifar.inference import CHECKED_IMAGES, export, load_classifier
+    from dist_cifar.inference import load_classifier
+    from dist_cifar.tools.export import CHECKED_IMAGES, export
 
     log_to_stream(sys.stderr, "dist_cifar: ")
     classifier = load_classifier(options.run, torch.device("cpu"))
