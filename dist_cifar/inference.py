@@ -54,7 +54,10 @@ class Classifier:
     """`weights_sha256` of the weights."""
 
     def probabilities(self, images: npt.NDArray[np.uint8], *, tta: bool = False) -> npt.NDArray[np.float32]:
-        """Probabilities, float32 [n, classes], of images, uint8 [n, 32, 32, 3]. `tta` averages each with its mirror image."""
+        """Probabilities, float32 [n, classes], of images, uint8 [n, 32, 32, 3].
+
+        `tta` averages those of each image with those of its mirror image.
+        """
         module = HorizontalFlipTTA(self.module) if tta else self.module
         rows = []
         with torch.inference_mode():

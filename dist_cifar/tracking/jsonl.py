@@ -42,7 +42,7 @@ def rows_until(text: str, step: int) -> dict[tuple[str, int], str]:
 
 
 class JsonlTracker:
-    """Appends rows to `path`. `resume_step` is the step to go on from; with `None` the file starts empty."""
+    """Appends rows to `path`. `resume_step` is the step from which the run resumes; with `None` the file is emptied."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         kept: dict[tuple[str, int], str] = {}

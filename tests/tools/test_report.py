@@ -355,7 +355,10 @@ def test_a_job_that_died_is_not_shown_as_running(trained, tmp_path):
         assert "running, step 24 of 24" in page_of(run).text
     assert watch.version([run]) != seen  # so the page asks for what is new
     text = page_of(run).text
-    assert "terminated without a final status (killed, or its node died) at step 24 of 24" in text and "running" not in text
+    assert (
+        "terminated without a final status (killed, or its node died) at step 24 of 24" in text
+        and "running" not in text
+    )
     assert read_run(run).seconds_left is None
     assert " lost " in watch.screen(read_run(run), 100).splitlines()[0]
 

@@ -75,9 +75,8 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
                 found.append(Series(name=title, color=i if several else color, points=points, faint=faint))
         return found
 
-    reductions = [
-        mark for i, run in enumerate(runs) for mark in _lr_reductions(run, f"var(--c{i % 8})" if several else "var(--c7)")
-    ]
+    colors = [f"var(--c{i % 8})" if several else "var(--c7)" for i in range(len(runs))]
+    reductions = [mark for run, color in zip(runs, colors, strict=True) for mark in _lr_reductions(run, color)]
     labelled = [replace(mark, text=mark.label.rpartition(" ")[2]) for mark in reductions]
     resumes = [] if several else _resumes(runs[0])
     limits = {run.config.optimizer.max_grad_norm for run in runs}
