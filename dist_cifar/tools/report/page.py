@@ -41,7 +41,7 @@ def render(runs: Sequence[Run], *, refresh_seconds: float | None = None) -> str:
     """The page; with `refresh_seconds`, one that polls its server and shows what has changed."""
     names = _distinct_names(runs)
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             title=f"{names[0]}: {runs[0].state}" if len(runs) == 1 else f"{len(runs)} runs",
@@ -80,11 +80,12 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, with the functions and filters that they use."""
     import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader(PACKAGE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -96,11 +97,11 @@ def _environment() -> jinja2.Environment:
         """A file of `static/`, as it is: it is ours, and has nothing that would end its element."""
         return Markup((importlib.resources.files(PACKAGE) / "static" / name).read_text(encoding="utf-8"))
 
-    environment.globals["inline"] = inline
-    environment.filters |= {
+    made.globals["inline"] = inline
+    made.filters |= {
         "pixels": lambda value: f"{value:.1f}",
         "percent": lambda share, digits=1: f"{share:.{digits}%}",
         "small_share": formats.small_share,
         "thousands": lambda count: f"{count:,}",
     }
-    return environment
+    return made
