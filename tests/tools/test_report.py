@@ -8,8 +8,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -17,6 +19,7 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,7 +36,7 @@ from dist_cifar.tools.report.charts import Chart, Series
 from dist_cifar.tools.report.drawing import line_chart
 from dist_cifar.tools.report.formats import duration, number
 from dist_cifar.tools.report.timeline import segments
-from tests import small_runs
+from tests import REPOSITORY, small_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -419,6 +422,43 @@ def test_a_report_that_fails_leaves_the_run_done(tmp_path, monkeypatch, capsys):
     small_runs.run(tmp_path / "run", "train.epochs=1")
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "done"
     assert "warning: no report (division by zero)" in capsys.readouterr().out
+
+
+# --- templates and static files ----------------------------------------------------------------------------------
+
+
+PAGE_PACKAGE = Path(report_page.__file__).parent
+
+
+def test_a_name_that_a_template_misspells_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="titel"):
+        report_page.environment().from_string("{{ titel }}").render(title="x")
+    assert report_page.environment().from_string("{{ title }}").render(title="<b>") == "&lt;b&gt;"
+
+
+def test_style_and_scripts_are_in_the_page_as_they_are(trained):
+    html = render([read_run(trained)], refresh_seconds=2.0)
+    files = sorted((PAGE_PACKAGE / "static").iterdir())
+    assert [file.name for file in files] == ["live.js", "report.css", "report.js"]
+    for file in files:
+        text = file.read_text()
+        assert text in html and "</" not in text, "nothing in it ends its element"
+        assert max(map(len, text.splitlines())) <= 120, "written to be read"
+    assert 'data-refresh-milliseconds="2000"' in html
+
+
+@pytest.mark.parametrize("package", ["report", "export"])
+def test_a_wheel_has_the_files_that_are_no_python(package):
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = REPOSITORY / "dist_cifar" / "tools" / package
+    packed = {path for pattern in patterns[f"dist_cifar.tools.{package}"] for path in folder.glob(pattern)}
+    others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packed == others != set()
+
+
+def test_a_training_that_starts_does_not_wait_for_jinja():
+    code = "import sys; import dist_cifar.tools.report; sys.exit('jinja2' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
 
 
 # --- watch -------------------------------------------------------------------------------------------------------
