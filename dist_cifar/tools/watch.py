@@ -74,13 +74,13 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
             self.wfile.write(data)
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """The terminal is not for a line each two seconds."""
+            """Keeps a line for each request, one every two seconds, out of the terminal."""
 
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
 def version(paths: Sequence[Path]) -> str:
-    """Changes when a file of one of the runs does, or its job dies."""
+    """A text that changes when a file of one of the runs changes, or its job dies."""
     found = []
     for path in paths:
         found.append("lost" if RunDir(path).is_lost() else "")
@@ -112,7 +112,7 @@ def show(path: Path) -> int:
 
 def screen(run: Run, width: int) -> str:
     """The state of a run as text."""
-    status = run.status.get("status", "not begun")
+    status = run.status.get("status", "not started")
     lines = [f"{run.name}  {status}  {run.path}"]
     if status == "failed":
         lines.append(f"reason: {run.status.get('reason')}")

@@ -1,8 +1,7 @@
 """Accelerate's private parts that this package uses, all in one place.
 
-Contract: Accelerate says only by an attribute that is not documented whether a process has a `PartialState`, and only
-an undocumented method takes it away again. Both were checked with accelerate 1.10 to 1.15, and pyproject.toml keeps the
-version within `>=1.10,<2`. `tests/tracking/test_accelerate_private.py` fails where a version changes what is used here.
+Contract: only an undocumented attribute of Accelerate's tells whether a process has a `PartialState`, and only an
+undocumented method removes it. pyproject.toml bounds the version: `accelerate>=1.10,<2`. `tests/tracking/test_accelerate_private.py` fails where a version changes what is used here.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Contract: a row is in the file when `log` returns, and a process that is killed loses none (a machine that loses power
 may). Floats are exact: the shortest decimal that reads back to the same float64. JSON has no word for non-finite
 floats: they are the strings "nan", "inf" and "-inf", which `float()` reads back. After a resume at step s, the file
-holds each (kind, step) once: what a dead process wrote beyond s is gone, and so is a line that it did not complete.
+holds each (kind, step) once: what a dead process wrote beyond s is removed, and so is a line that it did not complete.
 """
 
 from __future__ import annotations

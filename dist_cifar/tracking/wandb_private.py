@@ -1,9 +1,8 @@
 """W&B's private parts that this package uses, all in one place.
 
 Contract: W&B has no public way to tell which rows its files hold, to mark a file as synced, or to look for a key
-without a prompt. These were checked with wandb 0.31, and pyproject.toml keeps the version within `>=0.31,<0.32`.
-`tests/tracking/test_wandb_private.py` fails where a version changes what is used here. But for `mark_as_synced`,
-nothing is changed on disk.
+without a prompt. pyproject.toml bounds the version: `wandb>=0.31,<0.32`. `tests/tracking/test_wandb_private.py` fails
+where a version changes what is used here. But for `mark_as_synced`, nothing is changed on disk.
 
 A file of W&B is LevelDB's log (https://github.com/google/leveldb/blob/main/doc/log_format.md) of protocol buffers,
 behind a header of 7 bytes that begins with ":W&B". A record has the CRC-32 of its type and data, its length and its

@@ -15,7 +15,7 @@ One run directory is one W&B run: its id is in `wandb_id`, and a resumed run has
     test/confusion, test/classes, test/worst_mistakes   in the last row: two tables, and the worst mistakes as pictures
 
 W&B's own step is the number of the row (see `exactly_once`), so that W&B has each row once and lacks none, wherever the
-run was killed, once it is resumed. W&B is asked what it has: the server says it when a run is resumed online, and
+run was killed, once it is resumed. W&B is asked what it has: the server tells when a run is resumed online, and
 offline it is in the files (see `wandb_private`). So a run that is resumed online after an offline part gives the server
 the rows of that part, and marks its files for `wandb sync` to pass over.
 

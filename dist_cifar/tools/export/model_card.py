@@ -1,6 +1,6 @@
 """Renders the model card: a Markdown page with the header that Hugging Face's hub reads.
 
-Contract: what it says comes from the classifier and its run's summary; a name that the template misspells is an error.
+Contract: everything in it comes from the classifier and its run's summary; a name that the template misspells is an error.
 """
 
 from __future__ import annotations

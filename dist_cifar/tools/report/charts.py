@@ -20,7 +20,7 @@ MAX_CURVE_POINTS = 600
 MAX_RANK_CURVES = 8
 """Ranks that get a curve each; more lines in one chart cannot be told apart."""
 MARK_MEANINGS = {"lr_reduction": "plateau: the learning rate was reduced", "start": "resumed, with the number of ranks"}
-"""What the legend says of each kind of mark."""
+"""The text of each kind of mark in the legend."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dist_cifar.run.predictions import Predictions, wilson_interval
 from dist_cifar.run.run_dir import RunDir
 
 LOST = "terminated without a final status (killed, or its node died)"
-"""What is said of a job of which nothing more is known."""
+"""The end of a job that left no event of its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Run:
     @property
     def state(self) -> str:
         """The status of the run and, before its end, its step."""
-        status = self.status.get("status", "not begun")
+        status = self.status.get("status", "not started")
         if status == "failed":
             return f"failed: {self.status.get('reason', 'for an unknown reason')}"
         if status == "done" or not self.starts:

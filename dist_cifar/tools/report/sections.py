@@ -1,6 +1,6 @@
 """Computes what the sections about a single run show: the first screen, classes, mistakes, calibration, settings.
 
-Contract: pure functions of a `Run`; the templates only place what they return.
+Contract: pure functions of a `Run`; the templates only lay out what they return.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Cell:
     kind: str
     """`good` on the diagonal, else `bad`: classes of the style sheet."""
     strength: float
-    """Of the colour, from 0 to 1."""
+    """Strength of the colour, from 0 to 1."""
     note: str
 
 
@@ -93,14 +93,14 @@ class Classes:
 
     names: list[str]
     rows: list[list[Cell | None]]
-    """By true and predicted class; None where no image is, since a hundred classes have ten thousand cells."""
+    """Cells by true and predicted class; None for no image, because a hundred classes have ten thousand cells."""
     accuracies: dict[str, float | None]
     frequent_mistakes: list[str]
     fits: bool
 
 
 def classes(run: Run) -> Classes:
-    """What the summary of a run says of the classes of the test split."""
+    """The confusion table and the accuracies of the classes, from the summary of a run."""
     accuracies = run.summary["test_class_accuracy"]
     names, confusion = list(accuracies), np.array(run.summary["test_confusion"])
     return Classes(
@@ -173,7 +173,7 @@ class Calibration:
 
     error: float
     confidence: float
-    """The mean over all test images."""
+    """Mean confidence over all test images."""
     accuracy: float
     accuracies: BarChart
     shares: BarChart
@@ -248,13 +248,13 @@ class Settings:
     """The config of a run, and the versions and numerics it ran with."""
 
     changed: list[Setting]
-    """Those that differ from the defaults."""
+    """Fields that differ from the defaults."""
     unchanged: list[Setting]
     facts: dict[str, str]
 
 
 def settings(run: Run) -> Settings:
-    """The fields of the config, and what the summary says of the code, the data and the machine."""
+    """The fields of the config, and the facts of the summary about the code, the data and the machine."""
     defaults, meanings = flatten(Config()), {key: text for key, _, _, text in describe()}
     changed, unchanged = [], []
     for key, value in flatten(run.config).items():

@@ -20,7 +20,7 @@ ENDS = {
     "running": "running",
     "lost": LOST,
 }
-"""How a job may end, and what is said of it."""
+"""The ways in which a job may end, with their text."""
 
 
 @dataclass(frozen=True, kw_only=True)
