@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> int:
     """Exports the model and prints where it is. Returns the exit code."""
     import torch
 
-    from dist_cifar.inference import CHECKED_IMAGES, export, load_classifier
+    from dist_cifar.inference import load_classifier
+    from dist_cifar.tools.export import CHECKED_IMAGES, export
     from dist_cifar.tracking.console import log_to_stream
 
     log_to_stream(sys.stderr, "dist_cifar: ")
