@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AtResume, Config, at_resume, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError
@@ -44,9 +45,7 @@ class DatasetFacts(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
     @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
+    def stats(self) -> ImageStats: ...
 
 
 class RunCheckpoints:
@@ -131,8 +130,8 @@ class RunCheckpoints:
             "config": flatten(self._config),
             "data_sha256": self._dataset.content_sha256,
             "classes": self._dataset.classes,
-            "mean": self._dataset.mean,
-            "std": self._dataset.std,
+            "mean": self._dataset.stats.mean,
+            "std": self._dataset.stats.std,
             "world_size": self._communicator.world_size,
             "numerics": numerics_fingerprint(self._communicator.device),
             "versions": versions(),
