@@ -56,8 +56,8 @@ def augmenter(
 ) -> Augmenter:
     """The function that augments `images`, uint8 [N, 32, 32, 3], on the backend that `augment.backend` names.
 
-    A GPU is first compared with the CPU on a few images. If the bits differ, `auto` falls back to the CPU and logs that,
-    and `device` raises `ConfigError`.
+    A GPU is first compared with the CPU on a few images. If the bits differ, `auto` falls back to the CPU and logs
+    that, and `device` raises `ConfigError`.
     """
 
     def on_cpu(indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:

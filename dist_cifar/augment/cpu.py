@@ -48,9 +48,9 @@ def augment(
 ) -> torch.Tensor:
     """The network's input: the images `indices` of uint8 [N, 32, 32, 3], augmented, normalised and erased.
 
-    `images` is contiguous and may be a memory map. Row i of `params` belongs to `indices[i]`. `out`: float32 or bfloat16
-    [n, 3, 32, 32] in channels-last memory format, new float32 memory if None; bfloat16 is the float32 result rounded to
-    nearest even. Returns `out`.
+    `images` is contiguous and may be a memory map. Row i of `params` belongs to `indices[i]`. `out`: float32 or
+    bfloat16 [n, 3, 32, 32] in channels-last memory format, new float32 memory if None; bfloat16 is the float32 result
+    rounded to nearest even. Returns `out`.
     """
     if out is None:
         out = _new_batch(np.size(indices))

@@ -1,7 +1,7 @@
 """Applies augmentation parameters through torchvision's functional operations on PIL images: slow, and right.
 
-Contract: this defines what the augmentation computes. Every operation works on uint8 and rounds as PIL rounds, in the order
-crop, flip, rotation, jitter, sharpness; then ToTensor, Normalize and a box set to zero.
+Contract: this defines what the augmentation computes. Every operation works on uint8 and rounds as PIL rounds, in the
+order crop, flip, rotation, jitter, sharpness; then ToTensor, Normalize and a box set to zero.
 """
 
 from __future__ import annotations

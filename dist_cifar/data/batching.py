@@ -50,7 +50,7 @@ class BatchPlan:
 
 
 def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_size: int, train_size: int) -> BatchPlan:
-    """The plan for `train_size` samples on `world_size` ranks, with the global batch divided into `slices` equal slices.
+    """The plan for `train_size` samples on `world_size` ranks, with the global batch divided into equal `slices`.
 
     `slices` is a multiple of the world size (`dist_cifar.strategy.slice_count`). Raises `ConfigError` if the global
     batch is larger than the training split.

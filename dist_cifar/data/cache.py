@@ -2,8 +2,8 @@
 
 Contract: `load_or_build` returns the arrays of a content key. Where they are missing or damaged one process builds
 them, under a lock, while the others wait. An entry is a directory that appears by a rename once its files are on the
-disk: a process that is killed at any time leaves a whole entry or none. A good entry is read without a lock, and from a read-only
-directory too. A reader checks its structure (sizes, types, label range) and not every byte.
+disk: a process that is killed at any time leaves a whole entry or none. A good entry is read without a lock, and from a
+read-only directory too. A reader checks its structure (sizes, types, label range) and not every byte.
 
 `memoized` keeps what is slow to compute about a file, such as its hash, for as long as the file looks the same.
 """

@@ -1,8 +1,8 @@
 """The official python archives of CIFAR-10 and CIFAR-100: found or downloaded, verified, decoded.
 
 Contract: `read_archive` returns the arrays of a verified archive or raises `DataError`. Nothing is opened before its
-hash matches, nothing is unpacked to disk, and the pickles inside are read by an unpickler that can make numpy arrays and
-nothing else.
+hash matches, nothing is unpacked to disk, and the pickles inside are read by an unpickler that can make numpy arrays
+and nothing else.
 
 Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009,
 https://www.cs.toronto.edu/~kriz/cifar.html.
