@@ -91,18 +91,20 @@ require-python:
 
 ifeq ($(PACKAGES),locked)
 
-# Another lock makes a new environment, in which nothing of the old one is left. What has to be built (this package, and
-# DeepSpeed) is built with the locked setuptools too, hence without build isolation.
+# Another lock makes a new environment, in which nothing of the old one is left. Nothing but the lock is installed, hence
+# --no-deps; what has to be built (this package and DeepSpeed) is built with the locked setuptools, hence without isolation.
 $(VENV)/installed: pyproject.toml requirements/run.txt requirements/test.txt | require-python
 	@cat requirements/run.txt requirements/test.txt | cmp --silent - $(VENV)/lock.txt || \
 		{ $(PYTHON) -m venv --clear $(VENV) && \
-		$(PIP) install --requirement requirements/run.txt && \
+		$(PIP) install --no-deps --requirement requirements/run.txt && \
 		cat requirements/run.txt requirements/test.txt >$(VENV)/lock.txt; }
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) check
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation --requirement requirements/test.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --requirement requirements/test.txt
+	@$(PIP) check
 	@touch $@
 
 else

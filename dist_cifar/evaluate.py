@@ -7,6 +7,7 @@ it does not depend on which rank computed which batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch.nn.functional import cross_entropy
 
 from dist_cifar.augment.cpu import normalize
 from dist_cifar.augment.image import ImageStats
+from dist_cifar.config import Config
 from dist_cifar.data.dataset import Dataset, Split
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.ops.precision import set_precision
 from dist_cifar.state import Evaluation
 
 
@@ -34,10 +37,7 @@ class Evaluator:
         batch_size: int,
         communicator: Communicator,
     ) -> None:
-        """`model` is a module of its own, into which the weights to evaluate are loaded: a strategy may shard its one.
-
-        Without validation images the test split takes their place.
-        """
+        """The weights to evaluate are loaded into `model`. Without validation images the test split takes their place."""
         self._model, self._dataset = model, dataset
         self._batch_size, self._communicator = batch_size, communicator
         self._test = dataset.test, np.arange(len(dataset.test.labels))
@@ -81,6 +81,22 @@ class Evaluator:
             batch_size=self._batch_size,
             communicator=self._communicator,
         )
+
+
+def build_evaluator(
+    model: nn.Module,
+    config: Config,
+    dataset: Dataset,
+    validation_indices: npt.NDArray[np.int64],
+    communicator: Communicator,
+) -> Evaluator:
+    """An evaluator with a copy of `model`: a strategy may shard the model, whose passes then need all ranks at once."""
+    device = communicator.device
+    eval_model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
+    set_precision(eval_model, config.compute.precision, device)
+    return Evaluator(
+        eval_model, dataset, validation_indices, batch_size=config.eval.batch_size, communicator=communicator
+    )
 
 
 def evaluate(

@@ -104,6 +104,12 @@ class TrainingSums:
         """What was added up. Waits for the device."""
         return StepTotals(*self._sums.tolist())
 
+    def take(self) -> StepTotals:
+        """As `totals`, and starts again."""
+        totals = self.totals()
+        self.reset()
+        return totals
+
     def reset(self, totals: StepTotals = NO_STEPS) -> None:
         """Starts again, from `totals`."""
         self._sums.zero_()

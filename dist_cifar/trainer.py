@@ -7,8 +7,7 @@ and but for a bitwise strategy on the world size; not on how often the run was i
 
 from __future__ import annotations
 
-import copy
-import logging
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -17,16 +16,15 @@ from contextlib import ExitStack, closing, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_cifar import stopping
 from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, build_training_data, evaluation_due, schedule_due
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.errors import ConfigError
-from dist_cifar.evaluate import Evaluator
+from dist_cifar.evaluate import Evaluator, build_evaluator
 from dist_cifar.models.resnet import build_model
-from dist_cifar.ops.precision import resolve_precision, set_precision
+from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.checkpointing import RunCheckpoints
@@ -34,14 +32,13 @@ from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
 from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
+from dist_cifar.stopping import Deadline, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy, compile_kernels
 from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
 from dist_cifar.tracking.records import RunRecords
 from dist_cifar.tracking.training_log import TrainingLog, require_finite
-
-logger = logging.getLogger(__name__)
 
 
 def train(
@@ -52,12 +49,11 @@ def train(
     resume_anyway: bool = False,
     trackers: Sequence[OpenTracker] = (),
 ) -> bool:
-    """Trains, evaluates and writes the run directory. A collective.
+    """Trains, evaluates and writes the run directory; returns whether the run is done, or was stopped and saved.
 
-    Returns True when the run is done, False when a signal or its time limit stopped it and it was saved. Raises
-    `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint. `resume_anyway`:
-    resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config, and finished
-    when `status.json` says that the run is done.
+    A collective. Raises `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint.
+    `resume_anyway`: resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config,
+    and finished when `status.json` says that the run is done.
     """
     assert config.run.dir is not None  # the config resolved it
     run_dir = RunDir(config.run.dir)
@@ -72,38 +68,27 @@ def train(
         return trainer.fit(trackers)
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Trainer:
-    """One run on the ranks of a communicator. `build` makes its collaborators, which are public, from a config."""
+    """One run on the ranks of a communicator. `build` makes its collaborators from a config."""
 
-    def __init__(
-        self,
-        config: Config,
-        communicator: Communicator,
-        *,
-        plan: BatchPlan,
-        batches: TrainingBatches,
-        strategy: Strategy,
-        schedule: LRSchedule,
-        evaluator: Evaluator,
-        checkpoints: RunCheckpoints,
-        records: RunRecords,
-        console: Console,
-    ) -> None:
-        self._clock = time.perf_counter()
-        self.config, self.communicator, self.plan, self.batches = config, communicator, plan, batches
-        self.strategy, self.schedule, self.evaluator = strategy, schedule, evaluator
-        self.checkpoints, self.records, self.console = checkpoints, records, console
-        self.state = TrainState()
-        self.sums = TrainingSums(communicator.device, may_skip=config.optimizer.non_finite == "skip")
-        self.log = TrainingLog(config, plan, communicator=communicator, run_dir=records.run_dir, console=console)
-        self.deadline = stopping.Deadline(
-            stopping.seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time())
-        )
-        self.profile = (
-            Profile(records.run_dir.profile, rank=communicator.rank, device=communicator.device)
-            if config.run.profile
-            else None
-        )
+    config: Config
+    communicator: Communicator
+    plan: BatchPlan
+    batches: TrainingBatches
+    strategy: Strategy
+    schedule: LRSchedule
+    evaluator: Evaluator
+    checkpoints: RunCheckpoints
+    records: RunRecords
+    log: TrainingLog
+    console: Console
+    sums: TrainingSums
+    profile: Profile | None
+    deadline: Deadline
+    timed_until: float
+    """Up to when `state.wall_seconds` counts, on the clock of `time.perf_counter`."""
+    state: TrainState = dataclasses.field(default_factory=TrainState)
 
     @classmethod
     def build(
@@ -117,6 +102,7 @@ class Trainer:
     ) -> Trainer:
         """Everything that a run needs, restored from its newest checkpoint if there is one. A collective."""
         started = time.perf_counter()
+        deadline = Deadline(seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time()))
         assert config.run.dir is not None  # the config resolved it
         run_dir, device, spec = RunDir(config.run.dir), communicator.device, properties(config.strategy)
         slices = slice_count(config.batch, config.strategy, world_size=communicator.world_size)
@@ -128,18 +114,14 @@ class Trainer:
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
-        # A module of its own: a strategy may shard its one, whose forward passes then need all ranks at once.
-        eval_model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last)
-        set_precision(eval_model, config.compute.precision, device)
-        evaluator = Evaluator(
-            eval_model, dataset, data.validation_indices, batch_size=config.eval.batch_size, communicator=communicator
-        )
+        evaluator = build_evaluator(model, config, dataset, data.validation_indices, communicator)
         schedule = build_lr_schedule(
             config.optimizer, config.plateau, global_size=plan.global_size, steps_per_epoch=plan.steps_per_epoch
         )
+        console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(
-            config,
-            communicator,
+            config=config,
+            communicator=communicator,
             plan=plan,
             batches=data.batches,
             strategy=build_strategy(model, config, communicator=communicator, plan=plan),
@@ -147,48 +129,50 @@ class Trainer:
             evaluator=evaluator,
             checkpoints=RunCheckpoints(run_dir, config, communicator, dataset=dataset, bitwise=spec.bitwise),
             records=RunRecords(run_dir, config, communicator, plan, dataset=dataset, train_indices=data.train_indices),
-            console=console or Console(is_main_process=communicator.rank == 0),
+            log=TrainingLog(config, plan, communicator=communicator, run_dir=run_dir, console=console),
+            console=console,
+            sums=TrainingSums(device, may_skip=config.optimizer.non_finite == "skip"),
+            profile=Profile(run_dir.profile, rank=communicator.rank, device=device) if config.run.profile else None,
+            deadline=deadline,
+            timed_until=started,
         )
-        trainer._clock = started
         trainer.restore(must_resume=must_resume, resume_anyway=resume_anyway)
         return trainer
 
     def fit(self, trackers: Sequence[OpenTracker] = ()) -> bool:
-        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective.
-
-        `trackers` are those of the caller: see `train`.
-        """
+        """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective."""
         config, plan, state = self.config, self.plan, self.state
         if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
             self.records.show_result()
             return True
-        self._begin(trackers)
+        resume_step = self.checkpoints.saved_step
+        self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
+        self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
-        batches = self.batches.stream(state.step, self.communicator.device)
-        with closing(batches), self.profile or nullcontext():
+        with (
+            closing(self.batches.stream(state.step, self.communicator.device)) as batches,
+            self.profile or nullcontext(),
+        ):
             while state.step < plan.total_steps:
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
-                stops = stopping.stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
+                stops = stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
                 vote.start(state.step + 1, stops, self.checkpoints.store.failed)
                 step_started = time.perf_counter()
                 self.log.compute_timer.start()
                 batch = next(batches)
                 state.wait_seconds += time.perf_counter() - step_started
-
-                lr = self.schedule.lr(state.step)
                 self.train_step(batch)
 
                 logs = state.step % config.run.log_every_steps == 0 or state.step == plan.total_steps
-                ranks = self._take_totals() if logs else None  # waits for the device
+                ranks = self.log.take_totals(self.sums) if logs else None  # waits for the device
                 state.train_seconds += time.perf_counter() - step_started
                 if ranks is not None:
-                    self.log.steps(self._timed_state(), ranks, lr)
+                    self.log.steps(self._timed_state(), ranks, lr=self.schedule.lr(state.step - 1))
                 self.console.advance()
                 if config.run.log_digests:
-                    tensors = self.strategy.model_state_dict() | self.strategy.optimizer_state_dict()
-                    self.log.digests(state.step, tensors, self.sums.totals())
+                    self.log.digests(state.step, self.strategy, self.sums.totals())
                 if self.profile is not None and self.profile.is_complete:
-                    self._end_profile()
+                    self.records.profiled(self.profile)
                 if evaluation_due(plan, config.eval.every_epochs, state.step):
                     self.evaluate()
                     self.save(best=state.best_step == state.step)
@@ -285,39 +269,17 @@ class Trainer:
         if self.communicator.rank == 0:
             self.sums.reset(restored.totals)
 
-    def _begin(self, trackers: Sequence[OpenTracker]) -> None:
-        resume_step = self.checkpoints.saved_step
-        self.records.describe_setup(self.evaluator, self.schedule)
-        if resume_step is not None:
-            logger.info(f"resume     from the checkpoint of step {resume_step}")
-        self.communicator.run_on_rank0(
-            lambda: self.records.begin(self.state, resume_step=resume_step, trackers=trackers)
-        )
-        self.log.trackers = self.records.trackers
-        self.console.start(self.plan.total_steps, self.state.step)
-
-    def _take_totals(self) -> list[StepTotals]:
-        """Every rank's totals since the last log; new ones begin. Waits for the device."""
-        ranks = self.communicator.all_gather_object(self.sums.totals())
-        self.sums.reset()
-        return ranks
-
     def _timed_state(self) -> TrainState:
+        """The state, with its `wall_seconds` up to now."""
         now = time.perf_counter()
-        self.state.wall_seconds += now - self._clock
-        self._clock = now
+        self.state.wall_seconds += now - self.timed_until
+        self.timed_until = now
         return self.state
-
-    def _end_profile(self) -> None:
-        """Shows and writes where the time of a step went, once. A collective."""
-        if self.profile is not None:
-            ranks = self.communicator.all_gather_object(self.profile.milliseconds())
-            self.profile = None
-            self.records.profiled(ranks)
 
     def _leave_loop(self) -> None:
         """No more steps: when this returns, what was saved is on the disk."""
-        self._end_profile()
+        if self.profile is not None:
+            self.records.profiled(self.profile)
         self.checkpoints.wait(must_succeed=True)
         self.console.stop()
 

@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tests.own_warnings import own_warnings
 
 import dist_cifar
+from tests.own_warnings import own_warnings
 
 PACKAGE = Path(dist_cifar.__file__).parent
 

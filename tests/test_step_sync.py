@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_cifar import trainer as train_module
 from dist_cifar.config import Config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.run.run_dir import RunDir
+from dist_cifar.trainer import Trainer
 
 STEPS = 6
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique", "allclose")
@@ -34,9 +34,9 @@ class Reads(TorchDispatchMode):
         """Each read with the files and functions that led to it."""
 
     def note(self, name: str) -> None:
-        if 0 < self._run.progress.step < STEPS and threading.get_ident() == self._thread:
+        if 0 < self._run.state.step < STEPS and threading.get_ident() == self._thread:
             frames = traceback.extract_stack(sys._getframe(2))
-            if frames[-1].name == "result" and frames[-1].filename.endswith("communicator.py"):
+            if frames[-1].name == "result" and frames[-1].filename.endswith("distributed/collectives.py"):
                 return  # the ranks' answers to each other, which never leave the host
             if frames[-1].filename.endswith("dist_cifar/ops/fused_batchnorm.py"):
                 return  # the kernel itself, which there is for CPUs alone
@@ -50,7 +50,7 @@ class Reads(TorchDispatchMode):
 
 def reads(communicator: Communicator, config: Config, careless: bool) -> list[str]:
     communicator.run_on_rank0(RunDir(config.run.dir).open)
-    run = train_module._Run(config, communicator)
+    run = Trainer.build(config, communicator)
     seen = Reads(run)
     patches = []
     for name in METHODS:
@@ -68,7 +68,7 @@ def reads(communicator: Communicator, config: Config, careless: bool) -> list[st
         patch.start()
     try:
         with seen:
-            run.train()
+            run.fit()
     finally:
         for patch in patches:
             patch.stop()
@@ -96,7 +96,7 @@ def test_with_deepspeed_only_its_engine_reads(ranks, tiny, stage):
 def test_a_read_in_the_loop_is_found(ranks, tiny):
     (seen,) = ranks.run(1, reads, short(tiny, "ddp"), True)
     assert len(seen) == STEPS - 1
-    assert "_local_scalar_dense" in seen[0] and "dist_cifar/train.py:train" in seen[0]
+    assert "_local_scalar_dense" in seen[0] and "dist_cifar/trainer.py:train_step" in seen[0]
 
 
 @pytest.mark.gpu
@@ -109,17 +109,17 @@ def test_on_a_gpu_nothing_waits_between_two_logs(tiny, strategy):
     communicator = Communicator(read_env({}), device=torch.device("cuda", 0), timeout_seconds=60)
     config = short(tiny, strategy)
     communicator.run_on_rank0(RunDir(config.run.dir).open)
-    run = train_module._Run(config, communicator)
+    run = Trainer.build(config, communicator)
     take_step = run.strategy.step
 
     def step(lr: float) -> torch.Tensor:
         norm = take_step(lr)
-        torch.cuda.set_sync_debug_mode("error" if 0 < run.progress.step < STEPS - 1 else "default")
+        torch.cuda.set_sync_debug_mode("error" if 0 < run.state.step < STEPS - 1 else "default")
         return norm
 
     run.strategy.step = step
     try:
-        run.train()
+        run.fit()
     finally:
         torch.cuda.set_sync_debug_mode("default")
         communicator.close()

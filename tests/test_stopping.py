@@ -35,7 +35,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(deadline, "time", clock)
+    monkeypatch.setattr(stopping, "time", clock)
     return clock
 
 
@@ -85,7 +85,7 @@ def test_three_times_the_write_of_a_checkpoint_is_kept_in_reserve(clock):
     [("_WRITES", 0, check_writes), ("_WRITES", 2, check_writes), ("_INTERVALS", 1, check_intervals)],
 )
 def test_a_smaller_margin_is_caught(clock, monkeypatch, name, value, check):
-    monkeypatch.setattr(deadline, name, value)
+    monkeypatch.setattr(stopping, name, value)
     with pytest.raises(AssertionError):
         check(clock)
 

@@ -16,20 +16,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from faults.jobs import VOLATILE
 
-from dist_cifar import stopping
 from dist_cifar import trainer as train_module
 from dist_cifar.augment import params
 from dist_cifar.config import Config, load_config
+from dist_cifar.data import batching
+from dist_cifar.data.batching import TrainingBatches
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
-from dist_cifar.ops import numba_jit
+from dist_cifar.ops import numba_jit, precision
 from dist_cifar.optim.lr_schedule import Plateau
-from dist_cifar.run import atomic_io, checkpoint
+from dist_cifar.run import atomic_io, checkpoint, checkpointing
 from dist_cifar.stopping import Deadline
 from dist_cifar.strategy.ddp import DdpStrategy
-from dist_cifar.tracking.console import Display
+from dist_cifar.tracking.console import Console
+from dist_cifar.trainer import Trainer
+from tests.integration.faults.jobs import VOLATILE
 from tests.rank_pool import RankError
 
 
@@ -116,20 +118,20 @@ def test_ranks_that_disagree_do_not_go_on(ranks):
 # --- order and pixels --------------------------------------------------------------------------------------------
 
 
-def stateful_draw(config: Any, *, seed: int, epoch: int, indices: Any) -> params.AugmentParams:
+def sample_with_state(config: Any, *, seed: int, epoch: int, indices: Any) -> params.AugmentParams:
     """The mutant: a generator that remembers, as a global one does."""
     fresh = np.random.default_rng(seed).integers(0, 2**31, len(indices))
     return params.sample_params(config, seed=seed, epoch=epoch, indices=fresh)
 
 
 def batches(communicator: Communicator, config: Config, steps: list[int], mutant: bool) -> list[list[Any]]:
+    original = batching.sample_params
     if mutant:
-        train_module.policy = type("", (), {"draw": staticmethod(stateful_draw)})
+        batching.sample_params = sample_with_state
     try:
-        run = train_module._Run(config, communicator, must_resume=False)
-        made = [run.make_batch(step) for step in steps]
+        made = [Trainer.build(config, communicator).batches.make(step) for step in steps]
     finally:
-        train_module.policy = policy
+        batching.sample_params = original
     return [[batch.inputs.numpy(), batch.labels.numpy()] for batch in made]
 
 
@@ -181,14 +183,14 @@ def warm_ups(communicator: Communicator, config: Config) -> list[tuple[float, fl
     """When each warm-up of the kernel began and ended; the one of rank 0 takes long, as with a cold cache."""
     times = []
 
-    def warm_up(use: Any, say: Any) -> None:
+    def warm_up(use: Any) -> None:
         began = time.monotonic()
         time.sleep(0.3 if communicator.rank == 0 and not times else 0)
         times.append((began, time.monotonic()))
 
     original, numba_jit.warm_up = numba_jit.warm_up, warm_up
     try:
-        train_module._Run(config, communicator, must_resume=False)
+        Trainer.build(config, communicator)
     finally:
         numba_jit.warm_up = original
     return times
@@ -210,7 +212,7 @@ class Crash(Exception):
 def disturbed(communicator: Communicator, config: Config, at_step: int, rank: int, crash: bool) -> Any:
     """A run in which `rank` is told to stop, or every rank dies, before the step after `at_step`."""
     calls = 0
-    original = stopping.stop_requested
+    original = train_module.stop_requested
 
     def stop_requested() -> bool:
         nonlocal calls
@@ -219,13 +221,13 @@ def disturbed(communicator: Communicator, config: Config, at_step: int, rank: in
             raise Crash
         return communicator.rank == rank and calls > at_step
 
-    stopping.stop_requested = stop_requested
+    train_module.stop_requested = stop_requested
     try:
         return train(communicator, config)
     except Crash:
         return "crashed"
     finally:
-        stopping.stop_requested = original
+        train_module.stop_requested = original
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -237,7 +239,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(ranks, tiny, 
     assert ranks.run(world_size, disturbed, config, 1, world_size - 1, False) == [False] * world_size
     assert status(config) == "saved"
     state = json.loads((Path(config.run.dir) / "checkpoints/step-00000002/state.json").read_text())
-    assert state["progress"]["step"] == 2
+    assert state["train_state"]["step"] == 2
     assert ranks.run(world_size, train, config) == [True] * world_size
     assert status(config) == "done"
     assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
@@ -349,11 +351,11 @@ def test_automatic_precision_is_said_and_kept_by_the_run_directory(ranks, tiny, 
 
 def spoken_with(communicator: Communicator, config: Config, choice: tuple[str, str]) -> str:
     """What the run prints if `choice` is what the measurement says."""
-    original, train_module.choose_precision = train_module.choose_precision, lambda device: choice
+    original, precision.choose_precision = precision.choose_precision, lambda device: choice
     try:
         return spoken(communicator, config)
     finally:
-        train_module.choose_precision = original
+        precision.choose_precision = original
 
 
 # --- strategy exact ----------------------------------------------------------------------------------------------
@@ -410,12 +412,12 @@ def test_a_run_that_is_made_longer_is_the_run_that_was_meant_to_be_so_long(ranks
 
 
 def of_two_machines(communicator: Communicator, config: Config) -> str:
-    original = train_module.numerics
-    train_module.numerics = lambda device: original(device) | {"processor": f"of rank {communicator.rank}"}
+    original = train_module.numerics_fingerprint
+    train_module.numerics_fingerprint = lambda device: original(device) | {"processor": f"of rank {communicator.rank}"}
     try:
         return failing(communicator, config, TrainingError)
     finally:
-        train_module.numerics = original
+        train_module.numerics_fingerprint = original
 
 
 def test_ranks_that_round_differently_do_not_begin(ranks, tiny):
@@ -439,12 +441,12 @@ def test_world_sizes_that_do_not_divide_the_virtual_ranks_are_refused_before_the
 
 def elsewhere(communicator: Communicator, config: Config, resume_anyway: bool) -> bool:
     """A run on a machine with another processor."""
-    original = train_module.numerics
-    train_module.numerics = lambda device: original(device) | {"threads": 64, "extensions": "avx1024"}
+    original = checkpointing.numerics_fingerprint
+    checkpointing.numerics_fingerprint = lambda device: original(device) | {"threads": 64, "extensions": "avx1024"}
     try:
         return train_module.train(config, communicator, resume_anyway=resume_anyway)
     finally:
-        train_module.numerics = original
+        checkpointing.numerics_fingerprint = original
 
 
 def refused(communicator: Communicator, config: Config) -> str:
@@ -555,21 +557,21 @@ def test_weights_of_the_best_checkpoint_are_those_that_are_tested(ranks, tiny):
 
 def poisoned(communicator: Communicator, config: Config, steps: list[int], rank: int) -> Any:
     """A run in which the images of `rank` are NaN in `steps`; the message if it is refused."""
-    make_batch = train_module._Run.make_batch
+    original = TrainingBatches.make
 
-    def make(self: Any, step: int) -> Any:
-        batch = make_batch(self, step)
+    def make(self: TrainingBatches, step: int) -> Any:
+        batch = original(self, step)
         if step in steps and communicator.rank == rank:
             batch.inputs.fill_(float("nan"))
         return batch
 
-    train_module._Run.make_batch = make
+    TrainingBatches.make = make
     try:
         return train(communicator, config)
     except TrainingError as error:
         return str(error)
     finally:
-        train_module._Run.make_batch = make_batch
+        TrainingBatches.make = original
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "exact"])
@@ -600,19 +602,19 @@ def test_too_many_skipped_steps_end_the_run(ranks, tiny):
 
 def slow(communicator: Communicator, config: Config, rank: int) -> list[str]:
     """What is said of stragglers in a run in which `rank` computes slowly."""
-    forward, say, said = DdpStrategy.forward, Display.say, []
+    forward, line, lines = DdpStrategy.forward, Console.line, []
 
     def slower(self: DdpStrategy, images: torch.Tensor) -> torch.Tensor:
         time.sleep(0.2 if communicator.rank == rank else 0)
         return forward(self, images)
 
     DdpStrategy.forward = slower
-    Display.say = lambda self, line: said.append(line)
+    Console.line = lambda self, line: lines.append(line)
     try:
         train(communicator, config)
     finally:
-        DdpStrategy.forward, Display.say = forward, say
-    return [line for line in said if line.startswith("straggler")]
+        DdpStrategy.forward, Console.line = forward, line
+    return [line for line in lines if line.startswith("straggler")]
 
 
 def test_the_log_names_a_rank_for_which_the_others_wait(ranks, tiny):

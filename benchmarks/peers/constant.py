@@ -5,19 +5,19 @@ The difference between its speed and that of the real command is what preparing 
 
 import sys
 
-from dist_cifar import trainer
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
+from dist_cifar.data.batching import TrainingBatches
 
-_make_batch = trainer._Run.make_batch
-_batches = {}
+_make = TrainingBatches.make
+_first = {}
 
 
-def _first_batch(run, step):
-    if run not in _batches:
-        _batches[run] = _make_batch(run, 0)
-    return _batches[run]
+def _make_first(batches, step):
+    if batches not in _first:
+        _first[batches] = _make(batches, 0)
+    return _first[batches]
 
 
 if __name__ == "__main__":
-    trainer._Run.make_batch = _first_batch
+    TrainingBatches.make = _make_first
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """What the peers' programs share: the images, their augmentation, the model, and the marks at the end of every step.
 
-Contract: `benchmarks/suite/peers.py` says in the variable PEERS_JOB what is to be run. The images are in memory with the
-interface of torchvision's CIFAR10 class, so that nobody decodes files; order and strengths of the augmentation are
+Contract: `benchmarks/suite/peers.py` says in the variable PEERS_JOB what is to be run. The images are in memory with
+the interface of torchvision's CIFAR10 class, so that nobody decodes files; order and strengths of the augmentation are
 those of `AugmentConfig`. A loop asks `mark()` after every step whether it is over; a mark is two clock readings in a
 list, which is written once, at the end. Nothing here counts as code of a peer.
 """

@@ -8,14 +8,14 @@ from dist_cifar.config import describe
 
 HEAD = """# Configuration
 
-Every field of a config, with its type and default; this page is written by `benchmarks/publish/config_reference.py` from
-`dist_cifar/config/schema.py`. In a YAML file a section holds its fields; on the command line a field is `section.field=value`.
-`python -m dist_cifar train --print-config` prints what would run.
+Every field of a config, with its type and default; this page is written by `benchmarks/publish/config_reference.py`
+from `dist_cifar/config/schema.py`. In a YAML file a section holds its fields; on the command line a field is
+`section.field=value`. `python -m dist_cifar train --print-config` prints what would run.
 
 ## What goes together
 
-**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both when
-a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
+**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both
+when a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
 `compute.compile` is `auto` (on for GPUs with triton, but not in `exact`), `on` or `off`.
 
 **Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with

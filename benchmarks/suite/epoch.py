@@ -26,11 +26,13 @@ from typing import Any
 import torch
 
 from dist_cifar.config import load_config
+from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
+from dist_cifar.run.provenance import versions
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.bench import hardware
-from dist_cifar.trainer import _Run, versions
+from dist_cifar.trainer import Trainer
 
 RANKS = 2
 GLOBAL_BATCH = 128
@@ -62,18 +64,18 @@ def worker(precision: str, options: argparse.Namespace, scratch: Path) -> None:
         ],
     )
     communicator.run_on_rank0(RunDir(scratch / precision).open)
-    run = _Run(config, communicator, must_resume=False)
-    make_real, constant, take_step = run.make_batch, run.make_batch(0), run.strategy.step
+    run = Trainer.build(config, communicator)
+    make_real, constant, take_step = run.batches.make, run.batches.make(0), run.train_step
     marks: list[tuple[float, float]] = []  # after each step: the time, and the time waited for data so far
 
-    def step(lr: float) -> torch.Tensor:
-        norm = take_step(lr)
-        marks.append((time.perf_counter(), run.progress.wait_seconds))
+    def step(batch: Batch) -> torch.Tensor:
+        norm = take_step(batch)
+        marks.append((time.perf_counter(), run.state.wait_seconds))
         return norm
 
-    run.make_batch = lambda step: constant if step // options.steps % 2 else make_real(step)
-    run.strategy.step = step
-    run.train()
+    run.batches.make = lambda step: constant if step // options.steps % 2 else make_real(step)
+    run.train_step = step
+    run.fit()
     ranks = communicator.all_gather_object(marks)
     if communicator.rank == 0:
         (scratch / f"{precision}.json").write_text(json.dumps(windows(ranks, options.steps)), encoding="utf-8")

@@ -40,8 +40,9 @@ import torch
 from dist_cifar.config import Config, load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
+from dist_cifar.run.provenance import versions
 from dist_cifar.tools.bench import hardware
-from dist_cifar.trainer import AsyncAnyReduce, _Run, versions
+from dist_cifar.trainer import AsyncAnyReduce, Trainer
 
 RANKS = 2
 GLOBAL_BATCH = 128
@@ -92,13 +93,14 @@ def worker(model: str, scratch: Path) -> None:
         ],
     )
     communicator.run_on_rank0(lambda: (scratch / model / "checkpoints").mkdir(parents=True))
-    run, clock = _Run(config, communicator), Clock()
+    run, clock = Trainer.build(config, communicator), Clock()
     steps: list[tuple[float, bool]] = []  # seconds of each, and whether a checkpoint was written meanwhile
-    start_own_time, started, was_writing = run.own_time.start, 0.0, False
+    timer = run.log.compute_timer
+    start_timer, started, was_writing = timer.start, 0.0, False
     spent = 0.0
 
     def is_writing() -> bool:
-        return run.store._thread is not None and run.store._thread.is_alive()
+        return run.checkpoints.store.is_writing
 
     def step_begins() -> None:
         nonlocal started, was_writing, spent
@@ -106,18 +108,19 @@ def worker(model: str, scratch: Path) -> None:
         if started:
             steps.append((now - started - (total - spent), was_writing or is_writing()))
         started, was_writing, spent = now, is_writing(), total
-        start_own_time()
+        start_timer()
 
-    run.own_time.start = step_begins
-    run.display.advance = clock.around("progress", run.display.advance)
-    run._reduce_sums = clock.around("log", run._reduce_sums)
-    run._log = clock.around("log", run._log)
-    run._save = clock.around("checkpoint", run._save)
-    AsyncAnyReduce.cast, AsyncAnyReduce.result = (
-        clock.around("vote", AsyncAnyReduce.cast),
+    timer.start = step_begins
+    run.console.advance = clock.around("progress", run.console.advance)
+    run.log.take_totals = clock.around("log", run.log.take_totals)
+    run.log.steps = clock.around("log", run.log.steps)
+    run.save = clock.around("checkpoint", run.save)
+    AsyncAnyReduce.start, AsyncAnyReduce.result = (
+        clock.around("vote", AsyncAnyReduce.start),
         clock.around("vote", AsyncAnyReduce.result),
     )
-    run.train()
+    with run.console:
+        run.fit()
     if communicator.rank == 0:
         result = {"steps": steps, "calls": clock.seconds}
         (scratch / f"{model}.json").write_text(json.dumps(result), encoding="utf-8")
@@ -140,7 +143,7 @@ def figures(steps: Sequence[tuple[float, bool]], calls: dict[str, list[float]], 
     samples = {
         "step": calm,
         "progress": calls["progress"][WARM_UP_STEPS:],
-        "vote": [cast + result for cast, result in zip(vote[::2], vote[1::2], strict=True)][WARM_UP_STEPS:],
+        "vote": [start + result for start, result in zip(vote[::2], vote[1::2], strict=True)][WARM_UP_STEPS:],
         "log": [reduce + row for reduce, row in zip(log[::2], log[1::2], strict=True)][1:],
         "checkpoint": calls["checkpoint"][1:],
         "writing": writes,

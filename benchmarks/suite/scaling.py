@@ -34,16 +34,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from prediction import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, predict
+from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, predict
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, OptimizerConfig, load_config
+from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.models.resnet import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
+from dist_cifar.run.provenance import versions
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
-from dist_cifar.trainer import _Run, versions
+from dist_cifar.trainer import Trainer
 
 MODELS = ("resnet20", "resnet18")
 PRECISIONS = ("fp32", "bf16")
@@ -136,17 +138,17 @@ def trained(side: Side, model: str, precision: str, scratch: Path) -> None:
             "tracking.wandb=disabled",
         ],
     )
-    run, gate = _Run(config, communicator), Gate()
-    batch, take_step = run.make_batch(0), run.strategy.step
+    run, gate = Trainer.build(config, communicator), Gate()
+    constant, take_step = run.batches.make(0), run.train_step
 
-    def step(lr: float) -> torch.Tensor:
-        norm = take_step(lr)
+    def step(batch: Batch) -> torch.Tensor:
+        norm = take_step(batch)
         gate.pass_through()
         return norm
 
-    run.make_batch = lambda _: batch
-    run.strategy.step = step
-    run.train()
+    run.batches.make = lambda _: constant
+    run.train_step = step
+    run.fit()
 
 
 def plain(side: Side, model: str, precision: str, scratch: Path) -> None:

@@ -31,12 +31,14 @@ from typing import Any
 import torch
 
 from dist_cifar.config import load_config
+from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.ops import precision
 from dist_cifar.ops.malloc import keep_freed_memory
+from dist_cifar.run.provenance import versions
 from dist_cifar.tools.bench import hardware
-from dist_cifar.trainer import _Run, versions
+from dist_cifar.trainer import Trainer
 
 GLOBAL_BATCH = 128
 STEPS = {"resnet20": (10, 60), "resnet18": (4, 14)}
@@ -87,16 +89,16 @@ def worker(left_out: str, threads: int, model: str, scratch: Path) -> None:
     )
     communicator = Communicator(read_env({}), device=torch.device("cpu"), timeout_seconds=600)
     (scratch / "checkpoints").mkdir()
-    run = _Run(config, communicator)
-    take_step, ends = run.strategy.step, []
+    run = Trainer.build(config, communicator)
+    take_step, ends = run.train_step, []
 
-    def step(lr: float) -> torch.Tensor:
-        norm = take_step(lr)
+    def step(batch: Batch) -> torch.Tensor:
+        norm = take_step(batch)
         ends.append(time.perf_counter())
         return norm
 
-    run.strategy.step = step
-    run.train()
+    run.train_step = step
+    run.fit()
     # The last batches are no sample: the thread beside the loop has ended by then.
     timed = ends[warm_up - 1 : -2]
     print("rate", (len(timed) - 1) * GLOBAL_BATCH / (timed[-1] - timed[0]))

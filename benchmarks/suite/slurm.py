@@ -2,10 +2,10 @@
 
     python benchmarks/suite/slurm.py --out benchmarks/results/slurm.json
 
-Brings up the test cluster (tests/integration/slurm: real SLURM, nodes that share this machine) and submits slurm/train.sbatch n
-times: ResNet-20 on generated images, batch 64, two nodes with one rank each. The first step has ended when
-`metrics.jsonl` has its row. Then SIGTERM is sent to the tasks, as a preemption does; the checkpoint is durable
-(written, synchronised, renamed) when `status.json` says `saved`.
+Brings up the test cluster (tests/integration/slurm: real SLURM, nodes that share this machine) and submits
+slurm/train.sbatch n times: ResNet-20 on generated images, batch 64, two nodes with one rank each. The first step has
+ended when `metrics.jsonl` has its row. Then SIGTERM is sent to the tasks, as a preemption does; the checkpoint is
+durable (written, synchronised, renamed) when `status.json` says `saved`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from dist_cifar.run.atomic_io import write_atomic  # noqa: E402
+from dist_cifar.run.provenance import versions  # noqa: E402
 from dist_cifar.run.run_dir import RunDir  # noqa: E402
 from dist_cifar.tools.bench import hardware  # noqa: E402
-from dist_cifar.trainer import versions  # noqa: E402
 from tests.integration.slurm.clusters import Cluster  # noqa: E402
 
 ARGUMENTS = ("--config", "configs/quickstart.yaml", "run.log_every_steps=1", "tracking.wandb=disabled")

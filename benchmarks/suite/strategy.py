@@ -41,7 +41,7 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
-from prediction import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, exact_bucket_counts, predict
+from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, exact_bucket_counts, predict
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, load_config
@@ -50,10 +50,10 @@ from dist_cifar.distributed.launch_env import DistEnv, available_cores, read_env
 from dist_cifar.models.resnet import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.optim.lr_schedule import plan_batches
+from dist_cifar.run.provenance import versions
 from dist_cifar.strategy import build_strategy, exact, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
-from dist_cifar.trainer import versions
 
 RANKS = (1, 2, 4)
 MODELS = ("resnet20", "resnet18")

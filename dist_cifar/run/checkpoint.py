@@ -191,6 +191,11 @@ class CheckpointStore:
         return self._unraised is not None
 
     @property
+    def is_writing(self) -> bool:
+        """Whether a write is under way. Never blocks."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def write_seconds(self) -> float:
         """How long the last write took, or the one under way if that is longer already; 0 before the first.
 

@@ -1,13 +1,13 @@
 """What a run writes about itself beside its rows: status, events, summary, predictions; and who is told of its end.
 
-Contract: `begin` and `is_done` are called on rank 0 alone; the other methods on every rank, of which rank 0 writes.
+Contract: `is_done` is called on rank 0 alone; the other methods on every rank, of which rank 0 writes.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,15 +52,11 @@ class RunRecords:
         self._config, self._communicator, self._plan = config, communicator, plan
         self._dataset, self._train_indices = dataset, train_indices
         self._is_main_process = communicator.rank == 0
+        self._has_profile = False
         self._own: list[Tracker] = []
         self._of_caller: list[Tracker] = []
 
-    @property
-    def trackers(self) -> list[Tracker]:
-        """All that take rows; empty but on rank 0."""
-        return self._own + self._of_caller
-
-    def describe_setup(self, evaluator: Evaluator, schedule: LRSchedule) -> None:
+    def _describe_setup(self, evaluator: Evaluator, schedule: LRSchedule) -> None:
         """Says what is going to be trained."""
         config, plan, communicator, dataset = self._config, self._plan, self._communicator, self._dataset
         held_out = (
@@ -95,8 +91,25 @@ class RunRecords:
             logger.info(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
             logger.info(table(result_rows(self.run_dir.summary(), self.run_dir)))
 
-    def begin(self, state: TrainState, *, resume_step: int | None, trackers: Sequence[OpenTracker]) -> None:
-        """Marks the run as running and opens its trackers. On rank 0 alone."""
+    def begin(
+        self,
+        state: TrainState,
+        evaluator: Evaluator,
+        schedule: LRSchedule,
+        resume_step: int | None,
+        trackers: Sequence[OpenTracker],
+    ) -> list[Tracker]:
+        """Says what is going to be trained, marks the run as running and opens its trackers. A collective.
+
+        Returns the trackers, which are on rank 0 alone.
+        """
+        self._describe_setup(evaluator, schedule)
+        if resume_step is not None:
+            logger.info(f"resume     from the checkpoint of step {resume_step}")
+        self._communicator.run_on_rank0(lambda: self._open(state, resume_step, trackers))
+        return self._own + self._of_caller
+
+    def _open(self, state: TrainState, resume_step: int | None, trackers: Sequence[OpenTracker]) -> None:
         config, world_size = self._config, self._communicator.world_size
         previous_config = self.run_dir.previous_config() if resume_step is None else None
         config_changed = previous_config is not None and bool(differences(flatten(previous_config), config))
@@ -127,8 +140,12 @@ class RunRecords:
         if self._is_main_process:
             self.run_dir.append_event("lr_reduction", step=state.step, lr=lr)
 
-    def profiled(self, ranks: Sequence[Sequence[Mapping[str, float]]]) -> None:
-        """Shows and writes where the time of a step went; `ranks`: see `step_profiler.summarize`."""
+    def profiled(self, profile: step_profiler.Profile) -> None:
+        """Shows and writes where the time of a step went, the first time that it is called. A collective."""
+        if self._has_profile:
+            return
+        self._has_profile = True
+        ranks = self._communicator.all_gather_object(profile.milliseconds())
         if not ranks[0]:
             logger.info(f"profile    not available: the run was shorter than {step_profiler.SKIPPED_STEPS + 2} steps")
         elif self._is_main_process:
@@ -141,7 +158,7 @@ class RunRecords:
     def stopped(self, state: TrainState) -> None:
         """Notes that the run stopped before its end, everything saved."""
         if self._is_main_process:
-            for tracker in self.trackers:
+            for tracker in self._own + self._of_caller:
                 tracker.finish(EXIT_SAVED)
             self.run_dir.append_event("saved", step=state.step)
             self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)

@@ -9,10 +9,8 @@ import logging
 import math
 import socket
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
@@ -21,7 +19,8 @@ from dist_cifar.errors import TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.timers import ComputeTimer, peak_memory_bytes
-from dist_cifar.state import Evaluation, StepTotals, TrainState
+from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
+from dist_cifar.strategy.base import Strategy
 from dist_cifar.tracking.base import Tracker
 from dist_cifar.tracking.console import Console
 
@@ -77,7 +76,11 @@ class TrainingLog:
             class_accuracy=result.class_accuracy,
         )
 
-    def steps(self, state: TrainState, ranks: Sequence[StepTotals], lr: float) -> None:
+    def take_totals(self, sums: TrainingSums) -> list[StepTotals]:
+        """Every rank's totals since the last log, for `steps`; `sums` starts again. Waits for the device."""
+        return self._communicator.all_gather_object(sums.take())
+
+    def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:
         """The row of the steps since the last one, of which `ranks` holds every rank's totals.
 
         Names a straggler. Raises `TrainingError` where a loss was not finite, or too many steps were skipped.
@@ -129,11 +132,12 @@ class TrainingLog:
                 f" median rank since the last log ({own[slowest]:.2f} s, {median:.2f} s); the others waited for it"
             )
 
-    def digests(self, step: int, tensors: Mapping[str, torch.Tensor], totals: StepTotals) -> None:
-        """Writes the digest of every tensor, and this rank's totals since the last log: exact, so they can be compared.
+    def digests(self, step: int, strategy: Strategy, totals: StepTotals) -> None:
+        """Writes the digest of every tensor, and all ranks' totals since the last log: exact, so they can be compared.
 
         Raises `TrainingError` if the tensors differ between ranks.
         """
+        tensors = strategy.model_state_dict() | strategy.optimizer_state_dict()
         self._communicator.assert_tensors_equal_across_ranks("the state of the training", tensors, weights_sha256)
         ranks = self._communicator.all_gather_object(totals)
         if self._communicator.rank == 0:

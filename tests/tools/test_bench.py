@@ -1,4 +1,5 @@
-"""`dist-cifar bench` and `benchmarks/suite/strategy.py`: their figures are consistent; only running them imports torch."""
+"""`dist-cifar bench` and `benchmarks/suite/strategy.py`: their figures are consistent; only running them imports
+torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Ten random kill schedules, and mutants that they catch; `python tests/integration/faults/schedules.py` plays as many as asked."""
+"""Ten random kill schedules, and mutants that they catch; `python tests/integration/faults/schedules.py` plays as many
+as asked."""
 
 from __future__ import annotations
 
