@@ -37,7 +37,7 @@ class Evaluator:
         batch_size: int,
         communicator: Communicator,
     ) -> None:
-        """The weights to evaluate are loaded into `model`. Without validation images the test split takes their place."""
+        """Weights to evaluate are loaded into `model`. Without validation images, it validates on the test split."""
         self._model, self._dataset = model, dataset
         self._batch_size, self._communicator = batch_size, communicator
         self._test = dataset.test, np.arange(len(dataset.test.labels))

@@ -13,7 +13,7 @@ from dist_cifar.data.arrays import Arrays
 
 
 class Source(ABC):
-    """A place or a program from which images and labels come."""
+    """Where the images and labels of a data set come from."""
 
     @abstractmethod
     def key(self, config: DataConfig, cache_dir: Path) -> str:
