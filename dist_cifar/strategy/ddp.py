@@ -18,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DDPCommunicationHookType
 from torch import nn
 
+from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
@@ -82,7 +83,7 @@ class DdpStrategy(DataParallelStrategy):
         in its bucket decides the order in which ranks are added up: without this, the first step after a resume would
         be rounded in another way than the same step of a run that was not interrupted.
         """
-        images = torch.zeros(micro_size, 3, 32, 32, device=self._communicator.device)
+        images = torch.zeros(micro_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=self._communicator.device)
         parameter = next(self.module.parameters())
         self._accelerator.backward(self._replica(images.to(parameter.dtype)).sum())
         self._optimizer.zero_grad()
