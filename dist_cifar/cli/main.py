@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dist_cifar import __version__, stopping
 from dist_cifar.config import Config, describe, load_config, to_yaml
-from dist_cifar.distributed.failure_detector import Failure, FailureDetector, is_lost_peer, one_line, own_failure
+from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
 from dist_cifar.distributed.launch_env import DistEnv, available_cores, check_local_rank, read_env, refuse_lone_task
 from dist_cifar.errors import (
     EXIT_DONE,
@@ -201,9 +201,9 @@ class _FailureReport:
         if not isinstance(error, UserError):
             print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
             traceback.print_exception(error)
-        elif is_first or failure.reason != one_line(error):  # else rank 0 says it: all have raised it together
+        elif is_first or failure.reason != describe_error(error):  # else rank 0 says it: all have raised it together
             _print_error(str(error), str(self._rank))
-        if not is_first and failure.reason != one_line(error):
+        if not is_first and failure.reason != describe_error(error):
             self._name_first(failure)
         code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
         self._write_status(failure)

@@ -412,7 +412,7 @@ def check_exactness(config: Config) -> Finding:
 
 def _lone(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that is no rank of this job."""
-    from dist_cifar.tools.verify import rank_environ
+    from dist_cifar.tools.verify.plan import rank_environ
 
     kept = rank_environ(environ, DistEnv())
     return {name: value for name, value in kept.items() if name not in {*DistEnv().variables(), "TORCHELASTIC_RUN_ID"}}
