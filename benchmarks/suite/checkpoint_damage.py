@@ -31,8 +31,7 @@ from dist_cifar.config import ModelConfig
 from dist_cifar.errors import CheckpointError
 from dist_cifar.models.resnet import build_model
 from dist_cifar.run import checkpoint
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 
 STEPS = (10, 20, 30)
 Saved = tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]
