@@ -315,12 +315,12 @@ def settings(result: dict[str, Any]) -> str:
 
 def exactness(result: dict[str, Any]) -> str:
     """The table of the digests."""
-    lines = ["| model | steps | world sizes | digest of the state | seconds, all phases |", "|---|---|---|---|---|"]
+    lines = ["| model | steps | world sizes | digest of the state | seconds, all trials |", "|---|---|---|---|---|"]
     for row in result["results"]:
-        phases = ", ".join(" -> ".join(map(str, phase["world_sizes"])) for phase in row["phases"])
-        seconds = sum(phase["seconds"] for phase in row["phases"])
+        trials = ", ".join(" -> ".join(map(str, trial["world_sizes"])) for trial in row["trials"])
+        seconds = sum(trial["seconds"] for trial in row["trials"])
         digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
-        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
+        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {trials} | {digest} | {seconds:,.0f} |")
     where = f"With {result['data']} as the images, batch 128, on an {result['hardware']}"
     load = f"which did other work as well (load average {result['load_average_before']:g} at the start)"
     return "\n".join([*lines, "", f"{where}, {load}."])

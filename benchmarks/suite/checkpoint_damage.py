@@ -32,8 +32,7 @@ from dist_cifar.config import ModelConfig
 from dist_cifar.errors import CheckpointError
 from dist_cifar.models import build_model
 from dist_cifar.run import checkpoint
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.tracking.console import LineHandler
 
 STEPS = (10, 20, 30)

@@ -47,8 +47,7 @@ from dist_cifar.augment import cpu
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.ops import fused_batchnorm, numba_jit
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = REPOSITORY / "benchmarks/peers"

@@ -50,10 +50,10 @@ from dist_cifar.distributed.launch_env import DistEnv, available_cores, read_env
 from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.optim.lr_schedule import plan_batches
-from dist_cifar.run.provenance import versions
+from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.strategy import build_strategy, exact, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
-from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
+from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
 RANKS = (1, 2, 4)
 MODELS = ("resnet20", "resnet18")

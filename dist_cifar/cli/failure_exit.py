@@ -14,7 +14,7 @@ import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 from dist_cifar.cli.error_line import is_disk_error, print_error, with_disk_advice
-from dist_cifar.distributed.failure_detector import Failure, FailureDetector, is_lost_peer, one_line, own_failure
+from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
 from dist_cifar.errors import EXIT_INTERNAL, DataError, UserError
 from dist_cifar.run.run_dir import RunDir
 
@@ -44,7 +44,7 @@ class FailureExit:
                 self.end_as_survivor(failure)
             _limit_last_words()
         is_first = failure.by == self._rank
-        is_shared = not is_first and failure.reason == one_line(error)
+        is_shared = not is_first and failure.reason == describe_error(error)
         """All ranks have raised it together: rank 0 prints it."""
         if not isinstance(error, UserError):
             print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)

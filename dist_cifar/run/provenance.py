@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import dist_cifar
+from dist_cifar.distributed.launch_env import available_cores
 
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
 """Environment variables that choose the instructions of CPU kernels."""
@@ -77,11 +78,25 @@ def _processor(*keys: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition("\t")[0] in keys), "")
 
 
+def hardware() -> str:
+    """The processor's name and how many cores this process may use."""
+    name = _processor("model name") or platform.processor() or platform.machine()
+    return f"{name}, {available_cores()} cores"
+
+
 def versions() -> dict[str, str]:
     """The versions of the packages that the result depends on."""
     packages = ("torchvision", "accelerate", "numpy", "pillow")
     ours = {"dist_cifar": dist_cifar.__version__, "python": platform.python_version(), "torch": torch.__version__}
     return ours | {name: importlib.metadata.version(name) for name in packages}
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, which is not imported; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_revision() -> str | None:

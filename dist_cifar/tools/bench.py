@@ -7,11 +7,9 @@ machine hits all alike; the spread is shown with the median.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +19,8 @@ from dist_cifar.augment import cpu, params
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AugmentConfig
 from dist_cifar.data.sources.synthetic import synthetic_split
-from dist_cifar.distributed.launch_env import available_cores
 from dist_cifar.ops import numba_jit
+from dist_cifar.run.provenance import hardware
 
 BATCH = 256
 """Images of one call."""
@@ -92,12 +90,3 @@ def images_per_second(
         candidate(batches[done % len(batches)])
         done += 1
     return done * BATCH / elapsed
-
-
-def hardware() -> str:
-    """The processor's name and how many cores this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {available_cores()} cores"

@@ -142,7 +142,7 @@ class TrainingLog:
         ranks = self._communicator.all_gather_object(totals)
         if self._communicator.rank == 0:
             digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
-            self._run_dir.append_digests({"step": step, "sums": list(StepTotals.sum(ranks)), "digests": digests})
+            self._run_dir.append_digests({"step": step, "totals": StepTotals.sum(ranks)._asdict(), "digests": digests})
 
 
 def require_finite(step: int, ranks: Sequence[StepTotals]) -> None:

@@ -355,8 +355,7 @@ def main() -> int:
     print(f"{equal} of {options.schedules} schedules end with the weights and rows of a run that nothing disturbed")
     print(f"{seconds:.0f} s; {dict(kinds)}; {dict(places)}; most steps lost {max(lost_steps)}; failed seeds {failed}")
     if options.out:
-        from dist_cifar.tools.bench import hardware
-        from dist_cifar.trainer import versions
+        from dist_cifar.run.provenance import hardware, versions
 
         result = {
             "benchmark": "schedules",

@@ -23,7 +23,7 @@ from dist_cifar.config import Config, to_yaml
 from tests.integration.faults.disk import contents, flip_bit, remount, small_disk, truncate
 from tests.integration.faults.jobs import VOLATILE, Job, Jobs
 
-STEPS, CUT_AT_STEP = 8, 4
+STEPS, REDUCTION_AT_STEP = 8, 4
 TIMEOUT_SECONDS = 5
 """The jobs' `run.timeout_seconds`."""
 CHECKPOINT_BYTES = 3_300_000
@@ -33,7 +33,7 @@ Run = Callable[..., Job]
 
 @pytest.fixture
 def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
-    """The config of all runs: two steps an epoch, a cut of the learning rate at steps 4 and 6, a save at each step."""
+    """The config of all runs: two steps an epoch, a reduced learning rate from steps 4 and 6, a save at each step."""
     path = tmp_path / "config.yaml"
     overrides = (
         "strategy.name=exact",
@@ -398,12 +398,12 @@ def test_a_step_that_was_left_out_stays_left_out_through_a_resume(run, tmp_path)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_death_around_a_cut_of_the_learning_rate(run, golden, when):
+def test_a_death_around_a_reduction_of_the_learning_rate(run, golden, when):
     """The result holds the learning rates."""
-    job = run(2, inject={0: ["die_at_cut", when]})
+    job = run(2, inject={0: ["die_at_lr_reduction", when]})
     require_killed(job)
     assert ("plateau: no better loss" in job.stdout(0)) == (when == "after")
-    from_step = last_written(job, CUT_AT_STEP - 1)
+    from_step = last_written(job, REDUCTION_AT_STEP - 1)
     require_done(run(4), golden, from_step=from_step)
 
 
