@@ -72,7 +72,7 @@ class AccelerateTracker:
         with any_state():
             self._tracker.start()
         self._attempt(lambda: self._tracker.store_init_configuration(_flat(public_config(config))))
-        self._given = open(path, "ab", buffering=0)
+        self._given = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
 
     def log(self, row: Mapping[str, Any], number: int) -> None:
         """Gives the numbers of the row to the tracker, at the row's step."""

@@ -51,7 +51,7 @@ class JsonlTracker:
             kept = rows_until(path.read_text(encoding="utf-8", errors="replace"), resume_step)
         write_atomic(path, "".join(f"{line}\n" for line in kept.values()))
         self._kept = kept
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
 
     @property
     def kept(self) -> list[dict[str, Any]]:

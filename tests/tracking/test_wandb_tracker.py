@@ -183,7 +183,7 @@ def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path, said):
     class Broken:
         id = "id"
         dir = str(tmp_path / "offline-run" / "files")
-        summary: dict = {}
+        summary: dict = {}  # noqa: RUF012
 
         def log(self, row, step, commit):
             raise RuntimeError("the helper\nis gone")
@@ -241,7 +241,7 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
 def test_the_best_and_the_last_checkpoint_are_two_versions_of_an_artifact(tmp_path):
     class Recording:
         id = "id"
-        logged: list = []
+        logged: list = []  # noqa: RUF012
 
         def log_artifact(self, artifact, aliases):
             self.logged.append((artifact.name, artifact.metadata["checkpoint"], [*artifact.manifest.entries], aliases))
