@@ -68,7 +68,7 @@ types: $(VENV)/installed-test
 # The quick tests of what a change breaks first; the blocks of the pages are run by `make test`.
 check: lint types
 	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_words.py tests/config/test_load.py \
-		tests/optim/test_lr_schedule.py tests/ops/test_philox.py tests/test_state.py tests/integration/documents
+		tests/optim/test_lr_schedule.py tests/ops/test_philox.py tests/run/test_training_sums.py tests/integration/documents
 
 # Everything in README.md and docs/ that comes from the config's fields or from benchmarks/results/.
 docs: $(VENV)/installed-test

@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.augment.backend import Augmenter, augmenter
+from dist_cifar.augment.backend import Augmenter
 from dist_cifar.augment.params import sample_params
-from dist_cifar.config import AugmentConfig, BatchConfig, Config, TrainConfig
-from dist_cifar.data.dataset import Dataset, Split, load_dataset, validation_split
+from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig
+from dist_cifar.data.dataset import Split
 from dist_cifar.data.prefetch import Batch, prefetch
 from dist_cifar.data.sampler import GlobalBatchSampler
-from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import ConfigError
 
 
@@ -76,76 +75,28 @@ def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_s
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainingBatches:
     """This rank's share of each global batch, augmented."""
 
-    def __init__(
-        self,
-        split: Split,
-        indices: npt.NDArray[np.int64],
-        *,
-        plan: BatchPlan,
-        sampler: GlobalBatchSampler,
-        augment: Augmenter,
-        config: AugmentConfig,
-        seed: int,
-    ) -> None:
-        """`indices` are the images of `split` to train on; the positions of `sampler` point into them."""
-        self._split, self._indices = split, indices
-        self._plan, self._sampler = plan, sampler
-        self._augment, self._config, self._seed = augment, config, seed
+    split: Split
+    indices: npt.NDArray[np.int64]
+    """Images of `split` to train on; the positions of `sampler` point into them."""
+    plan: BatchPlan
+    sampler: GlobalBatchSampler
+    augment: Augmenter
+    augment_config: AugmentConfig
+    seed: int
 
     def make(self, step: int) -> Batch:
         """This rank's share of the global batch of `step`, on the device that augments."""
-        epoch, indices = step // self._plan.steps_per_epoch, self._indices[self._sampler.batch(step)]
-        params = sample_params(self._config, seed=self._seed, epoch=epoch, indices=indices)
-        return Batch(inputs=self._augment(indices, params), labels=torch.from_numpy(self._split.labels[indices]))
+        epoch, indices = step // self.plan.steps_per_epoch, self.indices[self.sampler.batch(step)]
+        params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices)
+        return Batch(inputs=self.augment(indices, params), labels=torch.from_numpy(self.split.labels[indices]))
 
     def stream(self, first_step: int, device: torch.device) -> Generator[Batch, None, None]:
         """The batches from `first_step` to the end of the run, on `device`, prepared ahead in a thread."""
-        return prefetch(self.make, range(first_step, self._plan.total_steps), device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """The data set of a run, what is held out of it, and its batches."""
-
-    dataset: Dataset
-    train_indices: npt.NDArray[np.int64]
-    """Images of `dataset.train` to train on."""
-    validation_indices: npt.NDArray[np.int64]
-    """Images of `dataset.train` that are held out."""
-    plan: BatchPlan
-    batches: TrainingBatches
-
-
-def build_training_data(config: Config, communicator: Communicator, *, slices: int) -> TrainingData:
-    """Loads the data set, which must be the same on every rank, and plans its batches. A collective.
-
-    `slices`: see `plan_batches`.
-    """
-    rank, world_size = communicator.rank, communicator.world_size
-    dataset = load_dataset(config.data)
-    communicator.barrier()
-    communicator.assert_equal_across_ranks("the data set's hash", dataset.content_sha256)
-    train_indices, validation_indices = validation_split(dataset.train.labels, config.data.validation_size)
-    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
-    batches = TrainingBatches(
-        dataset.train,
-        train_indices,
-        plan=plan,
-        sampler=GlobalBatchSampler(len(train_indices), plan, rank=rank, world_size=world_size, seed=config.run.seed),
-        augment=augmenter(config.augment.backend, dataset.train.images, dataset.stats, device=communicator.device),
-        config=config.augment,
-        seed=config.run.seed,
-    )
-    return TrainingData(
-        dataset=dataset,
-        train_indices=train_indices,
-        validation_indices=validation_indices,
-        plan=plan,
-        batches=batches,
-    )
+        return prefetch(self.make, range(first_step, self.plan.total_steps), device)
 
 
 def evaluation_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:

@@ -7,6 +7,7 @@ computed from what its ranks hold.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_cifar.optim.base import Optimizer
@@ -33,3 +34,11 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The L2 norm [], float32, of gradients of which every rank holds a part. A collective; no host waits for it."""
+    own = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+    squares = own.double().square()
+    dist.all_reduce(squares)
+    return squares.sqrt().float()

@@ -46,6 +46,12 @@ class RunDir:
             self.path / name for name in ("config.yaml", "status.json", "summary.json")
         )
 
+    @classmethod
+    def of(cls, config: Config) -> RunDir:
+        """The run directory that `config`, as `load_config` returns it, names."""
+        assert config.run.dir is not None
+        return cls(config.run.dir)
+
     def open(self) -> None:
         """Creates the directory. Raises `DataError` if it cannot be written."""
         try:

@@ -7,6 +7,7 @@ since the number of threads has to be set by then.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,8 @@ class StrategyProperties:
     """What is known of a strategy before its module is imported."""
 
     class_path: str
-    """`module:class` of the `Strategy`."""
+    """`module:class` of the `Strategy`, made from a module, the config, and by keyword `communicator`, `plan` and
+    `make_optimizer`."""
     bitwise: bool = False
     """The weights have the same bits on every number of ranks: a global batch is cut into `strategy.virtual_ranks`
     slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
@@ -85,6 +87,6 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
     from dist_cifar.optim import optimizer_factory
 
     module_name, _, class_name = properties(config.strategy).class_path.partition(":")
-    strategy: type[Strategy] = getattr(importlib.import_module(module_name), class_name)
+    make_strategy: Callable[..., Strategy] = getattr(importlib.import_module(module_name), class_name)
     make_optimizer = optimizer_factory(config.optimizer)
-    return strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)
+    return make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)

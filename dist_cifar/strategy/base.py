@@ -6,17 +6,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from dist_cifar.augment import cpu
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.ops import numba_jit
-from dist_cifar.ops.precision import prepare_forward, warm_up_kernels
-from dist_cifar.optim.base import OptimizerFactory
-from dist_cifar.strategy import properties
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 Tensors = dict[str, torch.Tensor]
@@ -28,18 +21,6 @@ class Strategy(Protocol):
 
     module: Any
     """The model as this rank holds it, a `torch.nn.Module`."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        config: Config,
-        *,
-        communicator: Communicator,
-        plan: BatchPlan,
-        make_optimizer: OptimizerFactory,
-    ) -> None:
-        """Moves `module` to the device of the communicator and wraps it."""
-        ...
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
@@ -150,31 +131,3 @@ class DataParallelStrategy(ABC):
     @abstractmethod
     def _load_optimizer(self, optimizer: Tensors) -> None:
         """Restores what `optimizer_state_dict` returned."""
-
-
-def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The L2 norm [], float32, of gradients of which every rank holds a part. A collective; no host waits for it."""
-    own = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
-    squares = own.double().square()
-    dist.all_reduce(squares)
-    return squares.sqrt().float()
-
-
-def prepare_module(module: nn.Module, config: Config, device: torch.device) -> None:
-    """Sets how `module`, which is on its device, computes in training. Call it once, before it is wrapped."""
-    known = properties(config.strategy)
-    prepare_forward(module, config.compute, device, auto_compile=known.auto_compile, bitwise=known.bitwise)
-
-
-def compile_kernels(config: Config, communicator: Communicator) -> None:
-    """Loads what numba has compiled for this run from its cache, or compiles it. A collective."""
-
-    def use() -> None:
-        cpu.warm_up()
-        warm_up_kernels(config.compute, communicator.device, auto_compile=properties(config.strategy).auto_compile)
-
-    numba_jit.load(use)  # on all ranks in parallel; what follows compiles only on a miss
-    # Rank 0 first, because it is the one that logs what takes long; the others load what it compiled.
-    communicator.run_on_rank0(lambda: numba_jit.warm_up(use))
-    if communicator.rank != 0:
-        numba_jit.warm_up(use)

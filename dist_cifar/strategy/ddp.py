@@ -26,8 +26,9 @@ from dist_cifar.errors import LaunchError
 from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
 from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import reduction_follows
-from dist_cifar.strategy.base import DataParallelStrategy, Tensors, prepare_module
+from dist_cifar.strategy.base import DataParallelStrategy, Tensors
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
+from dist_cifar.strategy.compute import prepare_module
 
 _HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 """The hook that rounds the gradients before they are sent, by `strategy.grad_compression`."""

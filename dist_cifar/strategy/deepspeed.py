@@ -32,10 +32,11 @@ from dist_cifar.optim.base import (
     load_optimizer_state_dict,
     optimizer_state_dict,
 )
-from dist_cifar.optim.clipping import clip_by_norm, set_lr
+from dist_cifar.optim.clipping import clip_by_norm, set_lr, sharded_norm
 from dist_cifar.strategy import deepspeed_private
-from dist_cifar.strategy.base import DataParallelStrategy, Tensors, prepare_module, sharded_norm
+from dist_cifar.strategy.base import DataParallelStrategy, Tensors
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
+from dist_cifar.strategy.compute import prepare_module
 
 
 class DeepSpeedStrategy(DataParallelStrategy):

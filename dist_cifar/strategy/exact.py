@@ -14,7 +14,6 @@ own, on a CPU in a thread. Buckets go in one order on every rank, so collectives
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -26,12 +25,11 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
 from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import phase
-from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
+from dist_cifar.strategy.compute import prepare_module
+from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
 from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
-
-_BUCKET_BYTES = 8 * 2**20
-"""The least size of a bucket but the last: enough to use the bandwidth, small enough to overlap."""
 
 
 class ExactStrategy:
@@ -69,7 +67,7 @@ class ExactStrategy:
         self._buckets: list[Bucket] = []
         self._bucket_slices: list[slice] = []
         """The range of each bucket's tensors in `_parameters`."""
-        for place in _partition(self._parameters):
+        for place in partition(self._parameters):
             self._buckets.append(Bucket(self._parameters[place], communicator))
             self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
@@ -77,7 +75,7 @@ class ExactStrategy:
         self._pending: list[int] = []
         """The number of gradients of the last pass that each bucket still waits for."""
         self._next_bucket = 0
-        self._reductions = _Reductions(communicator)
+        self._reductions = ReductionQueue(communicator)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics
@@ -161,51 +159,6 @@ class ExactStrategy:
         bucket.reduce(self._gradients.root(gradients, place), self._leaves)
 
 
-class _Reductions:
-    """Runs what is submitted, in order, while the computation that submits it continues."""
-
-    def __init__(self, communicator: Communicator) -> None:
-        self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
-        # With one rank there is nothing to wait for, so nothing to hide.
-        threads = self._stream is None and communicator.world_size > 1
-        # No OpenMP workers of its own, for the reason given in `dist_cifar.data.prefetch`.
-        single = partial(torch.set_num_threads, 1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if threads else None
-        self._futures: list[Future[None]] = []
-
-    def submit(self, function: partial[None]) -> None:
-        """Runs `function` once everything that the current stream holds by now is done."""
-        if self._thread is not None:
-            self._futures.append(self._thread.submit(function))
-        elif self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                function()
-        else:
-            function()
-
-    def wait(self) -> None:
-        """Makes what follows see the results. Raises what a function raised."""
-        for future in self._futures:
-            future.result()
-        self._futures.clear()
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     """The gradients of `parameters` after a backward pass, which gives each of them one."""
     return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None
-
-
-def _partition(parameters: list[nn.Parameter]) -> list[slice]:
-    """Cuts `parameters` into slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
-    cuts, start, size = [], 0, 0
-    for end, parameter in enumerate(parameters, 1):
-        size += parameter.nbytes
-        if size >= _BUCKET_BYTES:
-            cuts.append(slice(start, end))
-            start, size = end, 0
-    if start < len(parameters):
-        cuts.append(slice(start, len(parameters)))
-    return cuts

@@ -23,9 +23,10 @@ from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.optim.base import OptimizerFactory, is_per_element
-from dist_cifar.optim.clipping import clipped_step
-from dist_cifar.strategy.base import DataParallelStrategy, Tensors, prepare_module, sharded_norm
+from dist_cifar.optim.clipping import clipped_step, sharded_norm
+from dist_cifar.strategy.base import DataParallelStrategy, Tensors
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
+from dist_cifar.strategy.compute import prepare_module
 
 
 class FsdpStrategy(DataParallelStrategy):

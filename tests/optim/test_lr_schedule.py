@@ -12,14 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_cifar.config import OptimizerConfig, PlateauConfig
-from dist_cifar.optim.lr_schedule import (
-    LRSchedule,
-    build_lr_schedule,
-    scaled_lr,
-    start_plateau,
-    step_plateau,
-    warmup_factor,
-)
+from dist_cifar.optim.lr_scaling import scaled_lr
+from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule, warmup_factor
+from dist_cifar.optim.plateau import start_plateau, step_plateau
 from dist_cifar.state import Evaluation
 
 

@@ -20,7 +20,7 @@ from dist_cifar.config import (
 from dist_cifar.data.batching import BatchPlan, plan_batches
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.models import build_model
-from dist_cifar.optim.lr_schedule import start_plateau, step_plateau
+from dist_cifar.optim.plateau import start_plateau, step_plateau
 from dist_cifar.strategy import build_strategy, slice_count
 from dist_cifar.strategy.base import Strategy
 

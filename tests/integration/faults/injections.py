@@ -35,7 +35,8 @@ from dist_cifar.run import atomic_io, checkpoint
 from dist_cifar.run.checkpoint import CheckpointStore
 from dist_cifar.run.checkpointing import Restored, RunCheckpoints
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.state import Evaluation, TrainingSums
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.state import Evaluation
 from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.strategy.exact import ExactStrategy
