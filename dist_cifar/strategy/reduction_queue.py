@@ -10,7 +10,7 @@ from torch import nn
 
 from dist_cifar.distributed.collectives import Communicator
 
-_BUCKET_BYTES = 8 * 2**20
+BUCKET_BYTES = 8 * 2**20
 """The least size of a bucket but the last: enough to use the bandwidth, small enough to overlap."""
 
 
@@ -47,11 +47,11 @@ class ReductionQueue:
 
 
 def partition(parameters: list[nn.Parameter]) -> list[slice]:
-    """Cuts `parameters` into slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
+    """Cuts `parameters` into slices of at least `BUCKET_BYTES` each, and a last one of what is left."""
     cuts, start, size = [], 0, 0
     for end, parameter in enumerate(parameters, 1):
         size += parameter.nbytes
-        if size >= _BUCKET_BYTES:
+        if size >= BUCKET_BYTES:
             cuts.append(slice(start, end))
             start, size = end, 0
     if start < len(parameters):

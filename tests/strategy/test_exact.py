@@ -17,7 +17,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.models import build_model
 from dist_cifar.run.provenance import make_deterministic
-from dist_cifar.strategy import build_strategy, exact, tree_reduce
+from dist_cifar.strategy import build_strategy, exact, reduction_queue, tree_reduce
 from dist_cifar.strategy.exact import ExactStrategy
 
 BATCH, VIRTUAL, LR, STEPS = 16, 4, 3e-4, 3
@@ -102,11 +102,11 @@ def test_every_resnet_gives_the_same_bits(ranks, model):
 
 
 def small_buckets(communicator: Communicator, config: Config) -> tuple[dict[str, str], list[float]]:
-    original, exact._BUCKET_BYTES = exact._BUCKET_BYTES, 10_000
+    original, reduction_queue.BUCKET_BYTES = reduction_queue.BUCKET_BYTES, 10_000
     try:
         return trained(communicator, config)
     finally:
-        exact._BUCKET_BYTES = original
+        reduction_queue.BUCKET_BYTES = original
 
 
 def test_buckets_do_not_change_the_bits(ranks):
@@ -268,8 +268,8 @@ def test_a_gpu_gives_the_same_bits_every_time_and_with_every_bucket_size(precisi
     make_deterministic(device)
     communicator = Communicator(DistEnv(), device=device, timeout_seconds=60)
     results = []
-    for bucket_bytes in (10_000, 10_000, exact._BUCKET_BYTES):
-        monkeypatch.setattr(exact, "_BUCKET_BYTES", bucket_bytes)
+    for bucket_bytes in (10_000, 10_000, reduction_queue.BUCKET_BYTES):
+        monkeypatch.setattr(reduction_queue, "BUCKET_BYTES", bucket_bytes)
         strategy, plan = build(communicator, config(precision=precision))
         norms = [train_step(strategy, plan, communicator, step) for step in range(STEPS)]
         results.append((state(strategy), norms))
