@@ -94,7 +94,8 @@ def _all_to_all_seconds(size: float, ranks: int, cluster: Cluster) -> float:
 def exact_bucket_counts(model: str) -> list[int]:
     """Elements of each bucket of gradients of strategy `exact`, in their order."""
     parameters = _parameters(model)
-    return [sum(parameter.numel() for parameter in parameters[place]) for place in reduction_queue.partition(parameters)]
+    places = reduction_queue.partition(parameters)
+    return [sum(parameter.numel() for parameter in parameters[place]) for place in places]
 
 
 def exact_bucket_bytes(model: str) -> list[int]:
