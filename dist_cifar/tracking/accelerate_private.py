@@ -1,7 +1,8 @@
 """Accelerate's private parts that this package uses, all in one place.
 
 Contract: only an undocumented attribute of Accelerate's tells whether a process has a `PartialState`, and only an
-undocumented method removes it. pyproject.toml bounds the version: `accelerate>=1.10,<2`. `tests/tracking/test_accelerate_private.py` fails where a version changes what is used here.
+undocumented method removes it. pyproject.toml bounds the version: `accelerate>=1.10,<2`.
+`tests/tracking/test_accelerate_private.py` fails where a version changes what is used here.
 """
 
 from __future__ import annotations
