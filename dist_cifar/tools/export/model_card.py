@@ -1,6 +1,6 @@
 """Renders the model card: a Markdown page with the header that Hugging Face's hub reads.
 
-Contract: everything in it comes from the classifier and its run's summary; a name that the template misspells is an
+Contract: all facts in it come from the classifier and its run's summary; a name that the template misspells is an
 error.
 """
 
