@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from dist_cifar.augment import cpu
-from dist_cifar.augment.image import IMAGE_SIZE, ImageStats, require_images
+from dist_cifar.augment.image import IMAGE_SHAPE, IMAGE_SIZE, ImageStats, require_images
 from dist_cifar.augment.params import AugmentParams
 from dist_cifar.ops.transfer import upload
 
@@ -70,7 +70,7 @@ class DeviceAugmenter:
             raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(self._images)} images")
         packed = upload(torch.from_numpy(pack(rows, params)), self._images.device)
         out = torch.empty(
-            (len(rows), 3, 32, 32),
+            (len(rows), 3, IMAGE_SIZE, IMAGE_SIZE),
             dtype=self._table.dtype,
             device=self._images.device,
             memory_format=torch.channels_last,
@@ -81,9 +81,9 @@ class DeviceAugmenter:
 
 def normalized_values(stats: ImageStats, dtype: torch.dtype) -> torch.Tensor:
     """What ToTensor and Normalize make of each value of a byte, for each channel: [256, 3]."""
-    values = np.arange(1024).astype(np.uint8).repeat(3).reshape(1, 32, 32, 3)
-    out = torch.empty((1, 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
-    return cpu.normalize(values, [0], stats, out).permute(0, 2, 3, 1).reshape(1024, 3)[:256].contiguous()
+    values = np.arange(_PIXELS.value).astype(np.uint8).repeat(3).reshape(1, *IMAGE_SHAPE)
+    out = torch.empty((1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=dtype, memory_format=torch.channels_last)
+    return cpu.normalize(values, [0], stats, out).permute(0, 2, 3, 1).reshape(-1, 3)[:256].contiguous()
 
 
 def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[np.int32]:

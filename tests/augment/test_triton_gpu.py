@@ -304,12 +304,12 @@ def batches(tmp_path: Path, device: str, backend: str) -> list[str]:
     overrides = {
         "run.dir": tmp_path / f"{device}-{backend}",
         "data.source": "synthetic",
-        "data.synthetic_train_size": 400,
+        "data.synthetic_train_size": 440,
         "data.synthetic_test_size": 40,
         "data.validation_size": 40,
         "augment.backend": backend,
         "model.name": "resnet20",
-        "batch.global_size": 36,
+        "batch.global_size": 40,
         "train.epochs": 2,
         "tracking.wandb": "disabled",
     }
