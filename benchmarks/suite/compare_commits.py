@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -378,6 +379,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/commits_<mode>.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the running job would stay behind
     load, work, images = os.getloadavg()[0], options.work_dir.resolve(), options.images.resolve()
     before = check_out(options.commits[0], work, (), ())
     sides = [before, check_out(options.commits[1], work, options.after_override, [before.home])]
