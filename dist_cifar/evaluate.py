@@ -1,8 +1,8 @@
 """Exact evaluation, sharded over ranks.
 
-Contract: the split is cut into batches that do not depend on the world size, ranks take them in turn, every sample is
-evaluated once and none is padded. Counts are exact; the loss is summed batch by batch in the order of the split, so
-it does not depend on who computed which batch.
+Contract: the split is divided into batches that do not depend on the world size, ranks take them in turn, every sample
+is evaluated once and none is padded. Counts are exact; the loss is summed batch by batch in the order of the split, so
+it does not depend on which rank computed which batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.augment.cpu import normalize
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import Config
 from dist_cifar.data.dataset import Dataset, Split
 from dist_cifar.distributed.collectives import Communicator
@@ -36,7 +37,7 @@ class Evaluator:
         batch_size: int,
         communicator: Communicator,
     ) -> None:
-        """`model` is loaded with the weights to evaluate. Without validation images the test split takes their part."""
+        """Weights to evaluate are loaded into `model`. Without validation images, it validates on the test split."""
         self._model, self._dataset = model, dataset
         self._batch_size, self._communicator = batch_size, communicator
         self._test = dataset.test, np.arange(len(dataset.test.labels))
@@ -56,7 +57,7 @@ class Evaluator:
         return "test" if self.selects_on_test else "validation"
 
     def load_state_dict(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Takes weights without evaluating them. Raises `RuntimeError` if they are another model's."""
+        """Loads weights without evaluating them. Raises `RuntimeError` if they are another model's."""
         self._model.load_state_dict(weights)
 
     def validate(self, weights: Mapping[str, torch.Tensor]) -> Evaluation:
@@ -75,8 +76,7 @@ class Evaluator:
             self._model,
             split,
             indices,
-            mean=self._dataset.mean,
-            std=self._dataset.std,
+            stats=self._dataset.stats,
             num_classes=len(self._dataset.classes),
             batch_size=self._batch_size,
             communicator=self._communicator,
@@ -104,15 +104,14 @@ def evaluate(
     split: Split,
     indices: npt.NDArray[np.int64],
     *,
-    mean: npt.ArrayLike,
-    std: npt.ArrayLike,
+    stats: ImageStats,
     num_classes: int,
     batch_size: int,
     communicator: Communicator,
 ) -> Evaluation:
-    """Loss, confusion matrix and logits of `module` over `split` at `indices` (int64 [n]). A collective.
+    """Loss, confusion matrix and logits of `module` on the images `indices` (int64 [n]) of `split`. A collective.
 
-    The module is left in the mode, training or evaluation, in which it came.
+    The module returns to the mode, training or evaluation, that it was in.
     """
     device = communicator.device
     batches = np.split(indices, range(batch_size, len(indices), batch_size))
@@ -124,7 +123,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for i in range(communicator.rank, len(batches), communicator.world_size):
-                images = normalize(split.images, batches[i], mean, std).to(device)
+                images = normalize(split.images, batches[i], stats).to(device)
                 labels = torch.from_numpy(split.labels[batches[i]]).to(device)
                 logits = module(images)
                 all_logits[i * batch_size : i * batch_size + len(labels)] = logits

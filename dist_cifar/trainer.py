@@ -23,7 +23,7 @@ from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator, build_evaluator
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256

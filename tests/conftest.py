@@ -12,7 +12,6 @@ from hypothesis import settings
 
 from dist_cifar.config import Config, load_config
 from dist_cifar.tracking.console import LineHandler
-from tests import REPOSITORY
 from tests.rank_pool import RankPool
 
 settings.register_profile("suite", deadline=None, derandomize=True)

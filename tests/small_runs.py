@@ -7,6 +7,7 @@ import torch
 from dist_cifar.config import load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.tools.report import ReportTracker
 from dist_cifar.trainer import train
 
 VALUES = {
@@ -29,4 +30,4 @@ def run(path, *overrides: str) -> None:
     values = VALUES | {"run.dir": str(path)} | dict(override.split("=", 1) for override in overrides)
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
     communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
-    assert train(config, communicator)
+    assert train(config, communicator, trackers=[ReportTracker])

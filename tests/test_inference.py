@@ -1,4 +1,4 @@
-"""A trained model, used: predictions, evaluation on other data, exported graphs."""
+"""Running a trained model: predictions, evaluation on other data."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-import yaml
 from PIL import Image
 
-from dist_cifar import inference
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.data import ood_test_sets
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
-from dist_cifar.errors import CheckpointError
-from dist_cifar.inference import WithPreprocessing, load_classifier
+from dist_cifar.inference import load_classifier
 from tests import small_runs
 
 CPU = torch.device("cpu")
@@ -38,8 +32,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def classifier(trained):
-    return load_classifier(trained, CPU, say=pytest.fail)
+def classifier(trained, said):
+    yield load_classifier(trained, CPU)
+    assert said == [], "nothing to warn of"
 
 
 def by_hand(classifier, images: np.ndarray) -> torch.Tensor:
@@ -184,12 +179,12 @@ def test_wrong_paths_get_the_nearest_name(trained, tmp_path, capsys):
 
 
 def test_the_file_best_names_a_checkpoint(trained, classifier):
-    named = load_classifier(trained / "checkpoints/best", CPU, say=pytest.fail)
+    named = load_classifier(trained / "checkpoints/best", CPU)
     assert named.checkpoint == classifier.checkpoint
 
 
 def test_a_damaged_checkpoint_is_named_with_what_to_do(trained, tmp_path, capsys):
-    step = load_classifier(trained, CPU, say=pytest.fail).checkpoint
+    step = load_classifier(trained, CPU).checkpoint
     shutil.copytree(step, tmp_path / "step")
     data = bytearray((tmp_path / "step/model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -309,7 +304,7 @@ def test_a_pickle_is_not_loaded(trained, tmp_path, capsys):
 
 def test_ranks_share_the_evaluation(ranks, trained):
     """The result of `evaluate` is that of one rank, on three."""
-    classifier = load_classifier(trained, CPU, say=pytest.fail)
+    classifier = load_classifier(trained, CPU)
     found = ranks.run(3, _evaluated, str(trained))
     images, labels = synthetic_split(1, 80)
     logits = by_hand(classifier, images).numpy()
@@ -322,7 +317,7 @@ def _evaluated(communicator, path):
     from dist_cifar.data.dataset import Split
     from dist_cifar.evaluate import evaluate
 
-    classifier = load_classifier(Path(path), CPU, say=print)
+    classifier = load_classifier(Path(path), CPU)
     images, labels = synthetic_split(1, 80)
     result = evaluate(
         classifier.module,
@@ -335,84 +330,3 @@ def _evaluated(communicator, path):
         communicator=communicator,
     )
     return result.confusion, result.logits
-
-
-# --- export ------------------------------------------------------------------------------------------------------
-
-
-def test_onnx_gives_the_models_logits_for_any_batch(trained, classifier, tmp_path, capsys):
-    assert main(["export", str(trained), "--to", "onnx", "--out", str(tmp_path)]) == 0
-    assert "checked  on 256 images" in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for images in (synthetic_split(1, 256)[0], synthetic_split(0, 1)[0], np.zeros((17, 32, 32, 3), np.uint8)):
-        (logits,) = session.run(None, {"images": images})
-        np.testing.assert_allclose(logits, by_hand(classifier, images), rtol=1e-3, atol=1e-3)
-    facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
-    assert json.loads(facts["classes"]) == list(CLASSES) and facts["weights_sha256"] == classifier.sha256
-    assert json.loads(facts["normalisation"])["mean"] == list(classifier.mean)
-
-
-def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier):
-    assert main(["export", str(trained), "--to", "torch"]) == 0
-    extra = {"metadata.json": ""}
-    module = torch.export.load(trained / "export/model.pt2", extra_files=extra).module()
-    for images in (synthetic_split(1, 256)[0], synthetic_split(0, 1)[0]):
-        np.testing.assert_allclose(
-            module(torch.from_numpy(images)).detach(), by_hand(classifier, images), rtol=1e-3, atol=1e-3
-        )
-    assert json.loads(extra["metadata.json"])["classes"] == list(CLASSES)
-
-
-def test_a_graph_that_computes_something_else_is_not_written(classifier, tmp_path, monkeypatch):
-    class Wrong(WithPreprocessing):
-        def forward(self, images):
-            return super().forward(images) * (1 if not torch.compiler.is_compiling() else 1.1)
-
-    monkeypatch.setattr(inference, "WithPreprocessing", Wrong)
-    with pytest.raises(CheckpointError, match="differ from the model's"):
-        inference.export(classifier, "torch", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_card_says_what_the_summary_says(trained, classifier, tmp_path):
-    main(["export", str(trained), "--to", "torch", "--out", str(tmp_path)])
-    card = (tmp_path / "README.md").read_text()
-    summary = json.loads((trained / "summary.json").read_text())
-    assert f"{summary['test_accuracy']:.2%}" in card and classifier.sha256 in card
-    assert all(f"| {name} |" in card for name in CLASSES) and "uint8 [batch, 32, 32, 3]" in card
-    header = yaml.safe_load(card.split("---")[1])
-    assert header["pipeline_tag"] == "image-classification"
-    (result,) = header["model-index"][0]["results"]
-    assert result["metrics"][0]["value"] == pytest.approx(summary["test_accuracy"], rel=1e-5)
-
-
-def test_the_programs_of_the_card_name_the_photo(trained, classifier, tmp_path):
-    """Copied from the card and run as they stand, beside the files."""
-    photo = synthetic_split(1, 8)[0][5]
-    save(photo, tmp_path / "photo.jpg", quality=100, subsampling=0)
-    for kind in ("torch", "onnx"):
-        main(["export", str(trained), "--to", kind, "--out", str(tmp_path)])
-    programs = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
-    assert len(programs) == 2
-    expected = classifier.probabilities(np.asarray(Image.open(tmp_path / "photo.jpg"))[None])[0]
-    for program in programs:
-        command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", program]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-        label, share = done.stdout.split()
-        assert label == CLASSES[expected.argmax()] and float(share) == pytest.approx(expected.max(), abs=1e-3)
-
-
-def test_a_card_speaks_of_its_own_model_alone(trained, tmp_path):
-    (tmp_path / "model.onnx").write_bytes(b"of another run")
-    main(["export", str(trained), "--to", "torch", "--out", str(tmp_path)])
-    assert "`model.pt2`" in (tmp_path / "README.md").read_text()
-    assert "model.onnx" not in (tmp_path / "README.md").read_text()
-
-
-def test_a_checkpoint_is_a_model_too(trained, classifier, tmp_path):
-    (first, *_) = sorted((trained / "checkpoints").glob("step-*"))
-    named = load_classifier(first, CPU, say=pytest.fail)
-    assert named.step == int(first.name.partition("-")[2]) and named.checkpoint == first
-    if named.step != classifier.step:
-        main(["export", str(first), "--to", "torch", "--out", str(tmp_path)])
-        assert "Not evaluated on the test split" in (tmp_path / "README.md").read_text()

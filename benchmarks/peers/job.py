@@ -1,7 +1,7 @@
 """What the peers' programs share: the images, their augmentation, the model, and the marks at the end of every step.
 
-Contract: `benchmarks/suite/peers.py` says in the variable PEERS_JOB what is to be run. The images are in memory with the
-interface of torchvision's CIFAR10 class, so that nobody decodes files; order and strengths of the augmentation are
+Contract: `benchmarks/suite/peers.py` says in the variable PEERS_JOB what is to be run. The images are in memory with
+the interface of torchvision's CIFAR10 class, so that nobody decodes files; order and strengths of the augmentation are
 those of `AugmentConfig`. A loop asks `mark()` after every step whether it is over; a mark is two clock readings in a
 list, which is written once, at the end. Nothing here counts as code of a peer.
 """
@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchvision import transforms
 
 from dist_cifar.config import AugmentConfig, ModelConfig, OptimizerConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 
 AUGMENT, ADAM = AugmentConfig(), OptimizerConfig()
 CLIP_NORM = ADAM.max_grad_norm

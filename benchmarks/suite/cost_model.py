@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.strategy import exact
 
 HIDDEN_SHARE = 0.55

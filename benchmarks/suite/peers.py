@@ -465,7 +465,7 @@ def prepare(data: Path, scratch: Path) -> None:
     images.mkdir()
     np.save(images / "images.npy", dataset.train.images)
     np.save(images / "labels.npy", dataset.train.labels)
-    normalisation = {"mean": list(map(float, dataset.mean)), "std": list(map(float, dataset.std))}
+    normalisation = {"mean": list(map(float, dataset.stats.mean)), "std": list(map(float, dataset.stats.std))}
     (images / "statistics.json").write_text(json.dumps(normalisation), encoding="utf-8")
     numba_jit.warm_up(warm_up_kernels, print)
 

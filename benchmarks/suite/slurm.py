@@ -2,10 +2,10 @@
 
     python benchmarks/suite/slurm.py --out benchmarks/results/slurm.json
 
-Brings up the test cluster (tests/integration/slurm: real SLURM, nodes that share this machine) and submits slurm/train.sbatch n
-times: ResNet-20 on generated images, batch 64, two nodes with one rank each. The first step has ended when
-`metrics.jsonl` has its row. Then SIGTERM is sent to the tasks, as a preemption does; the checkpoint is durable
-(written, synchronised, renamed) when `status.json` says `saved`.
+Brings up the test cluster (tests/integration/slurm: real SLURM, nodes that share this machine) and submits
+slurm/train.sbatch n times: ResNet-20 on generated images, batch 64, two nodes with one rank each. The first step has
+ended when `metrics.jsonl` has its row. Then SIGTERM is sent to the tasks, as a preemption does; the checkpoint is
+durable (written, synchronised, renamed) when `status.json` says `saved`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The learning rate of each step.
 
-Contract: a schedule is a function of the config, the step and the history of the metric that it is told of. It touches
-no optimizer and asks no other rank: ranks that tell it the same metrics get the same learning rates. Steps are counted
+Contract: a schedule is a function of the config, the step and the history of the metric that it observes. It touches
+no optimizer and asks no other rank: ranks that observe the same metrics get the same learning rates. Steps are counted
 from 0.
 """
 
@@ -21,7 +21,7 @@ _SMALLEST_REDUCTION = 1e-8
 
 
 class LRSchedule(Protocol):
-    """The learning rate of a run."""
+    """A learning rate that may depend on the evaluations so far."""
 
     def lr(self, step: int) -> float:
         """The learning rate of `step`."""
@@ -32,7 +32,7 @@ class LRSchedule(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, as JSON."""
+        """Everything it remembers, as JSON can hold it."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class LRSchedule(Protocol):
         ...
 
     def describe(self) -> str:
-        """What it does, in a line."""
+        """A line that says what it does."""
         ...
 
 
@@ -101,13 +101,13 @@ def scaled_lr(optimizer: OptimizerConfig, global_size: int) -> tuple[float, str]
 
 
 def warmup_factor(warmup_steps: int, step: int) -> float:
-    """Linear from 1/n in step 0 to 1 in step n - 1, where n is the number of warm-up steps; 1 afterwards."""
+    """The warm-up factor: linear from 1/n in step 0 to 1 in step n - 1, of n warm-up steps, and 1 afterwards."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """ReduceLROnPlateau between two evaluations. All of it is saved and restored."""
+    """The state of ReduceLROnPlateau between two evaluations. All of it is saved and restored."""
 
     lr: float
     """Learning rate after the reductions so far, before the warm-up factor."""
@@ -153,7 +153,7 @@ def step_plateau(config: PlateauConfig, state: Plateau, metric: float) -> Platea
 
 
 LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": WarmupPlateau}
-"""Every schedule by its name."""
+"""The class of every schedule by its name."""
 
 
 def build_lr_schedule(

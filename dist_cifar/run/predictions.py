@@ -1,4 +1,4 @@
-"""What the best model says of every test image: the file behind the report's mistakes and calibration.
+"""Saves what the best model predicts for every test image, for the report's mistakes and calibration.
 
 Contract: `predictions.npz` in the run directory holds arrays only (nothing is pickled), is written whole, and has the
 few pictures that the report shows, so that it can be made where the data set is not.
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.augment import cpu
+from dist_cifar.augment.image import UNSCALED
 from dist_cifar.augment.params import sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import DataError
@@ -31,7 +32,7 @@ WORST = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """Of the test split, in its order."""
+    """The predictions for the test split, in its order."""
 
     labels: npt.NDArray[np.int64]
     """[n], true classes."""
@@ -40,7 +41,7 @@ class Predictions:
     classes: tuple[str, ...]
     """Names, in the order of the labels."""
     worst_indices: npt.NDArray[np.int64]
-    """[k], of the wrongly classified images: those whose true class had the least probability, the worst first."""
+    """[k], the wrongly classified images whose true class had the least probability, the worst first."""
     worst_images: npt.NDArray[np.uint8]
     """[k, 32, 32, 3]."""
     augmented: npt.NDArray[np.uint8]
@@ -53,7 +54,7 @@ class Predictions:
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Logits [n, classes] as probabilities, computed in float64."""
+    """Converts logits [n, classes] to probabilities, in float64 inside."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -65,7 +66,7 @@ def collect(
     classes: tuple[str, ...],
     augmented: npt.NDArray[np.uint8],
 ) -> Predictions:
-    """`logits` [n, classes], `labels` [n] and `images` [n, 32, 32, 3] of the test split."""
+    """Builds the predictions from `logits` [n, classes], `labels` [n] and `images` [n, 32, 32, 3] of the test split."""
     probabilities = softmax(logits)
     wrong = np.flatnonzero(logits.argmax(axis=1) != labels)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:WORST]
@@ -82,15 +83,15 @@ def collect(
 def augmentation_samples(
     images: npt.NDArray[np.uint8], indices: npt.NDArray[np.int64], config: AugmentConfig, *, seed: int
 ) -> npt.NDArray[np.uint8]:
-    """Some of the training images `indices` (int64 [n]) of `images`: each as it is, and then as some epochs see it.
+    """Shows some of the training images `indices` (int64 [n]) of `images`: each as it is, then as some epochs see it.
 
-    uint8 [AUGMENTATION_SAMPLES, 1 + AUGMENTATION_EPOCHS, 32, 32, 3], or fewer samples where there are fewer images.
+    Returns uint8 [AUGMENTATION_SAMPLES, 1 + AUGMENTATION_EPOCHS, 32, 32, 3]; of fewer images, fewer samples.
     """
     shown = indices[:: max(1, len(indices) // AUGMENTATION_SAMPLES)][:AUGMENTATION_SAMPLES]
     columns = [np.array(images[shown])]
     for epoch in range(AUGMENTATION_EPOCHS):
         params = sample_params(config, seed=seed, epoch=epoch, indices=shown)
-        scaled = cpu.augment(images, shown, params, (0, 0, 0), (1, 1, 1))  # what is erased is black
+        scaled = cpu.augment(images, shown, params, UNSCALED)  # what is erased is black
         columns.append(scaled.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
     return np.stack(columns, axis=1)
 
@@ -104,7 +105,7 @@ def write(run_dir: Path, predictions: Predictions) -> None:
 
 
 def read(run_dir: Path) -> Predictions | None:
-    """What a run has written; None if it has not come so far. Raises `DataError` for a damaged file."""
+    """Reads the predictions of a run; None before the run has finished. Raises `DataError` for a damaged file."""
     path = run_dir / NAME
     if not path.exists():
         return None

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import cpu, params
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AugmentConfig
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.ops import numba_jit
@@ -75,7 +76,7 @@ def augmenter(images: npt.NDArray[np.uint8], dtype: torch.dtype) -> Callable[[np
 
     def batch(indices: npt.NDArray[np.int64]) -> torch.Tensor:
         drawn = params.sample_params(config, seed=0, epoch=0, indices=indices)
-        return cpu.augment(images, indices, drawn, MEAN, STD, out)
+        return cpu.augment(images, indices, drawn, ImageStats(MEAN, STD), out)
 
     return batch
 

@@ -1,4 +1,4 @@
-"""Looking at a run while it trains: its report, kept up to date, on a page of this machine or in the terminal.
+"""Serves a live report of a run while it trains, on a page of this machine or in the terminal.
 
 Contract: nothing is written, and the run knows nothing of it. The page is served on the loopback address alone.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools.report import Run, duration, read_run, render, seconds_left
+from dist_cifar.tools.report import Run, read_run, render
+from dist_cifar.tools.report.formats import duration
 from dist_cifar.tracking.console import format_row
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,13 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
             self.wfile.write(data)
 
         def log_message(self, format: str, *arguments: Any) -> None:
-            """The terminal is not for a line each two seconds."""
+            """Keeps a line for each request, one every two seconds, out of the terminal."""
 
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
 
 def version(paths: Sequence[Path]) -> str:
-    """Changes when a file of one of the runs does, or its job dies."""
+    """A text that changes when a file of one of the runs changes, or its job dies."""
     found = []
     for path in paths:
         found.append("lost" if RunDir(path).is_lost() else "")
@@ -111,7 +112,7 @@ def show(path: Path) -> int:
 
 def screen(run: Run, width: int) -> str:
     """The state of a run as text."""
-    status = run.status.get("status", "not begun")
+    status = run.status.get("status", "not started")
     lines = [f"{run.name}  {status}  {run.path}"]
     if status == "failed":
         lines.append(f"reason: {run.status.get('reason')}")
@@ -120,7 +121,7 @@ def screen(run: Run, width: int) -> str:
         start = run.starts[-1]
         lines.append(f"{start['world_size']} rank(s) on {start['device']}, strategy {start['strategy']}")
         step = run.rows[-1]["step"] if run.rows else start["step"]
-        lines.append(_progress(step, start["total_steps"], seconds_left(run), width))
+        lines.append(_progress(step, start["total_steps"], run.seconds_left, width))
     for title, rows, key in (
         ("training loss", trained, "loss"),
         ("eval accuracy", evaluated, "accuracy"),

@@ -1,8 +1,8 @@
 """The trackers that Accelerate knows, behind the `Tracker` interface: `tracking.also`.
 
-Contract: nothing depends on them, as on W&B: what one of them raises is said once, and the run goes on without it. The
-only error is `ConfigError`: asked for and not installed. Each gets the flattened config, and the numbers of every row
-under the names that W&B gets, at the row's step.
+Contract: nothing depends on them, as on W&B: what one of them raises is logged once, and the run continues without it.
+The only error is `ConfigError`: asked for and not installed. Each gets the flattened config, and the numbers of every
+row under the names that W&B gets, at the row's step.
 
 A tracker that takes a directory writes to `<name>/` in the run directory, the others where their own settings say
 (`MLFLOW_TRACKING_URI`, `TRACKIO_DIR`). The run's name is what they call a project or an experiment. Most of them take
@@ -10,27 +10,23 @@ every start for a run of its own. How many rows each was given is in `<name>.row
 row, written after it: a resumed run does not give them again.
 
 Accelerate's trackers ask its `PartialState` which process this is. Where no strategy has made one, there is one during
-each call, of a process that is alone: only rank 0 opens trackers.
+each call, of a process by itself: only rank 0 opens trackers.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError, one_line
+from dist_cifar.tracking.accelerate_private import any_state
 from dist_cifar.tracking.base import Results
 from dist_cifar.tracking.exactly_once import named, public_config
 
 logger = logging.getLogger(__name__)
-
-_COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""The variables from which Accelerate learns that there are other processes."""
 
 
 def require_installed(config: Config) -> None:
@@ -45,7 +41,7 @@ def require_installed(config: Config) -> None:
 
 
 def forget_accelerate_trackers(config: Config, run_dir: Path) -> None:
-    """Makes the trackers begin with the first row: what they were given is not of this run."""
+    """Makes the trackers begin with the first row, because what they were given is not of this run."""
     for name in config.tracking.also:
         _rows_file(run_dir, name).unlink(missing_ok=True)
 
@@ -62,7 +58,7 @@ def open_accelerate_trackers(config: Config, run_dir: Path) -> list[AccelerateTr
 
 
 class AccelerateTracker:
-    """A tracker of Accelerate's. See `dist_cifar.tracking.exactly_once.NumberedTracker`."""
+    """One of Accelerate's trackers. See `dist_cifar.tracking.exactly_once.NumberedTracker`."""
 
     def __init__(self, name: str, config: Config, run_dir: Path) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -73,23 +69,25 @@ class AccelerateTracker:
         self._name = name
         self._failed = False
         self._tracker = kind(config.run.name, *([str(run_dir / name)] if kind.requires_logging_directory else []))
-        with _state():
+        with any_state():
             self._tracker.start()
         self._attempt(lambda: self._tracker.store_init_configuration(_flat(public_config(config))))
         self._given = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
 
     def log(self, row: Mapping[str, Any], number: int) -> None:
+        """Gives the numbers of the row to the tracker, at the row's step."""
         values = {name: value for name, value in named(row).items() if isinstance(value, int | float)}
         self._attempt(lambda: self._tracker.log(values, step=row["step"]))
         self._given.write(b".")
 
     def finish(self, exit_code: int, results: Results | None = None) -> None:
+        """Closes the tracker; the results are not rows."""
         self._attempt(self._tracker.finish)
         self._given.close()
 
     def _attempt(self, call: Callable[[], Any]) -> None:
         try:
-            with _state():
+            with any_state():
                 call()
         except Exception as error:
             if not self._failed:
@@ -102,25 +100,6 @@ def _rows_file(run_dir: Path, name: str) -> Path:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists as text, which every tracker takes, and without null, which some do not."""
+    """The config with lists as text, which every tracker takes, and without null, which some do not take."""
     texts = {key: str(value) if isinstance(value, list) else value for key, value in config.items()}
     return {key: value for key, value in texts.items() if value is not None}
-
-
-@contextmanager
-def _state() -> Iterator[None]:
-    """Accelerate's state, if there is one, else for the block that of a lone process."""
-    from accelerate.state import PartialState
-
-    if PartialState._shared_state:
-        yield
-        return
-    hidden = {name: os.environ.pop(name) for name in _COUNTED_BY if name in os.environ}
-    try:
-        PartialState(cpu=True)
-    finally:
-        os.environ.update(hidden)
-    try:
-        yield
-    finally:
-        PartialState._reset_state()  # a strategy of this process may yet want its own

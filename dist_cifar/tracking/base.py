@@ -1,4 +1,4 @@
-"""What a tracker is.
+"""The protocol of trackers: what rows of metrics are given to.
 
 Contract: trackers live on rank 0 alone. A row is a mapping of plain Python values with `kind` (`train`, `eval`, ...),
 `step` (optimizer steps since the start of the run) and whatever was measured; kind and step together name a row.
@@ -17,16 +17,16 @@ from dist_cifar.run.predictions import Predictions
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a run has when it is done."""
+    """The results of a run that is done."""
 
     summary: Mapping[str, Any]
     predictions: Predictions | None = None
     checkpoints: Mapping[str, Path] = field(default_factory=dict)
-    """Directories of those that are to be kept, under the names `best` and `last`."""
+    """Directories of the checkpoints to upload, by `best` and `last`; empty unless they are wanted."""
 
 
 class Tracker(Protocol):
-    """One place that rows go to."""
+    """Takes the rows of a run."""
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Takes one row; returns at once."""
@@ -36,4 +36,4 @@ class Tracker(Protocol):
 
 
 OpenTracker = Callable[[Config, Path], Tracker]
-"""Opens a tracker of the caller's, given the config and the run directory of a run."""
+"""Opens a tracker that the caller of a training brings, given the config and the run directory."""

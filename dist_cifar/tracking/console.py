@@ -1,4 +1,4 @@
-"""What rank 0 shows: a progress bar when a person watches, plain lines in a job's log, nothing from other ranks.
+"""Shows the progress of a run on rank 0: a bar when a person watches, plain lines in a job's log.
 
 Contract: the package logs lines for the person with `logging`, at level INFO, in loggers below `dist_cifar`. A
 `Console` prints those of rank 0 on standard output, beside the progress bar; the lines of other ranks are not shown.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -34,31 +34,33 @@ class Console:
         ROOT_LOGGER.handlers, ROOT_LOGGER.level, ROOT_LOGGER.propagate = self._outer
 
     def line(self, line: str) -> None:
-        """One line."""
+        """Prints one line."""
         if self._is_main_process:
             self._bar.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
-        """The training begins at `step`."""
+        """Shows the bar, from `step` on."""
         if self._is_main_process and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=sys.stdout, dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One step is done."""
+        """Moves the bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """One row of metrics: a line in a log, and for a person the bar shows the training's latest."""
+        """Shows one row of metrics: as a line, or for a person, if it is of the training, beside the bar."""
         if self._bar is not None and row["kind"] == "train":
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f} acc {row['accuracy']:.3f} lr {row['lr']:.2e}")
+            self._bar.set_postfix_str(
+                f"loss {_number(row['loss'], '.3f')} acc {_number(row['accuracy'], '.3f')} lr {row['lr']:.2e}"
+            )
         else:
             self.line(format_row(row))
 
     def stop(self) -> None:
-        """The training is over."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -67,7 +69,7 @@ class Console:
 class LineHandler(logging.Handler):
     """Hands each message to a function."""
 
-    def __init__(self, write: Any) -> None:
+    def __init__(self, write: Callable[[str], None]) -> None:
         super().__init__()
         self._write = write
 

@@ -1,9 +1,9 @@
-"""The rows of a run as other trackers than `metrics.jsonl` get them: under their names there, and each of them once.
+"""Gives trackers other than `metrics.jsonl` each row of a run exactly once, under the names that rows have there.
 
-Contract: a row's number is its place in `metrics.jsonl`, from 0. A tracker behind `ExactlyOnce` gets the rows that it
-does not have yet, in the order of their numbers, however often the run was killed: what it lacks of the rows up to the
-checkpoint is given to it at the start of a job, and what it has of the rows beyond is not given again when the run
-repeats them. A run repeats its rows under the same numbers unless the fields that say how often it logs or evaluates
+Contract: a row's number is its position in `metrics.jsonl`, from 0. A tracker behind `ExactlyOnce` gets the rows that
+it does not have yet, in the order of their numbers, however often the run was killed: what it lacks of the rows up to
+the checkpoint is given to it at the start of a job, and what it has of the rows beyond is not given again when the run
+repeats them. A run repeats its rows under the same numbers unless the fields that set how often it logs or evaluates
 were changed after a kill: then a tracker that is ahead of the checkpoint lacks a few of the new rows.
 """
 
@@ -23,17 +23,20 @@ class NumberedTracker(Protocol):
     """A tracker that takes each row with its number."""
 
     row_count: int
-    """Rows that it has from earlier jobs of the run: those with the numbers below it."""
+    """The number of rows that it has from earlier jobs of the run: those whose number is smaller."""
 
     def log(self, row: Mapping[str, Any], number: int) -> None:
         """Takes one row; returns at once."""
 
     def finish(self, exit_code: int, results: Results | None = None) -> None:
-        """As `Tracker.finish`."""
+        """Takes the results, if the run is done, and closes. See `dist_cifar.tracking.base.Tracker.finish`."""
 
 
 class ExactlyOnce:
-    """See `dist_cifar.tracking.base.Tracker`. `rows` are those that `metrics.jsonl` holds at the start of the job."""
+    """Numbers the rows and passes on those that a tracker lacks. See `dist_cifar.tracking.base.Tracker`.
+
+    `rows` are those that `metrics.jsonl` holds at the start of the job.
+    """
 
     def __init__(self, tracker: NumberedTracker, rows: Iterable[Mapping[str, Any]]) -> None:
         self._tracker = tracker
@@ -44,6 +47,7 @@ class ExactlyOnce:
             self._kept.add((row["kind"], row["step"]))
 
     def log(self, row: Mapping[str, Any]) -> None:
+        """Passes the row on, unless the tracker has it."""
         if (row["kind"], row["step"]) in self._kept:  # an evaluation done again at the same step
             return
         if self._next >= self._tracker.row_count:
@@ -51,6 +55,7 @@ class ExactlyOnce:
         self._next += 1
 
     def finish(self, exit_code: int, results: Results | None = None) -> None:
+        """Passes the results on."""
         self._tracker.finish(exit_code, results)
 
 

@@ -3,7 +3,7 @@
 Contract: a row is in the file when `log` returns, and a process that is killed loses none (a machine that loses power
 may). Floats are exact: the shortest decimal that reads back to the same float64. JSON has no word for non-finite
 floats: they are the strings "nan", "inf" and "-inf", which `float()` reads back. After a resume at step s, the file
-holds each (kind, step) once: what a dead process wrote beyond s is gone, and so is a line that it did not complete.
+holds each (kind, step) once: what a dead process wrote beyond s is removed, and so is a line that it did not complete.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rows_until(text: str, step: int) -> dict[tuple[str, int], str]:
 
 
 class JsonlTracker:
-    """Appends rows to `path`. `resume_step` is the step to go on from; with `None` the file starts empty."""
+    """Appends rows to `path`. `resume_step` is the step from which the run resumes; with `None` the file is emptied."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         kept: dict[tuple[str, int], str] = {}

@@ -31,10 +31,10 @@ def open_trackers(
 ) -> list[Tracker]:
     """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
 
-    `run_dir` exists. `resume_step` is the step of the checkpoint that the run goes on from, `None` at a fresh start.
-    `config_changed` says that the directory has what another config began and that none of it counts any more.
-    `git_revision` names the source, and is asked if W&B is used.
-    Raises `ConfigError` where W&B or another tracker is asked for and not installed.
+    `run_dir` exists. `resume_step` is the step of the checkpoint from which the run resumes, `None` at a fresh start.
+    `config_changed` says that the directory holds what another config began, none of which is of this run.
+    `git_revision` names the source, and is called if W&B is used.
+    Raises `ConfigError` if W&B or another tracker is asked for and not installed.
     """
     if config_changed:
         forget_wandb(run_dir)

@@ -1,11 +1,11 @@
 """Weights & Biases behind the `Tracker` interface.
 
 Contract: nothing depends on W&B. Whatever it does (no key, no server, a server lost half-way, an exception), the run
-goes on; opening takes less than 10 seconds, finishing less than 10 unless checkpoints are uploaded, and a log call
+continues; opening takes less than 10 seconds, finishing less than 10 unless checkpoints are uploaded, and a log call
 waits for no network. There is never a prompt. The only error is `ConfigError`: asked for and not installed, or a run
 directory that is another run's of a sweep.
 
-One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes on under it. At the first start it is
+One run directory is one W&B run: its id is in `wandb_id`, and a resumed run has it too. At the first start it is
 `WANDB_RUN_ID`, which the agent of a sweep sets, else made up. Files go to `wandb/` in the run directory. Logged are:
 
     global_step     the row's `step`; the x axis of every chart
@@ -14,14 +14,14 @@ One run directory is one W&B run: its id is in `wandb_id` and a resumed run goes
 
     test/confusion, test/classes, test/worst_mistakes   in the last row: two tables, and the worst mistakes as pictures
 
-W&B's own step is the number of the row (see `rows`), so that W&B has each row once and lacks none, wherever the run was
-killed, once it goes on. W&B is asked what it has: the server says it when a run is resumed online, and offline it is in
-the files. So a run that goes on online after an offline part gives the server the rows of that part, and marks its
-files for `wandb sync` to pass over.
+W&B's own step is the number of the row (see `exactly_once`), so that W&B has each row once and lacks none, wherever the
+run was killed, once it is resumed. W&B is asked what it has: the server tells when a run is resumed online, and
+offline it is in the files (see `wandb_private`). So a run that is resumed online after an offline part gives the server
+the rows of that part, and marks its files for `wandb sync` to pass over.
 
 W&B writes its files every 15 seconds, and sends rows as seldom. What it measures by itself in that time before a kill
-is lost, and so are the rows of a run that never goes on, but for `metrics.jsonl`. Rows of an online part that was
-killed before they were sent are in the files of that part alone if the run goes on offline.
+is lost, and so are the rows of a run that is never resumed, but for `metrics.jsonl`. Rows of an online part that was
+killed before they were sent are in the files of that part alone if the run is resumed offline.
 
 The config goes up with the git revision, under its dotted keys (`optimizer.lr`), addresses without user names,
 passwords and queries.
@@ -47,14 +47,14 @@ from dist_cifar.run.atomic_io import write_atomic
 from dist_cifar.run.predictions import Predictions
 from dist_cifar.tracking.base import Results
 from dist_cifar.tracking.exactly_once import named, public_config
-from dist_cifar.tracking.wandb_private import row_count
+from dist_cifar.tracking.wandb_private import has_key, mark_as_synced, row_count
 
 logger = logging.getLogger(__name__)
 
 INIT_TIMEOUT_SECONDS = 5
 FINISH_TIMEOUT_SECONDS = 5
 UPLOAD_TIMEOUT_SECONDS = 600
-"""Instead of the last one where checkpoints are to be uploaded."""
+"""The timeout of finishing where checkpoints are to be uploaded."""
 
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
@@ -89,7 +89,7 @@ def run_id(run_dir: Path, environ: Mapping[str, str]) -> str:
 
 
 def forget_wandb(run_dir: Path) -> None:
-    """Makes the next `run_id` choose: what the run directory held is not this run."""
+    """Makes the next `run_id` choose anew, because what the run directory held is not this run."""
     (run_dir / "wandb_id").unlink(missing_ok=True)
 
 
@@ -127,12 +127,12 @@ class WandbTracker:
         self._offline = offline
         self._failed = False
         self._test_row: dict[str, Any] = {}
-        """The last row if it is a test's: tables and pictures, which come later, are to be part of it."""
+        """The last row if it is a test's, held back because tables and pictures, which come later, are part of it."""
         self._test_number = 0
 
     @property
     def sync_command(self) -> str:
-        """What uploads the files of this run; of its offline parts, all of them, in their order."""
+        """The command that uploads the files of the run: all offline parts, in their order, or this online one."""
         if self._offline:
             return f"wandb sync {shlex.quote(str(self._run_dir / 'wandb'))}"
         return f"wandb sync --include-online {shlex.quote(str(Path(self._run.dir).parent))}"
@@ -163,10 +163,10 @@ class WandbTracker:
         if self._offline:
             logger.info(f"W&B: this run is offline; upload it with: {self.sync_command}")
         else:
-            _mark_as_synced(self._run_dir, self._run.id)
+            mark_as_synced(self._run_dir, self._run.id)
 
     def _log_test_row(self, more: Callable[[], dict[str, Any]] = dict) -> None:
-        """Logs the row that was held back with `more` in it; where that fails, it is held back still."""
+        """Logs the row that was held back with `more` in it; if that fails, it is still held back."""
         row = self._test_row
         if row and self._attempt(lambda: self._run.log(row | more(), step=self._test_number, commit=True)):
             self._test_row = {}
@@ -221,7 +221,7 @@ def _open(config: Config, run_dir: Path, mode: str, git_revision: Callable[[], s
     if mode == "offline":
         return init("offline")
     try:
-        if not _has_key(base_url):
+        if not has_key(base_url):
             if mode == "auto":
                 return None
             raise ConfigError("no API key: run `wandb login` or set WANDB_API_KEY")
@@ -235,7 +235,7 @@ def _open(config: Config, run_dir: Path, mode: str, git_revision: Callable[[], s
 
 
 def _tables(summary: Mapping[str, Any], predictions: Predictions) -> dict[str, Any]:
-    """What the report shows as tables and pictures."""
+    """The confusion matrix, the accuracy of each class and the worst mistakes, as the report shows them."""
     import wandb
 
     confusion, classes = summary["test_confusion"], predictions.classes
@@ -264,22 +264,8 @@ def _log_checkpoints(wandb_run: Any, checkpoints: Mapping[str, Path]) -> None:
         wandb_run.log_artifact(artifact, aliases=[alias for alias, taken in checkpoints.items() if taken == path])
 
 
-def _mark_as_synced(run_dir: Path, own_id: str) -> None:
-    """Lets `wandb sync` pass over the offline parts of a run whose rows the server has."""
-    for path in (run_dir / "wandb").glob(f"offline-run-*/run-{own_id}.wandb"):
-        path.with_name(f"{path.name}.synced").touch()
-
-
 def _may_have_key(environ: Mapping[str, str]) -> bool:
     """Whether there is anything to look for a key in: most machines without one need not import wandb to see that."""
     if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     return any(os.path.exists(os.path.expanduser(path)) for path in (environ.get("NETRC", "~/.netrc"), "~/_netrc"))
-
-
-def _has_key(base_url: str) -> bool:
-    """Whether wandb itself finds a key for the server, without asking a person or the network."""
-    from wandb.sdk.lib import wbauth  # no public function looks without prompting
-
-    key = wbauth.authenticate_session(host=base_url, source="dist_cifar", prompt=False, update_session=False)
-    return key is not None

@@ -1,4 +1,5 @@
-"""`benchmarks/suite/peers.py`: its arithmetic and its commands. To run the peers takes what the extra `bench` installs."""
+"""`benchmarks/suite/peers.py`: its arithmetic and its commands. To run the peers takes what the extra `bench`
+installs."""
 
 from __future__ import annotations
 

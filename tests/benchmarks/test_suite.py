@@ -12,21 +12,22 @@ import pytest
 
 from tests import REPOSITORY
 
-BENCHMARKS = REPOSITORY / "benchmarks/suite"
+FOLDERS = [REPOSITORY / "benchmarks/suite", REPOSITORY / "benchmarks/publish"]
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """`script("name")`: a module of that folder, which finds its neighbours as it does when it is run."""
+    """`script("name")`: a module of one of the folders, which finds its neighbours as it does when it is run."""
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for folder in FOLDERS:
+        monkeypatch.syspath_prepend(str(folder))
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)
 
     yield load
     for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == BENCHMARKS:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent in FOLDERS:
             del sys.modules[name]
 
 
@@ -135,7 +136,7 @@ def peers_result() -> dict[str, Any]:
 
 
 def test_block_of_the_peers(script):
-    text = script("readme").peers(peers_result())
+    text = script("tables").peers(peers_result())
     lines = text.splitlines()
     assert "| **dist_cifar**, `ddp` bf16 | 690 | 345 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
     assert "| timm, documented | 240 | 120 | 2.0 s | 12.5% | 1,024 MiB | 40 |" in lines
@@ -149,12 +150,12 @@ def test_block_of_the_peers(script):
 def test_models_that_were_run_on_their_own_may_have_other_numbers_of_rounds(script):
     result = peers_result()
     result["results"][0]["n"] = 2
-    assert result["results"][0]["name"] == "dist_cifar" and script("readme").rounds(result) == "2 to 3"
+    assert result["results"][0]["name"] == "dist_cifar" and script("tables").rounds(result) == "2 to 3"
 
 
 def test_ours_is_set_beside_the_same_loop_without_data(script):
     result = peers_result()
-    text = script("readme").constant(result)
+    text = script("tables").constant(result)
     assert "ResNet-20 bf16, 1 x 2: 0.986; ResNet-20 bf16, 2 x 1: 0.986" in text
 
 
@@ -162,14 +163,14 @@ def test_block_of_the_overhead(script):
     calls = {"progress": 0.001, "vote": 0.002, "log": 0.0005, "checkpoint": 0.0, "writing": -0.001}
     row = {name: {"share_of_a_step": share} for name, share in calls.items()}
     row |= {"model": "resnet20", "precision": "bf16", "share_of_a_step": 0.0025, "step": {"milliseconds_median": 118.6}}
-    text = script("readme").overhead({"results": [row], "ranks": 2, "global_batch": 128, "hardware": "a machine"})
+    text = script("tables").overhead({"results": [row], "ranks": 2, "global_batch": 128, "hardware": "a machine"})
     assert "| ResNet-20 bf16, 119 ms | 0.10% | 0.20% | 0.05% | 0.00% | -0.10% | 0.25% |" in text
 
 
 def test_block_of_the_settings(script):
     row = {"model": "resnet20", "setting": "one thing", "threads": 2, "n": 5} | spread("images_per_second", 1100)
     row |= spread("images_per_second_without", 900) | spread("gain", 1.2)
-    text = script("readme").settings({"results": [row], "global_batch": 128, "rounds": 5, "hardware": "x"})
+    text = script("tables").settings({"results": [row], "global_batch": 128, "rounds": 5, "hardware": "x"})
     assert "| one thing | ResNet-20 | 2 | 1,100 | 900 | 1.20x (1.08 to 1.32) |" in text
 
 
@@ -193,7 +194,7 @@ def test_block_of_the_starts(script):
         for name, launcher in (("accelerate", "accelerate launch"), ("exact", "python"))
         for state in ("cold", "warm")
     ]
-    text = script("readme").startup({"results": rows, "rounds": 7, "hardware": "a machine"})
+    text = script("tables").startup({"results": rows, "rounds": 7, "hardware": "a machine"})
     assert "| model | ranks | command | warm, s | warm, of Accelerate's | cold, s | cold, of Accelerate's |" in text
     figures = "2.0 (1.8 to 2.2) | 0.25x (0.23 to 0.28)"
     assert f"| ResNet-20 | 1 | **dist_cifar**, `exact`: `python` | {figures} | {figures} |" in text
@@ -207,7 +208,7 @@ def test_block_of_the_scaling(script):
     row = {name: scaling.spread(values, 4) for name, values in scaling.ratios(seconds).items()}
     result = {"results": [{"model": "resnet18", "precision": "bf16"} | row], "rounds": 2, "hardware": "a machine"}
     result |= {"global_batch": 128, "predictions": scaling.predictions(scaling.Cluster())}
-    text = script("readme").scaling(result)
+    text = script("tables").scaling(result)
     assert "| ResNet-18 bf16 | 1.25x (1.25 to 1.25) | 1.25x (1.25 to 1.25) | 1.00x (1.00 to 1.00) | 0.80x" in text
     assert "Predicted, not measured" in text and "| 512 | 64 |" in text
 

@@ -8,8 +8,10 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -17,18 +19,24 @@ from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.run import predictions
 from dist_cifar.run.predictions import collect, wilson_interval
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools import report, watch
-from dist_cifar.tools.report import read_run, render, segments
-from tests import small_runs
+from dist_cifar.tools import watch
+from dist_cifar.tools.report import page as report_page
+from dist_cifar.tools.report import read_run, render
+from dist_cifar.tools.report.charts import Chart, Series
+from dist_cifar.tools.report.drawing import line_chart
+from dist_cifar.tools.report.formats import duration, number
+from dist_cifar.tools.report.timeline import segments
+from tests import REPOSITORY, small_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -178,8 +186,9 @@ def test_a_long_run_of_many_ranks_and_classes_has_a_small_page(trained, tmp_path
 )
 def test_a_rate_can_be_read_off_its_axis(low, high):
     points = [(0.0, low), (1.0, high), (2.0, low)]
-    chart = report.Chart(title="x", series=[report.Series(name="lr", color=0, points=points)], log=True)
-    labels = labels_of("x", report._svg(chart))
+    chart = Chart(title="x", series=[Series(name="lr", color=0, points=points)], log=True)
+    drawn = report_page.environment().get_template("charts.html.j2").module.line_chart(line_chart(chart))
+    labels = labels_of("x", str(drawn))
     assert 3 <= len(labels) <= 8 and len(set(labels)) == len(labels)
     values = [float(label) for label in labels]
     assert values == sorted(values) and max(map(len, labels)) <= 7
@@ -194,8 +203,8 @@ def test_numbers_are_short():
         (0.25, "0.25"),
         (12345.6, "12,346"),
     ):
-        assert report._number(value) == text
-    assert report._number(0.0) == "0" and report._number(0.1234567) == "0.1235" and report._number(0.5, True) == "50%"
+        assert number(value) == text
+    assert number(0.0) == "0" and number(0.1234567) == "0.1235" and number(0.5, percent=True) == "50%"
 
 
 def test_confusion_and_mistakes_are_those_of_the_test_split(trained):
@@ -272,8 +281,8 @@ def test_the_difference_of_two_runs_is_that_of_their_pairs(trained, tmp_path):
 
 
 def test_settings_that_are_as_by_default_are_apart(trained):
-    page = page_of(trained).text.partition("what differs from the defaults")[2]
-    changed, _, rest = page.partition("All that is as by default")
+    page = page_of(trained).text.partition("What differs from the defaults")[2]
+    changed, _, rest = page.partition("All settings that have their default value")
     assert "train.epochs 2" in changed and "optimizer.eps" not in changed
     assert "optimizer.eps 1e-08" in rest and "train.epochs" not in rest
 
@@ -333,8 +342,8 @@ def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
     assert "running, step 2 of 26" in page.text and "Worst mistakes" not in page.text
     row = read_run(run).rows[0]
     left = 24 * 16 / row["images_per_second"]
-    assert report.seconds_left(read_run(run)) == pytest.approx(left)
-    assert f"about {report.duration(left)} of training left" in page.text and "training loss" in page.text
+    assert read_run(run).seconds_left == pytest.approx(left)
+    assert f"about {duration(left)} of training left" in page.text and "training loss" in page.text
     assert '<i style="width:7.7%">' in render([read_run(run)])
 
 
@@ -344,14 +353,17 @@ def test_a_job_that_died_is_not_shown_as_running(trained, tmp_path):
     (run / "summary.json").unlink()
     events = (run / "events.jsonl").read_text().splitlines()
     (run / "events.jsonl").write_text("\n".join(line for line in events if '"done"' not in line) + "\n")
-    with RunDir(run).lock(print):
+    with RunDir(run).lock():
         RunDir(run).write_status("running")
         seen = watch.version([run])
         assert "running, step 24 of 24" in page_of(run).text
     assert watch.version([run]) != seen  # so the page asks for what is new
     text = page_of(run).text
-    assert "ended without a word (killed, or its node died) at step 24 of 24" in text and "running" not in text
-    assert report.seconds_left(read_run(run)) is None
+    assert (
+        "terminated without a final status (killed, or its node died) at step 24 of 24" in text
+        and "running" not in text
+    )
+    assert read_run(run).seconds_left is None
     assert " lost " in watch.screen(read_run(run), 100).splitlines()[0]
 
 
@@ -406,10 +418,47 @@ def test_only_mistakes_are_worst():
 
 
 def test_a_report_that_fails_leaves_the_run_done(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "render", lambda runs: 1 / 0)
+    monkeypatch.setattr(report_page, "render", lambda runs: 1 / 0)
     small_runs.run(tmp_path / "run", "train.epochs=1")
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "done"
     assert "warning: no report (division by zero)" in capsys.readouterr().out
+
+
+# --- templates and static files ----------------------------------------------------------------------------------
+
+
+PAGE_PACKAGE = Path(report_page.__file__).parent
+
+
+def test_a_name_that_a_template_misspells_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="titel"):
+        report_page.environment().from_string("{{ titel }}").render(title="x")
+    assert report_page.environment().from_string("{{ title }}").render(title="<b>") == "&lt;b&gt;"
+
+
+def test_style_and_scripts_are_in_the_page_as_they_are(trained):
+    html = render([read_run(trained)], refresh_seconds=2.0)
+    files = sorted((PAGE_PACKAGE / "static").iterdir())
+    assert [file.name for file in files] == ["live.js", "report.css", "report.js"]
+    for file in files:
+        text = file.read_text()
+        assert text in html and "</" not in text, "nothing in it ends its element"
+        assert max(map(len, text.splitlines())) <= 120, "written to be read"
+    assert 'data-refresh-milliseconds="2000"' in html
+
+
+@pytest.mark.parametrize("package", ["report", "export"])
+def test_a_wheel_has_the_files_that_are_no_python(package):
+    patterns = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = REPOSITORY / "dist_cifar" / "tools" / package
+    packed = {path for pattern in patterns[f"dist_cifar.tools.{package}"] for path in folder.glob(pattern)}
+    others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert packed == others != set()
+
+
+def test_a_training_that_starts_does_not_wait_for_jinja():
+    code = "import sys; import dist_cifar.tools.report; sys.exit('jinja2' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
 
 
 # --- watch -------------------------------------------------------------------------------------------------------

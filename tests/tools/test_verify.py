@@ -159,35 +159,6 @@ def test_default_world_sizes():
     assert plan.default_world_sizes(8, [Agent(pool="a", gpus=2)]) == [1, 2]
 
 
-def test_ranks_get_nothing_of_the_launcher_but_their_place():
-    environ = {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "RANK": "5",
-        "GROUP_RANK": "1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "ACCELERATE_MIXED_PRECISION": "no",
-        "ACCELERATE_USE_CPU": "true",
-        "SLURM_STEP_ID": "0",
-        "OMPI_COMM_WORLD_RANK": "1",
-        "PMIX_NAMESPACE": "7",
-        "MASTER_PORT": "29500",
-    }
-    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7, job="j")
-    assert plan.rank_environ(environ, place) == {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "ACCELERATE_USE_CPU": "true",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "7",
-        "TORCHELASTIC_RUN_ID": "j",
-    }
-
-
 def test_the_store_carries_values_between_processes_that_have_no_process_group():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -25,7 +25,7 @@ from dist_cifar.run import predictions
 from dist_cifar.tracking.exactly_once import named, public_config
 from dist_cifar.tracking.registry import open_trackers
 from dist_cifar.tracking.wandb_tracker import WandbTracker, _log_checkpoints, run_id, wanted_mode
-from tests import small_runs
+from tests import REPOSITORY, small_runs
 from tests.tracking import wandb_file
 from tests.tracking.fake_wandb import FakeWandb
 
@@ -37,13 +37,14 @@ from pathlib import Path
 from dist_cifar.config import load_config
 from dist_cifar.tracking.registry import open_trackers
 from dist_cifar.tracking.base import Results
+from dist_cifar.tracking.console import log_to_stream
 
 handlers = {number: (lambda *_: None) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 for number, handler in handlers.items():
     signal.signal(number, handler)
 start = time.monotonic()
-say = lambda line: print("SAY", line, flush=True)
-trackers = open_trackers(load_config(None, sys.argv[2:]), Path(sys.argv[1]), resume_step=None, say=say)
+log_to_stream(sys.stdout, "SAY ")
+trackers = open_trackers(load_config(None, sys.argv[2:]), Path(sys.argv[1]), resume_step=None)
 print(f"OPEN {time.monotonic() - start}", [type(tracker).__name__ for tracker in trackers], flush=True)
 assert all(signal.getsignal(number) is handler for number, handler in handlers.items())
 for step in (10, 20, 10, 30):  # a step done again, as after a crash
@@ -131,7 +132,7 @@ def test_the_config_goes_up_without_passwords():
 def test_asked_for_and_not_installed(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"tracking.wandb: {mode}.*pip install -e \.\[wandb\]"):
-        open_trackers(load_config(None, [f"tracking.wandb={mode}"]), tmp_path, resume_step=None, say=print)
+        open_trackers(load_config(None, [f"tracking.wandb={mode}"]), tmp_path, resume_step=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +179,7 @@ def test_the_offline_file_holds_everything_and_a_resume_has_the_same_id(tmp_path
     assert_key_is_nowhere(tmp_path)
 
 
-def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path):
+def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path, said):
     class Broken:
         id = "id"
         dir = str(tmp_path / "offline-run" / "files")
@@ -190,8 +191,7 @@ def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path):
         def finish(self, exit_code):
             raise RuntimeError("still gone")
 
-    said: list[str] = []
-    tracker = WandbTracker(Broken(), tmp_path, offline=False, row_count=0, say=said.append)
+    tracker = WandbTracker(Broken(), tmp_path, offline=False, row_count=0)
     tracker.log({"kind": "train", "step": 1}, 0)
     tracker.log({"kind": "train", "step": 2}, 1)
     tracker.finish(0)
@@ -373,7 +373,7 @@ def test_an_unreachable_server_means_offline_within_ten_seconds(tmp_path, kind):
     assert seconds(output, "OPEN") < 10 and seconds(output, "FINISH") < 1
     (file,) = offline_files(tmp_path)
     start, _, end = output.partition("OPEN")
-    assert start.endswith(f"going on offline, upload it later with: wandb sync {tmp_path}/run/wandb\n")
+    assert start.endswith(f"continuing offline, upload it later with: wandb sync {tmp_path}/run/wandb\n")
     assert f"wandb sync {tmp_path}/run/wandb\n" in end
     assert [without_own(row) for row in wandb_file.read(file)["history"]] == HISTORY
     assert_key_is_nowhere(tmp_path)
@@ -398,9 +398,11 @@ import sys
 from pathlib import Path
 from dist_cifar.config import load_config
 from dist_cifar.tracking.registry import open_trackers
+from dist_cifar.tracking.console import log_to_stream
 
+log_to_stream(sys.stdout)
 step = int(sys.argv[2])
-trackers = open_trackers(load_config(), Path(sys.argv[1]), resume_step=step or None, say=print)
+trackers = open_trackers(load_config(), Path(sys.argv[1]), resume_step=step or None)
 for line in sys.stdin:
     for step in range(step + 1, step + 1 + int(line)):
         for tracker in trackers:
@@ -444,7 +446,7 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, save
 
 @pytest.mark.slow
 def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
-    """Killed offline, it goes on online under its id; `wandb sync` then finds nothing to send a second time."""
+    """Killed offline, it is resumed online under its id; `wandb sync` then finds nothing to send a second time."""
     stop_after(tmp_path, 6)
     with FakeWandb() as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
@@ -536,6 +538,6 @@ def test_a_run_directory_is_that_of_one_run_of_a_sweep(tmp_path, monkeypatch):
     assert run_id(tmp_path, os.environ) == run_id(tmp_path, os.environ) == "first"
     monkeypatch.setenv("WANDB_RUN_ID", "second")
     with pytest.raises(ConfigError, match="holds the W&B run first, and the agent of the sweep starts run second"):
-        open_trackers(load_config(None, ["tracking.wandb=offline"]), tmp_path, resume_step=None, say=print)
-    monkeypatch.delenv("WANDB_SWEEP_ID")  # by hand, what the agent began goes on as it was
+        open_trackers(load_config(None, ["tracking.wandb=offline"]), tmp_path, resume_step=None)
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # by hand, what the agent began is resumed as it was
     assert run_id(tmp_path, os.environ) == "first"

@@ -5,26 +5,17 @@ Contract: pure functions, but for `this_agent`.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from dist_cifar.config import Config, config_from_values, flatten
+from dist_cifar.distributed.device import sees_only_its_own, visible_gpus
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError, LaunchError
-
-STRATEGY = "exact"
-"""The strategy whose bits are compared."""
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
-_LAUNCHER_NAMES = {
-    *DistEnv().variables(),
-    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE"),
-}
-"""Variables of the agent's own place in its job, which are not its ranks'."""
-
+from dist_cifar.strategy import bitwise_strategy
 
 # --- what is run -------------------------------------------------------------------------------------------------
 
@@ -104,7 +95,7 @@ def verified_config(config: Config) -> Config:
     return config_from_values(
         flatten(config)
         | {
-            "strategy.name": STRATEGY,
+            "strategy.name": bitwise_strategy(),
             "train.epochs": 10**6,  # it is killed: an end would evaluate the test set
             "train.max_steps": None,
             "run.log_digests": True,
@@ -172,24 +163,7 @@ def default_world_sizes(virtual_ranks: int, agents: Sequence[Agent]) -> list[int
     return sizes
 
 
-def rank_environ(environ: Mapping[str, str], place: DistEnv) -> dict[str, str]:
-    """The environment of a rank: that of its agent, with the rank's place in its job for the agent's own."""
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name == "ACCELERATE_USE_CPU" or not (name.startswith(_LAUNCHER_PREFIXES) or name in _LAUNCHER_NAMES)
-    }
-    return kept | place.variables() | {"TORCHELASTIC_RUN_ID": place.job}
-
-
 def this_agent(config: Config, env: DistEnv) -> Agent:
     """The agent that the calling process is. Imports torch if ranks may compute on GPUs, to count them."""
-    gpus = 0
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if config.run.device == "cuda" or (config.run.device == "auto" and not on_cpu):
-        import torch
-
-        gpus = torch.cuda.device_count()
-    host = socket.gethostname()
-    has_its_own = gpus == 1 and env.launcher == "slurm" and env.local_world_size > 1
-    return Agent(pool=f"{host} (task {env.rank})" if has_its_own else host, gpus=gpus)
+    gpus, host = visible_gpus(config.run.device), socket.gethostname()
+    return Agent(pool=f"{host} (task {env.rank})" if sees_only_its_own(env, gpus) else host, gpus=gpus)

@@ -20,7 +20,7 @@ import dist_cifar
 from dist_cifar import stopping
 from dist_cifar.config import Config, config_from_values, flatten, to_yaml
 from dist_cifar.distributed.kv_store import KeyValueStore
-from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.launch_env import DistEnv, rank_environ
 from dist_cifar.errors import (
     EXIT_DONE,
     EXIT_INTERNAL,
@@ -43,7 +43,6 @@ from dist_cifar.tools.verify.compare import (
     table,
 )
 from dist_cifar.tools.verify.plan import (
-    STRATEGY,
     Agent,
     Trial,
     checkpoint_every_steps,
@@ -51,7 +50,6 @@ from dist_cifar.tools.verify.plan import (
     parse_world_sizes,
     place_ranks,
     plan_trials,
-    rank_environ,
     this_agent,
     verified_config,
 )
@@ -271,10 +269,10 @@ class Coordinator:
 
     def _print_plan(self, path: Path) -> None:
         config, asked = self._config, self._asked_strategy
-        note = "" if asked == STRATEGY else f" (the config says {asked})"
+        note = "" if asked == config.strategy.name else f" (the config says {asked})"
         print(
             f"verify     {config.model.name}, {config.compute.precision}, batch {config.batch.global_size} ="
-            f" {config.strategy.virtual_ranks} virtual ranks, strategy {STRATEGY}{note}"
+            f" {config.strategy.virtual_ranks} virtual ranks, strategy {config.strategy.name}{note}"
         )
         print(f"trials     {'; '.join(trial.name for trial in self._job.trials)}; {self._job.steps} steps each")
         print(f"processes  {len(self._job.agents)}, which start the ranks; they write to {path}", flush=True)

@@ -1,8 +1,8 @@
 """The run that every test of this folder trains, and what must be true of it afterwards.
 
 Contract: with `arguments` and `environment` a process trains it under the recorder (`recorder/sitecustomize.py`); a
-`Run` reads what it wrote. `Run.require_equal` compares weights, metrics and trained samples with an undisturbed run on
-one rank: strategy `exact` gives the same bits on any number of ranks.
+`Run` reads what it wrote. `Run.require_equal` compares weights, metrics and trained samples with an
+undisturbed run on one rank: strategy `exact` gives the same bits on any number of ranks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,50 @@
+"""Writes an exported model and its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_cifar.data.sources.synthetic import synthetic_split
+from dist_cifar.inference import Classifier, WithPreprocessing
+from dist_cifar.models import build_model
+from dist_cifar.run.atomic_io import make_dirs, write_atomic
+from dist_cifar.run.run_dir import RunDir
+from dist_cifar.tools.export.graph import CHECKED_IMAGES, largest_difference, to_onnx, to_torch
+from dist_cifar.tools.export.model_card import MODEL_FILES, model_card, model_metadata
+
+
+def export(classifier: Classifier, kind: str, directory: Path) -> tuple[Path, float]:
+    """Writes the model as `kind` (`torch` or `onnx`) and its card into `directory`.
+
+    Returns the file and the largest difference of a logit from the model's own, on `CHECKED_IMAGES` images in batches
+    of three sizes. Raises `ConfigError` if the packages are missing and `CheckpointError` if the graph computes
+    something else, in which case nothing is written.
+    """
+    module = build_model(classifier.config.model, num_classes=len(classifier.classes), seed=0)
+    module.load_state_dict(classifier.module.state_dict())
+    graph = WithPreprocessing(module, classifier.stats).eval()
+    metadata = model_metadata(classifier)
+    images = torch.from_numpy(synthetic_split(1, CHECKED_IMAGES)[0])
+    data, compute = (to_torch if kind == "torch" else to_onnx)(graph, images[:2], metadata)
+    difference = largest_difference(graph, compute, images)
+    make_dirs(directory)
+    path = directory / MODEL_FILES[kind]
+    write_atomic(path, data)
+    card = model_card(classifier, metadata, _summary_of(classifier), _files_of(classifier, directory))
+    write_atomic(directory / "README.md", card)
+    return path, difference
+
+
+def _files_of(classifier: Classifier, directory: Path) -> list[str]:
+    """The exports of this very model in `directory`, which may hold others: both kinds hold the hash as text."""
+    found = [name for name in sorted(MODEL_FILES.values()) if (directory / name).exists()]
+    return [name for name in found if classifier.sha256.encode() in (directory / name).read_bytes()]
+
+
+def _summary_of(classifier: Classifier) -> dict[str, Any]:
+    """The summary of the run, if it is about the exported checkpoint; else empty."""
+    summary = RunDir(classifier.checkpoint.parent.parent).summary()
+    return summary if summary.get("best_step") == classifier.step else {}
