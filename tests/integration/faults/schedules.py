@@ -124,7 +124,7 @@ class Played:
     outcome: Outcome
     hits: list[Hit]
     resumed: list[int]
-    """Steps that jobs went on from, of those that came so far."""
+    """Steps that jobs resumed from, of those that came so far."""
     lost_steps: int
     """Most steps that were done twice because of one signal."""
 
@@ -200,7 +200,7 @@ def run(
         begun = next((int(line.split()[1]) - 1 for line in lines if line.startswith("step ")), None)
         if begun is not None:
             # A checkpoint is whole at the latest when the one after it begins.
-            assert 0 <= done - begun <= allowed, f"step {done} was done, the job goes on from {begun}\n{job}"
+            assert 0 <= done - begun <= allowed, f"step {done} was done, the job resumes from {begun}\n{job}"
             lost_steps = max(lost_steps, done - begun)
             resumed.append(begun)
             done = _steps_done(lines) or 0

@@ -1,4 +1,4 @@
-"""A rank dies, hangs, fails or goes astray: the job ends in time, all name the right rank, and it can go on."""
+"""A rank dies, hangs, fails or goes astray: the job ends in time, all name the right rank, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STALL = f"run.timeout_seconds={STALL_SECONDS}"
 
 @pytest.fixture
 def run(jobs: Jobs, tiny: Callable[..., Config], tmp_path: Path) -> Callable[..., Job]:
-    """`run(**options)`: starts the job of these tests in `tmp_path`, or goes on with it."""
+    """`run(**options)`: starts the job of these tests in `tmp_path`, or resumes it."""
     path = tmp_path / "config.yaml"
     path.write_text(
         to_yaml(
@@ -90,7 +90,7 @@ def require_named(job: Job, codes: list[int], culprit: int, what: str, *, own_co
 
 
 @pytest.mark.parametrize(("rank", "agent"), [(1, True), (0, True), (0, False), (2, False)])
-def test_a_killed_rank_is_named_and_the_run_goes_on(run, golden, rank, agent):
+def test_a_killed_rank_is_named_and_the_run_can_be_resumed(run, golden, rank, agent):
     job = run(agent=agent)
     job.wait_for_step(AT_STEP)
     job.kill(rank)

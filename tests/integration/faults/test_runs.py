@@ -1,6 +1,6 @@
-"""Whole runs that are killed, stopped and damaged: each fails as it should, goes on, and ends as if nothing had been.
+"""Whole runs that are killed, stopped and damaged: each fails as it should, resumes, and ends as if nothing had been.
 
-Every run here is that of one config with strategy `exact`, so one golden run serves all, and a run may go on with
+Every run here is that of one config with strategy `exact`, so one golden run serves all, and a run may resume with
 another number of ranks than it was disturbed on. What happens is injected at a step (`injections.py`), not timed.
 """
 
@@ -55,7 +55,7 @@ def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(jobs: Jobs, config: Path, tmp_path: Path) -> Run:
-    """`run(world_size, *overrides, **options)`: starts the job in `tmp_path`, or goes on with it."""
+    """`run(world_size, *overrides, **options)`: starts the job in `tmp_path`, or resumes it."""
 
     def start(world_size: int, *arguments: str, directory: Path = tmp_path / "run", **options: Any) -> Job:
         return jobs.start(world_size, "train", "--config", config, f"run.dir={directory}", *arguments, **options)
