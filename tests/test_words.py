@@ -95,7 +95,7 @@ WORDS = (
     Word("lr_cut", "lr_reduction"),
     Word("MirrorAveraged|FromPixels", "HorizontalFlipTTA, WithPreprocessing"),
     Word("use_once|use_kernels_once|use_products|use_fused|is_worth_it", "warm_up, replace_small_convs, ..."),
-    Word(r"say(?=\()|(?<=[._])speaks", "logger.info, is_main_process", ("slurm/job.sh",)),
+    Word(r"say(?=\()|(?<=[._])speaks", "logger.info, is_main_process"),
     # the configuration and the files
     Word("clip_norm", "max_grad_norm", KEY_TABLE),
     Word(OLD_KEYS, "the key as it is called now", KEY_TABLE),

@@ -1,4 +1,4 @@
-"""Is the result the same, to the last bit, for every world size, and for a run that is killed and goes on?
+"""Is the result the same, to the last bit, for every world size, and for a run that is killed and resumes?
 
     python benchmarks/suite/exactness.py PATH_TO_FOLDER_OR_ZIP
 

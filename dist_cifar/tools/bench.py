@@ -1,8 +1,8 @@
-"""What `dist-cifar bench` measures on the user's own machine, and what the scripts of `benchmarks/` share.
+"""Measures the augmentation on the user's own machine: `dist-cifar bench`. The scripts of `benchmarks/` use it too.
 
-Contract: a rate counts everything that the trainer does for a batch on the CPU: drawing the parameters, gathering,
+Contract: a rate counts everything that the trainer does for a batch on the CPU: sampling the parameters, gathering,
 augmenting, normalising. It is measured in the calling thread, in windows that take turns, so that a drift of the
-machine hits all alike; the spread is shown with the median.
+machine affects all alike; the spread is shown with the median.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from dist_cifar.ops import numba_jit
 from dist_cifar.run.provenance import hardware
 
 BATCH = 256
-"""Images of one call."""
+"""How many images one call augments."""
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Of CIFAR-10's training images, in units of [0, 1]; the speed does not depend on them."""
+"""Statistics of CIFAR-10's training images, in units of [0, 1]; the speed does not depend on them."""
 GPU_IMAGES_PER_SECOND = 70_000
-"""What one GPU is assumed to take: about the rate at which an H100 trains a ResNet-18 on images of 32x32."""
+"""The rate that one GPU is assumed to need: about that at which an H100 trains a ResNet-18 on images of 32x32."""
 
 _IMAGES = 20 * BATCH
 _WINDOWS = 7
 
 
 def bench_augment(*, window_seconds: float = 0.25) -> None:
-    """Measures the policy `seed` at its default strengths and says how many GPUs one core can feed."""
+    """Measures the policy `seed` at its default strengths and prints how many GPUs one core can feed."""
     numba_jit.warm_up(cpu.warm_up)
     images, _ = synthetic_split(0, _IMAGES)
     batches = np.random.default_rng(0).permutation(_IMAGES).reshape(-1, BATCH)
@@ -50,7 +50,7 @@ def augment_report(rates: Mapping[str, Sequence[float]], window_seconds: float) 
     """The rates of each output type, in images/s, as the text that the user sees."""
     windows = {len(values) for values in rates.values()}
     lines = [
-        f"augmentation: policy seed at its default strengths, drawing included; batch {BATCH}, one thread",
+        f"augmentation: policy seed at its default strengths, sampling included; batch {BATCH}, one thread",
         f"machine:      {hardware()}; generated images; {max(windows)} windows of {window_seconds:g} s each",
         "",
         f"{'output':10}{'images/s':>12}{'min':>12}{'max':>12}{'GPUs fed':>12}",
@@ -70,7 +70,7 @@ def augment_report(rates: Mapping[str, Sequence[float]], window_seconds: float) 
 
 
 def augmenter(images: npt.NDArray[np.uint8], dtype: torch.dtype) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
-    """A function that prepares `BATCH` of the images, by their indices, as `dtype` into memory of its own."""
+    """Returns a function that prepares `BATCH` of the images, by their indices, as `dtype` in memory of its own."""
     config = AugmentConfig()
     out = torch.empty((BATCH, 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
 

@@ -141,7 +141,7 @@ def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
     assert cluster.wait(job, 30)["JobState"] == "CANCELLED"
     for node in nodes:
         cluster.wait_until(lambda node=node: not cluster.processes(node, ours), 20, f"no process on {node}", job)
-    assert run.status()["status"] == "saved"  # and it can go on where it is submitted again
+    assert run.status()["status"] == "saved"  # and it can be resumed where it is submitted again
     assert run.requeues() == []
     assert cluster.job(job)["Restarts"] == "0"
 
