@@ -1,6 +1,6 @@
 """Random kill schedules: a run that is ended again and again, at random moments, on changing numbers of ranks.
 
-    python tests/integration/faults/schedules.py --schedules 100 --seed 0 --out benchmarks/results/schedules.json
+    python -m tests.integration.faults.schedules --schedules 100 --seed 0 --out benchmarks/results/schedules.json
 
 Contract: `draw(seed)` is a schedule: one to five jobs that are ended by a signal, and one that nobody disturbs, all in
 one run directory. Each has 1, 2 or 4 ranks; SIGKILL or SIGTERM goes to one rank or to all, at a moment that is drawn
