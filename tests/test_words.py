@@ -58,7 +58,7 @@ OLD_MODULES = (
     r"|distributed[./](?:board|communicator|failures|meeting)|strategy[./](?:adam|statistics|tree)"
     r"|tracking[./](?:also|rows|wandb_adapter|wandb_log)"
 )
-KEY_TABLE = ("dist_cifar/config/load.py",)
+KEY_TABLE = ("dist_cifar/config/load.py", "benchmarks/suite/compare_commits.py")
 WORDS = (
     # what a program does
     Word("[Mm]end(?:s|ed|ing)?", "fix, repair"),

@@ -368,7 +368,8 @@ def main() -> None:
     """Runs one comparison, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("bits", "speed", "startup"))
-    parser.add_argument("commits", nargs=2, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("before", metavar="BEFORE", help="a commit")
+    parser.add_argument("after", metavar="AFTER", help="a commit")
     parser.add_argument("--images", type=Path, required=True, help="zip of train/<class>/* and test/<class>/*")
     parser.add_argument("--cells", nargs="+", metavar="PATTERN", help="cells to run; default: all, speed *-bf16-2")
     parser.add_argument("--rounds", type=int, default=3, help="of speed and startup (default %(default)s)")
@@ -381,8 +382,8 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the running job would stay behind
     load, work, images = os.getloadavg()[0], options.work_dir.resolve(), options.images.resolve()
-    before = check_out(options.commits[0], work, (), ())
-    sides = [before, check_out(options.commits[1], work, options.after_override, [before.home])]
+    before = check_out(options.before, work, (), ())
+    sides = [before, check_out(options.after, work, options.after_override, [before.home])]
     everything = {"bits": bits_cells, "speed": speed_cells, "startup": startup_cells}[options.mode]()
     patterns = options.cells or ["*-bf16-2" if options.mode == "speed" else "*"]
     cells = [cell for cell in everything if any(fnmatch(cell.name, pattern) for pattern in patterns)]
