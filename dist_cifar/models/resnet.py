@@ -24,7 +24,8 @@ Shortcut = Callable[[int, int, int, Norm], nn.Module]
 
 _GROUPS = 8
 """Groups of GroupNorm; divides every channel count of these networks."""
-_NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, _GROUPS)}
+NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, _GROUPS)}
+"""The maker of each normalisation by its name in `model.norm`."""
 
 
 class BasicBlock(nn.Module):
@@ -173,7 +174,7 @@ def build_narrow(config: ModelConfig, *, num_classes: int, blocks: int) -> ResNe
         stem=nn.Conv2d(3, 16, 3, padding=1, bias=False),
         shortcut=_zero_padded,
         num_classes=num_classes,
-        norm=_NORMS[config.norm],
+        norm=NORMS[config.norm],
     )
 
 
@@ -181,7 +182,7 @@ def build_wide(config: ModelConfig, *, num_classes: int, block: Block, blocks: S
     """Builds one of torchvision's ResNets with the CIFAR stem (3x3 first convolution, no max-pool)."""
     # The weights are drawn with torchvision's stem in its place, so that they are torchvision's.
     theirs = nn.Conv2d(3, 64, 7, bias=False)
-    model = ResNet(block, blocks, stem=theirs, shortcut=_projection, num_classes=num_classes, norm=_NORMS[config.norm])
+    model = ResNet(block, blocks, stem=theirs, shortcut=_projection, num_classes=num_classes, norm=NORMS[config.norm])
     # The stem for 32x32 images: torchvision's would shrink them to 8x8 before the first block.
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     _draw(model.conv1)
