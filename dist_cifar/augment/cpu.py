@@ -181,7 +181,7 @@ def _times_inverse(number, high, low):
 
 @inlined
 def _divide(number, divisor, high, low):
-    """number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
+    """Computes number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
 
     Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
     """
