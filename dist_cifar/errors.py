@@ -19,7 +19,7 @@ EXIT_SAVED = 75
 
 
 class UserError(ValueError):
-    """An error whose message is meant for the person who typed the command."""
+    """An error whose message is meant for whoever typed the command."""
 
     exit_code = EXIT_USAGE
 

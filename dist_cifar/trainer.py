@@ -115,9 +115,7 @@ class Trainer:
         plan, dataset = data.plan, data.dataset
         model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
         evaluator = build_evaluator(model, config, data, communicator)
-        schedule = build_lr_schedule(
-            config.optimizer, config.plateau, global_size=plan.global_size, steps_per_epoch=plan.steps_per_epoch
-        )
+        sizes = {"global_size": plan.global_size, "steps_per_epoch": plan.steps_per_epoch}
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(
             config=config,
@@ -125,7 +123,7 @@ class Trainer:
             plan=plan,
             batches=data.batches,
             strategy=build_strategy(model, config, communicator=communicator, plan=plan),
-            schedule=schedule,
+            schedule=build_lr_schedule(config.optimizer, config.plateau, **sizes),
             evaluator=evaluator,
             checkpoints=RunCheckpoints(run_dir, config, communicator, dataset=dataset, bitwise=spec.bitwise),
             records=RunRecords(run_dir, config, communicator, plan, dataset=dataset, train_indices=data.train_indices),

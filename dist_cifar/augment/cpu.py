@@ -161,7 +161,7 @@ def _memory(out: torch.Tensor, n: int) -> tuple[npt.NDArray[np.float32], npt.NDA
 
 @intrinsic
 def _fma(typing_context, factor, other, term):
-    """factor * other + term with one rounding, which LLVM writes as one instruction where the CPU has it."""
+    """Computes factor * other + term with one rounding, which LLVM writes as one instruction where the CPU has it."""
 
     def generate(context, builder, signature, arguments):
         return builder.fma(*arguments)
@@ -171,7 +171,7 @@ def _fma(typing_context, factor, other, term):
 
 @inlined
 def _times_inverse(number, high, low):
-    """number / divisor, where high + low is the inverse of the divisor: the last bit is wrong for few numbers if any.
+    """Computes number / divisor from high + low, the inverse of the divisor; few numbers if any have a wrong last bit.
 
     Brisebarre, Muller and Raina, "Accelerating correctly rounded floating-point division when the divisor is known in
     advance", 2004.
@@ -181,7 +181,7 @@ def _times_inverse(number, high, low):
 
 @inlined
 def _divide(number, divisor, high, low):
-    """number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
+    """Computes number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
 
     Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
     """

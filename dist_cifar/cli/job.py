@@ -39,7 +39,7 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
 
 
 def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Communicator:
-    """Connects all ranks of the job. Ends the process if they have not come together within the timeout.
+    """Connects all ranks of the job. Ends the process if they are not connected within the timeout.
 
     It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
     """

@@ -25,11 +25,11 @@ class Arrays:
     train_images: npt.NDArray[np.uint8]
     """[n, 32, 32, 3], C-contiguous."""
     train_labels: npt.NDArray[np.int64]
-    """[n]"""
+    """[n], indices into `classes`."""
     test_images: npt.NDArray[np.uint8]
     """[m, 32, 32, 3], C-contiguous."""
     test_labels: npt.NDArray[np.int64]
-    """[m]"""
+    """[m], indices into `classes`."""
     classes: tuple[str, ...]
     """Class names, in the order of the labels."""
 

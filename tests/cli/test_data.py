@@ -11,8 +11,8 @@ import pytest
 
 from dist_cifar.cli.main import main
 from dist_cifar.config import load_config
-from dist_cifar.data import dataset
 from dist_cifar.data.dataset import load_dataset
+from dist_cifar.data.sources import SOURCES, CifarArchive
 from tests.cli.small import SMALL, arguments
 from tests.data.sources.test_cifar import assert_is_the_data, put
 from tests.data.test_dataset import as_arrays
@@ -20,7 +20,7 @@ from tests.data.test_dataset import as_arrays
 
 def test_data_is_fetched_once_and_found_without_its_source(tmp_path, monkeypatch, capsys, said):
     (tmp_path / "data").mkdir()
-    monkeypatch.setitem(dataset.ARCHIVES, "cifar10", put(tmp_path / "data"))
+    monkeypatch.setitem(SOURCES, "cifar10", CifarArchive(put(tmp_path / "data")))
     assert main(["data", *arguments(tmp_path)]) == 0
     out = capsys.readouterr().out
     (tmp_path / "data" / "small.tar.gz").unlink()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_cifar.cli.failure_exit import FailureExit
-from dist_cifar.distributed.failure_detector import own_identity
+from dist_cifar.distributed.processes import own_identity
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.run.run_dir import RunDir
 

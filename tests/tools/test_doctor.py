@@ -16,7 +16,8 @@ import pytest
 
 from dist_cifar.cli.main import main
 from dist_cifar.config import load_config
-from dist_cifar.data import dataset
+from dist_cifar.data.sources import SOURCES
+from dist_cifar.data.sources.cifar import CifarArchive
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import DataError
 from dist_cifar.run.checkpoint import CheckpointStore
@@ -166,7 +167,7 @@ def test_corrupt_data_fails(tmp_path, no_exactness):
 
 def test_a_damaged_archive_fails(tmp_path, monkeypatch, no_exactness):
     (tmp_path / "data").mkdir()
-    monkeypatch.setitem(dataset.ARCHIVES, "cifar10", put(tmp_path / "data"))
+    monkeypatch.setitem(SOURCES, "cifar10", CifarArchive(put(tmp_path / "data")))
     (archive,) = (tmp_path / "data").glob("*.gz")
     places = [f"data.root={tmp_path / 'data'}", f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
     whole = archive.read_bytes()
