@@ -256,7 +256,8 @@ class Settings:
 def settings(run: Run) -> Settings:
     """The fields of the config, and the facts of the summary about the code, the data and the machine."""
     defaults, meanings = flatten(Config()), {key: text for key, _, _, text in describe()}
-    changed, unchanged = [], []
+    changed: list[Setting] = []
+    unchanged: list[Setting] = []
     for key, value in flatten(run.config).items():
         setting = Setting(key=key, value=shown_value(value), meaning=meanings[key])
         (unchanged if value == defaults[key] else changed).append(setting)
