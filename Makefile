@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist
 # Debian's: the suite's cluster, mpirun, and a browser for the report.
 TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin chromium
 
-.PHONY: help quickstart test test-slurm test-packages lint types check lock clean require-python FORCE
+.PHONY: help quickstart test test-slurm test-packages lint types check docs lock clean require-python FORCE
 
 help:
 	@echo "make quickstart   train a small network on two CPU ranks, on generated images"
@@ -24,7 +24,8 @@ help:
 	@echo "make test-slurm   run the tests on a SLURM cluster, which as root it installs where apt-get can"
 	@echo "make lint         check style and format"
 	@echo "make types        check the types of the package"
-	@echo "make check        lint, types, and the quick tests of the architecture, the config and the documents"
+	@echo "make check        lint, types, and the quick tests of the architecture, the words, the config and the documents"
+	@echo "make docs         write the generated parts of the documents: the config's reference, tables and pictures"
 	@echo "make lock         write requirements/ from pyproject.toml; UPGRADE=--upgrade takes the newest versions"
 	@echo "make clean        remove .venv, those of PACKAGES=latest and lowest, and runs/quickstart"
 	@echo
@@ -66,8 +67,16 @@ types: $(VENV)/installed-test
 
 # The quick tests of what a change breaks first; the blocks of the pages are run by `make test`.
 check: lint types
-	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/config/test_load.py tests/optim/test_lr_schedule.py \
-		tests/ops/test_philox.py tests/test_state.py tests/integration/documents/test_facts.py tests/integration/documents/test_readme.py tests/integration/documents/test_blocks.py
+	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_words.py tests/config/test_load.py \
+		tests/optim/test_lr_schedule.py tests/ops/test_philox.py tests/run/test_training_sums.py tests/integration/documents
+
+# Everything in README.md and docs/ that comes from the config's fields or from benchmarks/results/.
+docs: $(VENV)/installed-test
+	$(BIN)/python benchmarks/publish/config_reference.py
+	$(BIN)/python benchmarks/publish/tables.py
+	$(BIN)/python benchmarks/publish/tree_picture.py docs/tree.svg
+	$(BIN)/python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png
+	$(BIN)/python benchmarks/publish/plot.py benchmarks/results/peers.json docs/peers.png
 
 # Universal: with markers for each Python and platform. The packages of the first file are those of the second, at the
 # same versions, that running needs. A version that is locked stays while it fits, unless UPGRADE=--upgrade.

@@ -1,7 +1,7 @@
 """The errors that a user can cause or meet, each with the exit code that the command line returns for it.
 
-An error's message is one line: what was set, what was found, what to do. Anything that is not one of these is a
-defect of the program and exits with `EXIT_INTERNAL`.
+Contract: an error's message is one line: what was set, what was found, what to do. Any other exception is a defect of
+the program and exits with `EXIT_INTERNAL`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ EXIT_SAVED = 75
 
 
 class UserError(ValueError):
-    """An error whose message is meant for the person who typed the command."""
+    """An error whose message is meant for whoever typed the command."""
 
     exit_code = EXIT_USAGE
 
 
 class ConfigError(UserError):
-    """The configuration or the command line cannot be meant as it stands."""
+    """The configuration or the command line is invalid."""
 
 
 class LaunchError(UserError):
@@ -45,12 +45,12 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """The training itself cannot go on: a loss that is not finite, or replicas that no longer agree."""
+    """The training cannot continue: a loss is not finite, or replicas no longer agree."""
 
     exit_code = EXIT_INTERNAL
 
     def __init__(self, message: str, *, rank: int | None = None) -> None:
-        """`rank` is the one at fault, if all ranks raise this error because of one."""
+        """`rank` is the rank at fault, if all ranks raise this error because of one."""
         super().__init__(message)
         self.rank = rank
 
@@ -61,6 +61,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     begun = [name for name in words if len(word) > 1 and name.startswith(word)]
     found = difflib.get_close_matches(word, words, n=1, cutoff=0.6) or begun
     return found[0] if len(found) == 1 else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error's message that names the known word nearest to `word`; empty if none is near."""
+    meant = nearest(word, known)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def nearest_path(path: Path, *folders: Path) -> Path | None:
@@ -83,5 +89,5 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another package says, short enough for a line of the log."""
+    """The message of another package's error, short enough for a line of the log."""
     return " ".join(str(error).split())[:300] or type(error).__name__

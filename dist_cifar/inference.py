@@ -15,14 +15,14 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import UnidentifiedImageError
 from torch import nn
 
 from dist_cifar.augment.cpu import normalize
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import Config, config_from_values
-from dist_cifar.data.sources.image_folder import decode
-from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
-from dist_cifar.models.resnet import build_model
+from dist_cifar.data.decode import decode_image
+from dist_cifar.errors import CheckpointError, ConfigError, nearest_path, one_line
+from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
 from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
 from dist_cifar.run.predictions import softmax
@@ -42,10 +42,8 @@ class Classifier:
     """float32 [n, 3, 32, 32], normalised, to logits float32 [n, classes]; in evaluation mode."""
     device: torch.device
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    """Mean of each channel of the training images, in units of [0, 1]."""
-    std: tuple[float, ...]
-    """Standard deviation of each channel of the training images, in units of [0, 1]."""
+    stats: ImageStats
+    """Statistics of the training images."""
     config: Config
     """The run's config."""
     checkpoint: Path
@@ -63,7 +61,7 @@ class Classifier:
         with torch.inference_mode():
             for start in range(0, len(images), BATCH_IMAGES):
                 batch = images[start : start + BATCH_IMAGES]
-                inputs = normalize(np.ascontiguousarray(batch), np.arange(len(batch)), self.mean, self.std)
+                inputs = normalize(np.ascontiguousarray(batch), np.arange(len(batch)), self.stats)
                 rows.append(softmax(module(inputs.to(self.device)).float().cpu().numpy()))
         return np.concatenate(rows)
 
@@ -84,13 +82,13 @@ class HorizontalFlipTTA(nn.Module):
 class WithPreprocessing(nn.Module):
     """A model that takes pixels: it normalises them, then applies the module."""
 
-    def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, module: nn.Module, stats: ImageStats) -> None:
         super().__init__()
         self._module = module
         self._mean: torch.Tensor
         self._std: torch.Tensor
-        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("_mean", torch.tensor(stats.mean).view(1, 3, 1, 1))
+        self.register_buffer("_std", torch.tensor(stats.std).view(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [n, 32, 32, 3], RGB, to logits float32 [n, classes]."""
@@ -111,7 +109,7 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
     state = checkpoint.state
     try:
         config = config_from_values(state["config"])
-        classes, mean, std = tuple(state["classes"]), tuple(state["mean"]), tuple(state["std"])
+        classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: it was written by another version of dist_cifar ({error}); use that one"
@@ -124,8 +122,7 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
         module=model,
         device=device,
         classes=classes,
-        mean=mean,
-        std=std,
+        stats=stats,
         config=config,
         checkpoint=checkpoint.path,
         step=checkpoint.step,
@@ -205,12 +202,9 @@ def load_images(
 def _pixels(read: Callable[[], bytes]) -> npt.NDArray[np.uint8] | str:
     try:
         data = read()
-        return decode(data, upright=True) if data else "it is empty; give a picture"
-    except UnidentifiedImageError:
-        reason = "no format that Pillow knows"
-    except Exception as error:  # bytes that are no picture make the decoders raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return f"not a readable picture ({reason})"
+        return decode_image(data, upright=True) if data else "it is empty; give a picture"
+    except (OSError, ValueError) as error:
+        return f"not a readable picture ({one_line(error)})"
 
 
 def top_k(probabilities: npt.NDArray[np.float32], classes: Sequence[str], top: int) -> list[tuple[str, float]]:

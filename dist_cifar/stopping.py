@@ -1,9 +1,9 @@
-"""When a run has to stop before it is done: a signal, or the end of the job's time.
+"""What stops a run before it is done: a signal, or the end of the job's time.
 
 Contract: after `install`, SIGTERM, SIGUSR1 and SIGINT make `stop_requested` true and do nothing else; further signals
-change nothing. The training loop asks between steps. Install before torch is imported: a signal may come early. The end
-of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall clock does not
-move it. A launcher that dies takes its ranks along.
+change nothing. The training loop asks between steps. Install the handlers before torch is imported: a signal may come
+early. The end of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall
+clock does not move it. When a launcher dies, its ranks are killed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _received: list[signal.Signals] = []
 
 
 def install() -> None:
-    """Puts the handlers in place. Main thread only."""
+    """Installs the signal handlers. Main thread only."""
     for number in _SIGNALS:
         signal.signal(number, lambda received, frame: _received.append(signal.Signals(received)))
 
 
 def die_with_launcher() -> None:
-    """From now on this process is killed when its parent dies. Linux only; elsewhere it does nothing.
+    """Has this process killed when its parent dies, from now on. Linux only; elsewhere it does nothing.
 
-    torchrun starts its ranks in sessions of their own: those of an agent that was killed would go on, beside those of
-    the job that is started in its place.
+    torchrun starts its ranks in sessions of their own: the ranks of an agent that was killed would continue beside
+    those of the job that is started in its place.
     """
     if sys.platform == "linux":
         parent = os.getppid()
@@ -41,29 +41,29 @@ def die_with_launcher() -> None:
 
 
 def stop_requested() -> bool:
-    """Whether one of the signals has come."""
+    """Whether one of the signals has been received."""
     return bool(_received)
 
 
 def first_received() -> str:
-    """Name of the signal that came first, e.g. `SIGTERM`; only after `stop_requested`."""
+    """The name of the signal that was received first, e.g. `SIGTERM`; only after `stop_requested`."""
     return _received[0].name
 
 
 # --- the end of the job's time -----------------------------------------------------------------------------------
 
 _RESERVE_SECONDS = 15.0
-"""Left for the end of the processes, and for the checkpoint of a process that has not written one yet."""
+"""Reserved for the end of the processes, and for the checkpoint of a process that has not written one yet."""
 _INTERVALS = 2
-"""Times the longest interval that was seen: one until the next time that it is asked, one for the step that ranks still
-take when one of them says stop."""
+"""How many times the longest interval so far is reserved: one until the next time that it is asked, and one for the
+step that ranks still take when one of them wants to stop."""
 _WRITES = 3
-"""Times a checkpoint's write: one may be under way when the stop comes, the last one follows it, and may take twice as
-long: it is when many jobs end that a shared disk is slow."""
+"""How many times a checkpoint's write is reserved: one may be under way when the run stops, and the last one follows it
+and may take twice as long, since a shared disk is slow when many jobs end."""
 
 
 def seconds_left(environ: Mapping[str, str], time_limit_seconds: float | None, *, wall_time: float) -> float | None:
-    """Seconds until the job is ended, the nearer of the config's limit and SLURM's end time; None where there is none.
+    """Seconds until the job is ended: by the config's limit or by SLURM, whichever is sooner; None without either.
 
     `wall_time` is the time now in seconds since 1970, in which SLURM gives its SLURM_JOB_END_TIME.
     """
@@ -75,10 +75,10 @@ def seconds_left(environ: Mapping[str, str], time_limit_seconds: float | None, *
 
 
 class Deadline:
-    """Asked once a step whether another one may still be begun."""
+    """The end of the job's time; the loop asks it once a step whether another step may still begin."""
 
     def __init__(self, seconds: float | None) -> None:
-        """`seconds` from now, or None for no end."""
+        """The job ends `seconds` from now, or never if that is None."""
         self._asked = time.monotonic()
         self._end = None if seconds is None else self._asked + seconds
         self._longest = 0.0
@@ -86,7 +86,7 @@ class Deadline:
     def is_near(self, write_seconds: float) -> bool:
         """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit.
 
-        A step is taken for as long as the longest interval between two calls, with all that came in it.
+        A step is assumed to take the longest interval between two calls so far, with all that happened in it.
         """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)

@@ -1,8 +1,8 @@
 """The training loop.
 
-Contract: `train` runs a config to its end, or to a signal, on the ranks of a communicator, and resumes by itself what
-the run directory holds. The weights after a step depend on the config, the data set and the numerics of the machine,
-and but for a bitwise strategy on the world size; not on how often the run was interrupted.
+Contract: `train` runs a config until it is done or has to stop, and resumes by itself what the run directory holds. The
+weights after a step depend on the config, the data, the machine's numerics and, unless the strategy is bitwise, on the
+world size; not on how often the run was interrupted.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy
 
 from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
-from dist_cifar.data.batching import BatchPlan, TrainingBatches, build_training_data, evaluation_due, schedule_due
+from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
 from dist_cifar.data.prefetch import Batch
+from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.errors import ConfigError
-from dist_cifar.evaluate import Evaluator, build_evaluator
-from dist_cifar.models.resnet import build_model
+from dist_cifar.evaluate import Evaluator
+from dist_cifar.models import build_model
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
@@ -31,10 +32,12 @@ from dist_cifar.run.checkpointing import RunCheckpoints
 from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
 from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
-from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.state import Evaluation, StepTotals, TrainState
 from dist_cifar.stopping import Deadline, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
-from dist_cifar.strategy.base import Strategy, compile_kernels
+from dist_cifar.strategy.base import Strategy
+from dist_cifar.strategy.compute import build_evaluator, compile_kernels
 from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
 from dist_cifar.tracking.records import RunRecords
@@ -55,8 +58,7 @@ def train(
     `resume_anyway`: resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config,
     and finished when `status.json` says that the run is done.
     """
-    assert config.run.dir is not None  # the config resolved it
-    run_dir = RunDir(config.run.dir)
+    run_dir = RunDir.of(config)
     with Console(is_main_process=communicator.rank == 0) as console, ExitStack() as held:
         # Rank 0 takes the lock; the others wait in the broadcast.
         lock = run_dir.lock(wait_seconds=min(LOCK_SECONDS, config.run.timeout_seconds / 2))
@@ -86,8 +88,7 @@ class Trainer:
     sums: TrainingSums
     profile: Profile | None
     deadline: Deadline
-    timed_until: float
-    """Up to when `state.wall_seconds` counts, on the clock of `time.perf_counter`."""
+    timed_until: float  # `state.wall_seconds` counts up to this time of `time.perf_counter`
     state: TrainState = dataclasses.field(default_factory=TrainState)
 
     @classmethod
@@ -103,8 +104,7 @@ class Trainer:
         """Everything that a run needs, restored from its newest checkpoint if there is one. A collective."""
         started = time.perf_counter()
         deadline = Deadline(seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time()))
-        assert config.run.dir is not None  # the config resolved it
-        run_dir, device, spec = RunDir(config.run.dir), communicator.device, properties(config.strategy)
+        run_dir, device, spec = RunDir.of(config), communicator.device, properties(config.strategy)
         slices = slice_count(config.batch, config.strategy, world_size=communicator.world_size)
         if spec.bitwise:
             make_deterministic(device)
@@ -114,10 +114,8 @@ class Trainer:
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
-        evaluator = build_evaluator(model, config, dataset, data.validation_indices, communicator)
-        schedule = build_lr_schedule(
-            config.optimizer, config.plateau, global_size=plan.global_size, steps_per_epoch=plan.steps_per_epoch
-        )
+        evaluator = build_evaluator(model, config, data, communicator)
+        sizes = {"global_size": plan.global_size, "steps_per_epoch": plan.steps_per_epoch}
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(
             config=config,
@@ -125,7 +123,7 @@ class Trainer:
             plan=plan,
             batches=data.batches,
             strategy=build_strategy(model, config, communicator=communicator, plan=plan),
-            schedule=schedule,
+            schedule=build_lr_schedule(config.optimizer, config.plateau, **sizes),
             evaluator=evaluator,
             checkpoints=RunCheckpoints(run_dir, config, communicator, dataset=dataset, bitwise=spec.bitwise),
             records=RunRecords(run_dir, config, communicator, plan, dataset=dataset, train_indices=data.train_indices),
@@ -256,7 +254,7 @@ class Trainer:
         if restored is None:
             return
         try:
-            self.evaluator.load_state_dict(restored.model)
+            self.evaluator.model.load_state_dict(restored.model)
         except RuntimeError as error:  # only after --resume-anyway
             raise ConfigError(
                 f"run.dir={self.config.run.dir}: its weights are not those of model.name={self.config.model.name}"
@@ -278,8 +276,7 @@ class Trainer:
 
     def _leave_loop(self) -> None:
         """No more steps: when this returns, what was saved is on the disk."""
-        if self.profile is not None:
-            self.records.profiled(self.profile)
+        self.records.profiled(self.profile)
         self.checkpoints.wait(must_succeed=True)
         self.console.stop()
 

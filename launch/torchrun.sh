@@ -25,7 +25,7 @@ done
 endpoint=${HEAD:-localhost}:$PORT
 [[ $NODES != 1 || -n ${HEAD:-} ]] || endpoint=localhost:0 # a free one
 
-# What is wrong with the arguments is said once, and not by every rank of every restart.
+# Errors in the arguments are reported once, and not by every rank of every restart.
 python -m dist_cifar train --print-run-dir "$@" >/dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
 exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$MAX_RESTARTS" \

@@ -1,35 +1,35 @@
 # What the batch scripts of this folder share: one attempt at a run, and what comes after it.
 #
 # Contract: `train_ranks LAUNCHER ARGUMENT...` starts the ranks of `train ARGUMENT...` in this job's allocation and ends
-# the script. A run that saved itself (preemption, the end of the time, a signal) is requeued and goes on; one that
+# the script. A run that saved itself (preemption, the end of the time, a signal) is requeued and resumes; one that
 # failed is requeued `max_restarts` times. What the ranks print goes to the job's log and, by rank, to
 # RUN.DIR/logs/JOB-ATTEMPT/rank-N.log; why a job was requeued stands in its log and in RUN.DIR/requeues.log.
 #
 # It is sourced in the repository, after `max_requeues` and `max_restarts`, and perhaps `container` and `srun_options`.
 
 attempt=${SLURM_RESTART_COUNT:-0}
-came=      # the first signal
-launcher=  # process id of the srun that runs the ranks
+first_signal=
+launcher= # process id of the srun that runs the ranks
 
-say() { echo "dist_cifar: job $SLURM_JOB_ID, attempt $attempt: $*"; }
+log() { echo "dist_cifar: job $SLURM_JOB_ID, attempt $attempt: $*"; }
 
 die() { # die CODE MESSAGE: without a requeue
-    say "$2"
+    log "$2"
     exit "$1"
 }
 
 # The ranks have their own SIGTERM from SLURM, and a second signal would end a torchrun before they have saved. USR1
 # comes to this script alone (--signal=B:USR1@...), and a srun passes it on; on TERM it would kill the ranks at once.
 on_usr1() {
-    came=${came:-USR1}
+    first_signal=${first_signal:-USR1}
     [[ -z $launcher ]] || kill -USR1 "$launcher" 2>/dev/null
 }
 # At the end of the time SLURM kills this script together with the ranks, which may not have saved by then.
 on_term() {
-    came=${came:-TERM}
+    first_signal=${first_signal:-TERM}
     if time_is_over && ((attempt < max_requeues)) && scontrol requeue "$SLURM_JOB_ID"; then
         note stopped "the time is over"
-        say "the time is over; requeued"
+        log "the time is over; requeued"
     fi
 }
 trap on_usr1 USR1
@@ -37,11 +37,13 @@ trap on_term TERM
 
 job() { scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | grep -oP "(?<= $1=)\S+"; } # job FIELD
 
+# Python's `dist-cifar status RUN FIELD` would need the container, and seconds of a time that may be over: on this host
+# there may be no python. So the file is read as RunDir writes it: a field a line, a string as JSON escapes it.
 status() { # status FIELD: of the run's status.json
-    sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" "$run_dir/status.json" 2>/dev/null
+    sed -nE "s/^ *\"$1\": \"(.*)\",?$/\1/p; t; s/^ *\"$1\": ([^,]*),?$/\1/p" "$run_dir/status.json" 2>/dev/null
 }
 
-# A rank's output is its own file too, where the run directory can be written.
+# A rank writes its output to a file of its own too, where the run directory can be written.
 as_rank='
 log=$0/rank-${RANK:-$SLURM_PROCID}.log
 if mkdir -p "$0" 2>/dev/null && : 2>/dev/null >>"$log"; then
@@ -51,8 +53,8 @@ exec "$@"'
 
 run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
     local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u dist_cifar/train.py "${@:2}")
-    # What sbatch has said of the number of tasks is no longer so in a job that has been given other nodes. A rank that
-    # leaves early, as all do when they have saved, must not end the others.
+    # The number of tasks that sbatch has set is wrong in a job that has been given other nodes. A rank that ends
+    # early, as all do when they have saved, must not end the others.
     local tasks=${SLURM_NTASKS_PER_NODE:-1}
     local step=(srun --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" --kill-on-bad-exit=0
         --wait=120 "${srun_options[@]}" "${container[@]}")
@@ -62,7 +64,7 @@ run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
         local head port
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         port=$((10000 + SLURM_JOB_ID % 20000))
-        while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done # somebody else's
+        while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done # taken by another program
         step+=(torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks_per_node" --max-restarts 0
             --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt"
             --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --no-python)
@@ -89,7 +91,7 @@ requeue() { # requeue KIND LIMIT REASON: ends the script
 }
 
 note() { # note KIND REASON: in the log of the requeues
-    mkdir -p "$run_dir" 2>/dev/null && # the ranks may not have come so far
+    mkdir -p "$run_dir" 2>/dev/null && # the ranks may not have made it
         { echo "$SLURM_JOB_ID $1 $(date +%FT%T) attempt $attempt: $2" >>"$run_dir/requeues.log"; } 2>/dev/null
 }
 
@@ -100,7 +102,7 @@ leave_to_slurm() { # leave_to_slurm REASON: if SLURM is ending the job, and so k
 }
 
 requeue_now() { # requeue_now REASON: ends the script
-    say "$1; requeued"
+    log "$1; requeued"
     for _ in 1 2 3 4 5; do
         scontrol requeue "$SLURM_JOB_ID" && exit "$code"
         sleep 2
@@ -108,15 +110,15 @@ requeue_now() { # requeue_now REASON: ends the script
     die "$code" "it could not be requeued: submit it again with the same arguments"
 }
 
-was_stopped() { [[ -n $came || $(job PreemptTime) == 20* ]]; } # by a signal or a job of a higher priority
+was_stopped() { [[ -n $first_signal || $(job PreemptTime) == 20* ]]; } # by a signal or a job of a higher priority
 
 time_is_over() { [[ $SLURM_JOB_END_TIME =~ ^[0-9]+$ ]] && (($(date +%s) + 2 >= SLURM_JOB_END_TIME)); }
 
 train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
-    # 22.05 sets neither of the two for us: the end of the time, and the cores of a task in srun.
+    # SLURM 22.05 sets neither of the two: the end of the time, and the cores of a task in srun.
     [[ -n ${SLURM_JOB_END_TIME:-} ]] || SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null)
     export SLURM_JOB_END_TIME SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-    # What torchrun would otherwise set, or warn of, at some length; each rank sets its own number of threads.
+    # Else torchrun sets the first one and warns about it; each rank sets its own number of threads.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
     run_dir=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${srun_options[@]}" "${container[@]}" \
         python -m dist_cifar train --print-run-dir "${@:2}")
@@ -129,11 +131,11 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
     ((code == 0)) || die "$code" "python -m dist_cifar does not run on $(hostname); not requeued"
     local before now=none reason
     before=$(cat "$run_dir/status.json" 2>/dev/null)
-    say "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
+    log "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
     run_once "$@"
     [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
     if ((code == 0)) || [[ $now == done ]]; then
-        say "done"
+        log "done"
         exit 0
     fi
     case $now in
@@ -141,6 +143,6 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
     failed) reason="rank $(status rank) $(status reason)" ;;
     *) reason="exit code $code; see $run_dir/logs/$SLURM_JOB_ID-$attempt" ;;
     esac
-    ! was_stopped || requeue stopped "$max_requeues" "stopped (${came:-preempted}) before it could save: $reason"
+    ! was_stopped || requeue stopped "$max_requeues" "stopped (${first_signal:-preempted}) before it could save: $reason"
     requeue crashed "$max_restarts" "$reason"
 }

@@ -179,7 +179,7 @@ def test_files_and_functions_are_short_enough_to_read():
     assert long_functions <= LONG_FUNCTIONS, long_functions - LONG_FUNCTIONS
 
 
-LONG_FILES: set[str] = set()
+LONG_FILES = {"run/checkpoint.py"}
 LONG_FUNCTIONS: set[str] = set()
 
 

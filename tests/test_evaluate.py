@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.data.dataset import Split
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.evaluate import evaluate
@@ -33,8 +34,7 @@ def sharded(communicator: Communicator, size: int, batch_size: int, padded: bool
         module,
         split,
         indices,
-        mean=MEAN,
-        std=STD,
+        stats=ImageStats(MEAN, STD),
         num_classes=CLASSES,
         batch_size=batch_size,
         communicator=communicator,

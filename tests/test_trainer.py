@@ -25,7 +25,7 @@ from dist_cifar.data.batching import TrainingBatches
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.ops import numba_jit, precision
-from dist_cifar.optim.lr_schedule import Plateau
+from dist_cifar.optim.plateau import Plateau
 from dist_cifar.run import atomic_io, checkpoint, checkpointing
 from dist_cifar.stopping import Deadline
 from dist_cifar.strategy.ddp import DdpStrategy

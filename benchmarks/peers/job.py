@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchvision import transforms
 
 from dist_cifar.config import AugmentConfig, ModelConfig, OptimizerConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 
 AUGMENT, ADAM = AugmentConfig(), OptimizerConfig()
 CLIP_NORM = ADAM.max_grad_norm

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dist_cifar.config import describe
+from dist_cifar.config import AtResume, at_resume, describe
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 HEAD = """# Configuration
 
-Every field of a config, with its type and default; this page is written by `benchmarks/publish/config_reference.py`
-from `dist_cifar/config/schema.py`. In a YAML file a section holds its fields; on the command line a field is
-`section.field=value`. `python -m dist_cifar train --print-config` prints what would run.
+A config is a YAML file of sections, each of which holds its fields. On the command line a field is
+`section.field=value`, which takes precedence over the file. `dist-cifar train --help` lists every field as this page
+does, and `--print-config` prints what would run. An unknown key, a wrong type or an impossible value is an error that
+names the nearest right one. A key that was renamed is still read, with a warning.
 
-## What goes together
+This page is written by `make docs` from `dist_cifar/config/schema.py`.
+
+## What belongs together
 
 **Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both
 when a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
@@ -25,7 +29,7 @@ when a run first starts, takes bf16 if that saves a tenth or more, and says so; 
 accumulated. A virtual rank of `exact` is one forward and backward pass: choose the batch large enough that an eighth of
 it keeps a GPU busy.
 
-**Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint look at
+**Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint use
 them. The test set is read once, at the end, with the best checkpoint.
 
 ## The augmentation
@@ -36,7 +40,15 @@ with the same bits does the work (`augment.backend`); before it is used it is co
 and the CPU takes over if one bit differs. It has been checked through Triton's interpreter and its compiled
 instructions, and not yet been run on a GPU.
 
-![Augmented images per second on one core](augment.png)"""
+![Augmented images per second on one core](augment.png)
+
+## Fields
+
+*At resume* says whether a resumed run may have another value. *Free*: yes. *Not in `exact`*: the field changes how sums
+are rounded, so a run that stays in `exact` may not change it. The others decide the result; a resume that would change
+one is refused."""
+
+AT_RESUME = {AtResume.DECIDES: "", AtResume.ROUNDING: "not in `exact`", AtResume.FREE: "free"}
 
 
 def page() -> str:
@@ -46,11 +58,17 @@ def page() -> str:
         first, _, name = key.partition(".")
         if first != section:
             section = first
-            lines += ["", f"## {section}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        cells = (f"`{name}`", kind, f"`{default}`", text)
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| field | type | default | at resume | meaning |",
+                "|---|---|---|---|---|",
+            ]
+        cells = (f"`{name}`", kind, f"`{default}`", AT_RESUME[at_resume(key)], text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    Path(__file__).with_suffix(".md").write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draws the results of `augment.py` and `peers.py` as the README shows them.
+"""Draws the results of `augment.py` and `peers.py` as docs/performance.md and docs/configuration.md show them.
 
     python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png
     python benchmarks/publish/plot.py benchmarks/results/peers.json docs/peers.png
@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.legend_handler import HandlerTuple
-from readme import rounds
+from tables import rounds
 
 OURS, OTHERS, INK, FAINT = "#c2410c", "#64748b", "#1e293b", "#cbd5e1"
 OURS_LIGHT, OTHERS_LIGHT = "#fdba74", "#b6c2d1"

@@ -3,7 +3,7 @@
     python benchmarks/publish/tables.py
 
 Each block of a page between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name makes of
-`results/NAME.json`. A test runs it and finds nothing to change.
+`results/NAME.json`, or of the results that `SOURCES` names. A test runs it and finds nothing to change.
 """
 
 from __future__ import annotations
@@ -16,6 +16,68 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "benchmarks/results"
+
+
+def headline(
+    exactness: dict[str, Any],
+    schedules: dict[str, Any],
+    checkpoint_damage: dict[str, Any],
+    peers: dict[str, Any],
+    augment: dict[str, Any],
+    real_job: dict[str, Any],
+) -> str:
+    """The few figures of the README."""
+    hardware = {exactness["hardware"], schedules["hardware"], checkpoint_damage["hardware"], peers["hardware"]}
+    (machine,) = hardware | {augment["hardware"], real_job["hardware"]}
+    (length,) = {row["steps"] for row in exactness["results"]}
+    equal = sum(row["equal"] for row in exactness["results"])
+    compared = " and ".join(dict.fromkeys(MODELS[row["model"]] for row in exactness["results"]))
+    chains = {tuple(phase["world_sizes"]) for row in exactness["results"] for phase in row["phases"]}
+    sizes = ", ".join(str(chain[0]) for chain in sorted(chains) if len(chain) == 1)
+    killed = " -> ".join(map(str, next(chain for chain in chains if len(chain) > 1)))
+    ours, pil = (
+        next(row for row in augment["results"] if row["name"] == name) for name in ("dist_cifar", "torchvision PIL")
+    )
+    speeds = [
+        f"`{row['strategy']}` {_ratio(row, 'ratio')}"
+        for row in peers["comparisons"]
+        if (row["model"], row["shape"], row["precision"], row["against"]) == ("resnet20", "2x1", "bf16", "best tuned")
+    ]
+    accuracy, wall = real_job["spread"]["test_accuracy"], real_job["spread"]["wall_seconds"]
+    rows = [
+        (
+            f"same bits on {sizes} ranks, and killed and resumed on {killed}",
+            f"{equal} of {len(exactness['results'])} comparisons ({compared}, each in fp32 and bf16, {length} steps)",
+        ),
+        (
+            "runs killed at random moments that end with the weights of an undisturbed run",
+            f"{schedules['equal']} of {schedules['n']}",
+        ),
+        ("damaged checkpoints that are found", f"{checkpoint_damage['detected']:,} of {checkpoint_damage['n']:,}"),
+        (
+            "training speed over the fastest other program, tuned by hand (ResNet-20, bf16, 2 ranks)",
+            f"{', '.join(speeds)}; n = {rounds(peers)}",
+        ),
+        (
+            "augmentation on one core, with the pixels of torchvision's PIL transforms",
+            f"{ours['images_per_second_median']:,} images/s ({ours['images_per_second_min']:,} to"
+            f" {ours['images_per_second_max']:,}), {pil['ours_over_this_median']:.0f}x; n = {augment['rounds']}",
+        ),
+        (
+            "test accuracy of a ResNet-20 after three epochs on two CPU ranks",
+            f"{accuracy['median']:.1%} ({accuracy['min']:.1%} to {accuracy['max']:.1%}) in {wall['median']:.0f} s;"
+            f" n = {real_job['n']} seeds",
+        ),
+    ]
+    return "\n".join(
+        [
+            "| what | measured |",
+            "|---|---|",
+            *(f"| {what} | {measured} |" for what, measured in rows),
+            "",
+            f"Median (minimum to maximum) of n on an {machine}. No GPU has been measured yet.",
+        ]
+    )
 
 
 def real_job(result: dict[str, Any]) -> str:
@@ -253,12 +315,12 @@ def settings(result: dict[str, Any]) -> str:
 
 def exactness(result: dict[str, Any]) -> str:
     """The table of the digests."""
-    lines = ["| model | steps | world sizes | digest of the state | seconds, all phases |", "|---|---|---|---|---|"]
+    lines = ["| model | steps | world sizes | digest of the state | seconds, all trials |", "|---|---|---|---|---|"]
     for row in result["results"]:
-        phases = ", ".join(" -> ".join(map(str, phase["world_sizes"])) for phase in row["phases"])
-        seconds = sum(phase["seconds"] for phase in row["phases"])
+        trials = ", ".join(" -> ".join(map(str, trial["world_sizes"])) for trial in row["trials"])
+        seconds = sum(trial["seconds"] for trial in row["trials"])
         digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
-        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {phases} | {digest} | {seconds:,.0f} |")
+        lines.append(f"| {row['model']} {row['precision']} | {row['steps']} | {trials} | {digest} | {seconds:,.0f} |")
     where = f"With {result['data']} as the images, batch 128, on an {result['hardware']}"
     load = f"which did other work as well (load average {result['load_average_before']:g} at the start)"
     return "\n".join([*lines, "", f"{where}, {load}."])
@@ -359,35 +421,42 @@ def preemption(result: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
-    "README.md": {
-        "real_job": real_job,
+BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
+    "README.md": {"headline": headline},
+    "docs/exactness.md": {
+        "exactness": exactness,
+        "strategy": strategy,
+        "schedules": schedules,
+        "checkpoint_damage": checkpoint_damage,
+    },
+    "docs/launching.md": {"real_job": real_job},
+    "docs/performance.md": {
         "peers": peers,
         "augment": augment,
         "epoch": epoch,
-        "exactness": exactness,
-        "slurm": slurm,
-    },
-    "docs/exactness.md": {"strategy": strategy, "schedules": schedules, "checkpoint_damage": checkpoint_damage},
-    "docs/performance.md": {
         "constant": constant,
         "startup": startup,
         "scaling": scaling,
         "overhead": overhead,
         "settings": settings,
     },
-    "docs/slurm.md": {"slurm": preemption},
+    "docs/slurm.md": {"slurm": slurm, "preemption": preemption},
 }
 
 
-SOURCES = {"constant": "peers"}
-"""Blocks whose figures are in a result of another name."""
+SOURCES = {
+    "constant": ("peers",),
+    "headline": ("exactness", "schedules", "checkpoint_damage", "peers", "augment", "real_job"),
+    "preemption": ("slurm",),
+}
+"""Blocks whose figures are in results of other names, in the order of the function's arguments."""
 
 
 def updated(page: str, text: str) -> str:
     """The text of a page with its figures as the results say."""
     for name, make in BLOCKS[page].items():
-        figures = make(json.loads((RESULTS / f"{SOURCES.get(name, name)}.json").read_text()))
+        results = SOURCES.get(name, (name,))
+        figures = make(*(json.loads((RESULTS / f"{result}.json").read_text()) for result in results))
         block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         text, count = block.subn(lambda match, figures=figures: match[1] + figures + match[2], text)
         assert count == 1, f"{page} has {count} blocks {name}"

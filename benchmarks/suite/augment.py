@@ -32,7 +32,8 @@ from torchvision.transforms import v2
 from dist_cifar.augment import cpu
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops import numba_jit
-from dist_cifar.tools.bench import BATCH, MEAN, STD, augmenter, hardware, images_per_second
+from dist_cifar.run.provenance import hardware
+from dist_cifar.tools.bench import BATCH, MEAN, STD, augmenter, images_per_second
 
 CONFIG = AugmentConfig()
 OURS, PEER = "dist_cifar", "torchvision PIL"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -29,10 +30,10 @@ import torch
 
 from dist_cifar.config import ModelConfig
 from dist_cifar.errors import CheckpointError
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.run import checkpoint
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
+from dist_cifar.tracking.console import LineHandler
 
 STEPS = (10, 20, 30)
 Saved = tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]
@@ -272,10 +273,15 @@ class Range:
         whole = max(present.keys() - damaged, key=age)
         before = {name for name in damaged if age(name) > age(whole)}
         said: list[str] = []
+        handler = LineHandler(said.append)
+        self._code.logger.addHandler(handler)
+        self._code.logger.setLevel(logging.INFO)
         try:
-            loaded = self._code.CheckpointStore(self._shot_at, keep_last=1, say=said.append).load_newest()
+            loaded = self._code.CheckpointStore(self._shot_at, keep_last=1).load_newest()
         except CheckpointError:
             return Verdict(detected=refused == damaged, fell_back=False)
+        finally:
+            self._code.logger.removeHandler(handler)
         passed_over = [line for line in said if "passed over" in line]
         named = all(any(f"{name}:" in line for line in passed_over) for name in before)
         right = loaded.path.name == whole and (_digests(loaded.tensors), loaded.state) == self._expected[loaded.step]

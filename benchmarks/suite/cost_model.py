@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import build_model
-from dist_cifar.strategy import exact
+from dist_cifar.models import build_model
+from dist_cifar.strategy import reduction_queue
 
 HIDDEN_SHARE = 0.55
 """Of a pass: its backward takes two thirds, and in ResNet-18 the first bucket is ready after a sixth of that."""
@@ -94,7 +94,8 @@ def _all_to_all_seconds(size: float, ranks: int, cluster: Cluster) -> float:
 def exact_bucket_counts(model: str) -> list[int]:
     """Elements of each bucket of gradients of strategy `exact`, in their order."""
     parameters = _parameters(model)
-    return [sum(parameter.numel() for parameter in parameters[place]) for place in exact._cut(parameters)]
+    places = reduction_queue.partition(parameters)
+    return [sum(parameter.numel() for parameter in parameters[place]) for place in places]
 
 
 def exact_bucket_bytes(model: str) -> list[int]:

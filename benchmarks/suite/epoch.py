@@ -29,9 +29,8 @@ from dist_cifar.config import load_config
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
-from dist_cifar.run.provenance import versions
+from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools.bench import hardware
 from dist_cifar.trainer import Trainer
 
 RANKS = 2

@@ -1,4 +1,4 @@
-"""Is the result the same, to the last bit, for every world size, and for a run that is killed and goes on?
+"""Is the result the same, to the last bit, for every world size, and for a run that is killed and resumes?
 
     python benchmarks/suite/exactness.py PATH_TO_FOLDER_OR_ZIP
 
@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = {"resnet20": "cpu_resnet20", "resnet18": "cifar10_resnet18"}

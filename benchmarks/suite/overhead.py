@@ -40,8 +40,7 @@ import torch
 from dist_cifar.config import Config, load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.trainer import AsyncAnyReduce, Trainer
 
 RANKS = 2

@@ -47,8 +47,7 @@ from dist_cifar.augment import cpu
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.ops import fused_batchnorm, numba_jit
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = REPOSITORY / "benchmarks/peers"
@@ -466,7 +465,7 @@ def prepare(data: Path, scratch: Path) -> None:
     images.mkdir()
     np.save(images / "images.npy", dataset.train.images)
     np.save(images / "labels.npy", dataset.train.labels)
-    normalisation = {"mean": list(map(float, dataset.mean)), "std": list(map(float, dataset.std))}
+    normalisation = {"mean": list(map(float, dataset.stats.mean)), "std": list(map(float, dataset.stats.std))}
     (images / "statistics.json").write_text(json.dumps(normalisation), encoding="utf-8")
     numba_jit.warm_up(warm_up_kernels, print)
 

@@ -41,10 +41,10 @@ from dist_cifar.config import ModelConfig, OptimizerConfig, load_config
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
+from dist_cifar.run.provenance import hardware, versions
+from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 from dist_cifar.trainer import Trainer
 
 MODELS = ("resnet20", "resnet18")

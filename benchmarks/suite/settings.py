@@ -36,8 +36,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.ops import precision
 from dist_cifar.ops.malloc import keep_freed_memory
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.trainer import Trainer
 
 GLOBAL_BATCH = 128

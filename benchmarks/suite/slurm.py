@@ -24,9 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from dist_cifar.run.atomic_io import write_atomic  # noqa: E402
-from dist_cifar.run.provenance import versions  # noqa: E402
+from dist_cifar.run.provenance import hardware, versions  # noqa: E402
 from dist_cifar.run.run_dir import RunDir  # noqa: E402
-from dist_cifar.tools.bench import hardware  # noqa: E402
 from tests.integration.slurm.clusters import Cluster  # noqa: E402
 
 ARGUMENTS = ("--config", "configs/quickstart.yaml", "run.log_every_steps=1", "tracking.wandb=disabled")

@@ -35,8 +35,7 @@ from typing import Any
 import yaml
 from peers import BIN, GLOBAL_BATCH, PEERS, PROGRAMS, REPOSITORY, prepare
 
-from dist_cifar.run.provenance import versions
-from dist_cifar.tools.bench import hardware
+from dist_cifar.run.provenance import hardware, versions
 
 RANKS = (1, 2)
 MODELS = ("resnet20", "resnet18")

@@ -47,13 +47,13 @@ from torch.nn.functional import cross_entropy
 from dist_cifar.config import ModelConfig, load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv, available_cores, read_env
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.optim.lr_schedule import plan_batches
-from dist_cifar.run.provenance import versions
-from dist_cifar.strategy import build_strategy, exact, tree_reduce
+from dist_cifar.run.provenance import hardware, versions
+from dist_cifar.strategy import build_strategy, reduction_queue, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
-from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, hardware
+from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
 RANKS = (1, 2, 4)
 MODELS = ("resnet20", "resnet18")
@@ -235,8 +235,8 @@ PIECES = (
     (tree_reduce, "tree_sum", "sum_over_ranks"),
     (Communicator, "all_to_all", "all_to_all"),
     (Communicator, "all_gather", "all_gather"),
-    (BatchNormStats, "rewind", "statistics"),
-    (exact._Reductions, "wait", "waiting_for_reductions"),
+    (BatchNormStats, "restore", "statistics"),
+    (reduction_queue.ReductionQueue, "wait", "waiting_for_reductions"),
 )
 """What an instrumented step of `exact` times, and under which name. `reduce` holds packing and the exchange."""
 

@@ -1,5 +1,5 @@
-"""Training augmentation: `policy` draws the parameters of a batch, `kernel` applies them fast, `reference` says what
-they mean.
+"""Training augmentation: `params` samples the parameters of a batch, `cpu` and `triton_gpu` apply them fast, `backend`
+chooses between the two, `reference` defines what they compute.
 
 The parameters of an image depend on (seed, epoch, index of the image) alone. Nothing here knows of ranks.
 """

@@ -1,6 +1,6 @@
-"""Decides whether the CPU or a GPU augments, and gives the function that does.
+"""Chooses the backend that augments: the CPU's kernel or the GPU's.
 
-Contract: the bits do not depend on the place. triton is imported only where a GPU may augment.
+Contract: the bits do not depend on the backend. triton is imported only where a GPU may augment.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import cpu
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import ConfigError
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKED_IMAGES = 128
 Augmenter = Callable[[npt.NDArray[np.int64], AugmentParams], torch.Tensor]
-"""Indices and the parameters of each to the network's input, float32 [n, 3, 32, 32] in channels-last memory format."""
+"""From indices and their parameters to the network's input, float32 [n, 3, 32, 32] in channels-last memory format."""
 
 
 def augments_on_device(setting: str, device: torch.device) -> bool:
@@ -49,39 +50,38 @@ def augments_on_device(setting: str, device: torch.device) -> bool:
 def augmenter(
     setting: str,
     images: npt.NDArray[np.uint8],
-    mean: npt.ArrayLike,
-    std: npt.ArrayLike,
+    stats: ImageStats,
     *,
     device: torch.device,
 ) -> Augmenter:
-    """Augments `images`, uint8 [N, 32, 32, 3], as `kernel.augment` does, where `augment.backend` says.
+    """The function that augments `images`, uint8 [N, 32, 32, 3], on the backend that `augment.backend` names.
 
-    Before a GPU augments, it shows on a few images that it gives the CPU's bits. If it does not, `auto` falls back to
-    the CPU and says so, and `device` raises `ConfigError`.
+    A GPU is first compared with the CPU on a few images. If the bits differ, `auto` falls back to the CPU and logs
+    that, and `device` raises `ConfigError`.
     """
 
     def on_cpu(indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:
-        return cpu.augment(images, indices, params, mean, std)
+        return cpu.augment(images, indices, params, stats)
 
     if not augments_on_device(setting, device):
         return on_cpu
     try:
         from dist_cifar.augment.triton_gpu import DeviceAugmenter
 
-        on_device = DeviceAugmenter(images, mean, std, device)
+        on_device = DeviceAugmenter(images, stats, device)
         reason = None if gives_same_bits(on_device, on_cpu, len(images)) else "it does not give the bits of the CPU"
-    except Exception as error:  # a compiler and a driver stand behind this: anything may come
+    except Exception as error:  # a compiler and a driver may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if reason is None:
         return on_device
     if setting == "auto":
-        logger.info(f"augmentation on the CPU, for its kernel on {device} fails: {reason}")
+        logger.info(f"augmentation on the CPU, because its kernel on {device} fails: {reason}")
         return on_cpu
     raise ConfigError(f"augment.backend: device was set and its kernel fails: {reason}; set augment.backend=cpu")
 
 
 def gives_same_bits(first: Augmenter, second: Augmenter, count: int) -> bool:
-    """Whether two augmenters of `count` images agree on some of them, under every policy."""
+    """Whether two augmenters of `count` images agree on some of them, under every policy that changes any."""
     indices = np.arange(min(count, _CHECKED_IMAGES))
     for name in ("seed", "flip_crop"):
         params = sample_params(AugmentConfig(policy=name), seed=0, epoch=0, indices=indices)

@@ -1,4 +1,4 @@
-"""Applies augmentation parameters to a batch in one compiled pass over each image.
+"""Applies augmentation parameters on the CPU, in one compiled pass over each image of a batch.
 
 Contract: the result equals `reference` bit for bit: `augment_pixels` the uint8 image after crop, flip, rotation,
 jitter and sharpness, `augment` the normalised tensor with its box erased. Nothing depends on the batch that an image
@@ -20,12 +20,14 @@ import torch
 from numba.core import types
 from numba.extending import intrinsic
 
+from dist_cifar.augment.image import IMAGE_SIZE, UNSCALED, ImageStats, require_images
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops.numba_jit import compiled, inlined
 
 # numba freezes these into its disk cache and looks at no other file for changes: none may be imported.
 _SIDE = 32
+assert _SIDE == IMAGE_SIZE
 _PIXELS = _SIDE * _SIDE
 _RED, _GREEN, _BLUE = 0, _PIXELS, 2 * _PIXELS
 _BRIGHTNESS, _CONTRAST = 0, 1
@@ -41,19 +43,18 @@ def augment(
     images: npt.NDArray[np.uint8],
     indices: npt.ArrayLike,
     params: AugmentParams,
-    mean: npt.ArrayLike,
-    std: npt.ArrayLike,
+    stats: ImageStats,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The network's input: the images `indices` of uint8 [N, 32, 32, 3], augmented, normalised and erased.
 
-    `images` is contiguous and may be a memory map. Row i of `params` belongs to `indices[i]`. `mean` and `std`: three
-    numbers each, in units of [0, 1]. `out`: float32 or bfloat16 [n, 3, 32, 32] in channels-last memory format, new
-    float32 memory if None; bfloat16 is the float32 result rounded to nearest even. Returns `out`.
+    `images` is contiguous and may be a memory map. Row i of `params` belongs to `indices[i]`. `out`: float32 or
+    bfloat16 [n, 3, 32, 32] in channels-last memory format, new float32 memory if None; bfloat16 is the float32 result
+    rounded to nearest even. Returns `out`.
     """
     if out is None:
         out = _new_batch(np.size(indices))
-    _run(images, indices, params, params.box, mean, std, out)
+    _run(images, indices, params, params.box, stats, out)
     return out
 
 
@@ -62,35 +63,34 @@ def augment_pixels(
 ) -> npt.NDArray[np.uint8]:
     """What `augment` normalises: the images `indices` after all operations but erasing, uint8 [n, 32, 32, 3].
 
-    The same compiled pass; with mean 0 and deviation 1 each value v comes out as v / 255.
+    The same compiled pass; with `UNSCALED` statistics each value v comes out as v / 255.
     """
     scaled = _new_batch(np.size(indices))
-    _run(images, indices, params, np.zeros_like(params.box), (0, 0, 0), (1, 1, 1), scaled)
+    _run(images, indices, params, np.zeros_like(params.box), UNSCALED, scaled)
     return scaled.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def normalize(
     images: npt.NDArray[np.uint8],
     indices: npt.ArrayLike,
-    mean: npt.ArrayLike,
-    std: npt.ArrayLike,
+    stats: ImageStats,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The images `indices` as `augment` gives them when no operation is drawn: the path of evaluation."""
+    """The images `indices` normalised but not augmented, otherwise as by `augment`: the path of evaluation."""
     if out is None:
         out = _new_batch(np.size(indices))
-    _normalize_batch(*_gathered(images, indices), _scales(mean, std), *_memory(out, np.size(indices)))
+    _normalize_batch(*_gathered(images, indices), _scales(stats), *_memory(out, np.size(indices)))
     return out
 
 
 def warm_up() -> None:
-    """One image each way: has the kernels compiled, or loaded from numba's cache."""
+    """Compiles the kernels, or loads them from numba's cache, by running each on one image."""
     image, index = np.zeros((1, _SIDE, _SIDE, 3), np.uint8), [0]
-    augment(image, index, sample_params(AugmentConfig(), seed=0, epoch=0, indices=index), (0, 0, 0), (1, 1, 1))
-    normalize(image, index, (0, 0, 0), (1, 1, 1))
+    augment(image, index, sample_params(AugmentConfig(), seed=0, epoch=0, indices=index), UNSCALED)
+    normalize(image, index, UNSCALED)
 
 
-# --- arguments of the compiled code: it checks no bounds, so this does -------------------------------------------
+# --- arguments of the compiled code, which checks no bounds itself -----------------------------------------------
 
 
 def _run(
@@ -98,8 +98,7 @@ def _run(
     indices: npt.ArrayLike,
     params: AugmentParams,
     box: npt.NDArray[np.int16],
-    mean: npt.ArrayLike,
-    std: npt.ArrayLike,
+    stats: ImageStats,
     out: torch.Tensor,
 ) -> None:
     n = np.size(indices)
@@ -114,7 +113,7 @@ def _run(
         params.factors,
         params.sharpness,
         box,
-        _scales(mean, std),
+        _scales(stats),
         *_memory(out, n),
     )
 
@@ -123,8 +122,7 @@ def _gathered(
     images: npt.NDArray[np.uint8], indices: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
     """The images as words [N, 768] of four bytes, read-only, and the indices as int64 [n]."""
-    if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE, 3) or not images.flags.c_contiguous:
-        raise ValueError(f"images must be contiguous uint8 [N, 32, 32, 3], found {images.dtype} {list(images.shape)}")
+    require_images(images)
     rows = np.ascontiguousarray(indices, np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
         raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(images)} images")
@@ -133,9 +131,9 @@ def _gathered(
     return words, rows
 
 
-def _scales(mean: npt.ArrayLike, std: npt.ArrayLike) -> tuple[tuple[np.float32, ...], ...]:
+def _scales(stats: ImageStats) -> tuple[tuple[np.float32, ...], ...]:
     """For each channel the mean, the deviation, and the inverse of the deviation as a sum of two numbers."""
-    shift, scale = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    shift, scale = np.asarray(stats.mean, np.float32), np.asarray(stats.std, np.float32)
     inverse = 1.0 / scale.astype(np.float64)
     high = inverse.astype(np.float32)
     low = (inverse - high).astype(np.float32)
@@ -163,7 +161,7 @@ def _memory(out: torch.Tensor, n: int) -> tuple[npt.NDArray[np.float32], npt.NDA
 
 @intrinsic
 def _fma(typing_context, factor, other, term):
-    """factor * other + term with one rounding, which LLVM writes as one instruction where the CPU has it."""
+    """Computes factor * other + term with one rounding, which LLVM writes as one instruction where the CPU has it."""
 
     def generate(context, builder, signature, arguments):
         return builder.fma(*arguments)
@@ -173,7 +171,7 @@ def _fma(typing_context, factor, other, term):
 
 @inlined
 def _times_inverse(number, high, low):
-    """number / divisor, the inverse of the divisor being high + low: wrong in the last bit for few numbers if any.
+    """Computes number / divisor from high + low, the inverse of the divisor; few numbers if any have a wrong last bit.
 
     Brisebarre, Muller and Raina, "Accelerating correctly rounded floating-point division when the divisor is known in
     advance", 2004.
@@ -183,7 +181,7 @@ def _times_inverse(number, high, low):
 
 @inlined
 def _divide(number, divisor, high, low):
-    """number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
+    """Computes number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
 
     Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
     """
@@ -239,7 +237,7 @@ def _crop(packed, down, right, cropped):
 def _locate(flip, angle, source):
     """For each pixel the number of the pixel it comes from, _PIXELS if that lies outside.
 
-    PIL's nearest neighbour: the inverse rotation about the centre in 16.16 fixed point, advance from pixel to pixel.
+    PIL's nearest neighbour: the inverse rotation about the centre in 16.16 fixed point, advanced from pixel to pixel.
     For 0, 90, 180 and 270 degrees, which PIL does by copying, the coordinates are exact and give the same pixels.
     """
     radians = -(angle % 360.0) * (math.pi / 180.0)

@@ -1,7 +1,7 @@
 """Applies augmentation parameters on a GPU to a data set that is resident there: a Triton kernel, one program an image.
 
-Contract: the result has the bits of `kernel.augment`, and so of `reference`. Nothing depends on the batch that an image
-is in. Importing this module imports triton; `place` decides whether it is used.
+Contract: the result has the bits of `cpu.augment`, and so of `reference`. Nothing depends on the batch that an image is
+in. Importing this module imports triton; `backend` decides whether it is used.
 
 Why the bits are the same:
 - Pixels are whole numbers in int32 from the gather to the table at the end. Rotation (16.16 fixed point), grey, the
@@ -14,7 +14,7 @@ Why the bits are the same:
   they are truncated to 0.
 - There is no division by a variable. `(2 * total + 13) // 26` is PIL's rounding of thirteenths, a division by a
   constant of a number that is not negative.
-- ToTensor, Normalize and the rounding to bfloat16 are read from a table of 256 values a channel that `kernel` made.
+- ToTensor, Normalize and the rounding to bfloat16 are read from a table of 256 values a channel that `cpu` made.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ import triton
 import triton.language as tl
 
 from dist_cifar.augment import cpu
+from dist_cifar.augment.image import IMAGE_SHAPE, IMAGE_SIZE, ImageStats, require_images
 from dist_cifar.augment.params import AugmentParams
-from dist_cifar.data.prefetch import upload
+from dist_cifar.ops.transfer import upload
 
 # Triton reads globals as constexpr only.
 _SIDE, _PIXELS = tl.constexpr(32), tl.constexpr(1024)
+assert _SIDE.value == IMAGE_SIZE
 _BRIGHTNESS, _CONTRAST = tl.constexpr(0), tl.constexpr(1)
 # Columns of what `pack` gives.
 _INDEX, _SHIFT_DOWN, _SHIFT_RIGHT, _MIRROR = (tl.constexpr(column) for column in range(4))
@@ -48,19 +50,17 @@ class DeviceAugmenter:
     def __init__(
         self,
         images: npt.NDArray[np.uint8],
-        mean: npt.ArrayLike,
-        std: npt.ArrayLike,
+        stats: ImageStats,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Copies `images`, uint8 [N, 32, 32, 3], to `device`; `dtype` of the result is float32 or bfloat16."""
-        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-            raise ValueError(f"images must be uint8 [N, 32, 32, 3], found {images.dtype} {list(images.shape)}")
+        require_images(images)
         self._images = torch.tensor(images, device=device)
-        self._table = normalized_values(mean, std, dtype).to(device)
+        self._table = normalized_values(stats, dtype).to(device)
 
     def __call__(self, indices: npt.ArrayLike, params: AugmentParams) -> torch.Tensor:
-        """What `kernel.augment` gives: [n, 3, 32, 32] in channels-last memory format, on the device.
+        """What `cpu.augment` gives: [n, 3, 32, 32] in channels-last memory format, on the device.
 
         Row i of `params` belongs to `indices[i]`. Copy and kernel are put on the current stream of the device, which
         must be the current one; the call does not wait for them.
@@ -70,7 +70,7 @@ class DeviceAugmenter:
             raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(self._images)} images")
         packed = upload(torch.from_numpy(pack(rows, params)), self._images.device)
         out = torch.empty(
-            (len(rows), 3, 32, 32),
+            (len(rows), 3, IMAGE_SIZE, IMAGE_SIZE),
             dtype=self._table.dtype,
             device=self._images.device,
             memory_format=torch.channels_last,
@@ -79,11 +79,11 @@ class DeviceAugmenter:
         return out
 
 
-def normalized_values(mean: npt.ArrayLike, std: npt.ArrayLike, dtype: torch.dtype) -> torch.Tensor:
-    """What ToTensor and Normalize make of each value of a byte in each channel: [256, 3]."""
-    values = np.arange(1024).astype(np.uint8).repeat(3).reshape(1, 32, 32, 3)
-    out = torch.empty((1, 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
-    return cpu.normalize(values, [0], mean, std, out).permute(0, 2, 3, 1).reshape(1024, 3)[:256].contiguous()
+def normalized_values(stats: ImageStats, dtype: torch.dtype) -> torch.Tensor:
+    """What ToTensor and Normalize make of each value of a byte, for each channel: [256, 3]."""
+    values = np.arange(_PIXELS.value).astype(np.uint8).repeat(3).reshape(1, *IMAGE_SHAPE)
+    out = torch.empty((1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=dtype, memory_format=torch.channels_last)
+    return cpu.normalize(values, [0], stats, out).permute(0, 2, 3, 1).reshape(-1, 3)[:256].contiguous()
 
 
 def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[np.int32]:
@@ -108,7 +108,7 @@ def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[n
 def _rotation(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """PIL's inverse rotation in 16.16 fixed point, [n, 5]: x and y of the first pixel's source, then the steps.
 
-    The formulas of `kernel`. The cosine is Python's, as in PIL: NumPy's may differ in the last bit.
+    The formulas of `cpu`. The cosine is Python's, as in PIL: NumPy's may differ in the last bit.
     """
     radians = (-(angle % 360.0) * (math.pi / 180.0)).tolist()
     cos = np.rint(np.array([math.cos(number) for number in radians]) * 1e15) / 1e15
@@ -123,9 +123,9 @@ def _rotation(angle: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 @triton.jit
-def _reflect(place):
-    """A row or column beyond the border is the one as far on this side of the outermost."""
-    return 31 - tl.abs(31 - tl.abs(place))
+def _reflect(position):
+    """A row or column beyond the border is reflected at the outermost one."""
+    return 31 - tl.abs(31 - tl.abs(position))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Reads a config: the defaults, a YAML file, `key=value` overrides; checks it and prints it.
+"""Reads, checks and prints a config: the defaults, then a YAML file, then `key=value` overrides.
 
 Contract: `load_config(path, overrides)` returns a `Config` in which every value has its declared type and range, or
 raises `ConfigError` with one line that names the path of the key, the value found and what to do. No torch is imported.
@@ -10,23 +10,21 @@ import ast
 import dataclasses
 import inspect
 import logging
-import math
 import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 
 from dist_cifar.config import schema
-from dist_cifar.config.schema import HINTS, SECTIONS, Config, Range
-from dist_cifar.errors import ConfigError, nearest, nearest_path
+from dist_cifar.config.schema import HINTS, SECTIONS, Config
+from dist_cifar.config.values import accepts_text, convert, show, type_name
+from dist_cifar.errors import ConfigError, did_you_mean, nearest_path
 
 logger = logging.getLogger(__name__)
 
-_MOVED = {
+MOVED = {
     "batch.virtual_ranks": "strategy.virtual_ranks",
     "data.device_augment": "augment.backend",
     "optimizer.clip_norm": "optimizer.max_grad_norm",
@@ -38,7 +36,7 @@ _MOVED = {
     "train.strategy": "strategy.name",
     "train.zero_stage": "strategy.zero_stage",
 }
-"""Keys that have another name now. They are still read, with a warning: configs and job scripts outlive a checkout."""
+"""Keys that have another name now. They are still read, because configs, job scripts and runs outlive a checkout."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +56,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def config_from_values(values: Mapping[str, Any]) -> Config:
     """A `Config` from dotted keys (`{"optimizer.lr": 1e-3}`), each value already of its type; the rest are defaults."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for key, value in values.items():
+    for key, value in with_current_keys(values).items():
         section, _, name = key.partition(".")
         sections[section][name] = value
     config = Config(**{name: SECTIONS[name](**fields) for name, fields in sections.items()})
@@ -66,6 +64,11 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     if config.run.dir is None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{config.run.name}"))
     return config
+
+
+def with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the names that their keys have now."""
+    return {MOVED.get(key, key): value for key, value in values.items()}
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -89,11 +92,14 @@ def to_yaml(config: Config) -> str:
 
 
 def describe() -> list[tuple[str, str, str, str]]:
-    """(key, type, default, docstring) of every field, in the order of the declaration."""
+    """(key, type, default, docstring) of every field, in the order of the declaration.
+
+    Docstrings are read from the source, and empty where the package is installed without it.
+    """
     docs = _field_docs()
     defaults = flatten(Config())
     return [
-        (f"{section}.{name}", _type_name(hint), show(defaults[f"{section}.{name}"]), docs[section][name])
+        (f"{section}.{name}", type_name(hint), show(defaults[f"{section}.{name}"]), docs.get(f"{section}.{name}", ""))
         for section, hints in HINTS.items()
         for name, hint in hints.items()
     ]
@@ -129,7 +135,7 @@ def _parse_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, _Loader)  # a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{origin}: line {line}: not YAML: {error.problem}; mend the line") from None
+        raise ConfigError(f"{origin}: line {line}: not YAML: {error.problem}; fix the line") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
 
@@ -156,36 +162,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             continue
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: {section}: found {show(fields)}; write its keys below it, one a line")
-        for name, value in fields.items():
-            key = _current_key(f"{section}.{name}", str(path))
-            values[key] = _convert(_hint(key, str(path)), value, key, str(path))
-    return values
+        values |= {f"{section}.{name}": value for name, value in fields.items()}
+    values = _rename(values, str(path))
+    return {key: convert(_hint(key, str(path)), value, key, str(path)) for key, value in values.items()}
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    origin = "command line"
+    texts: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"argument {override!r}: not an option and not key=value; write e.g. train.epochs=3")
-        key = _current_key(key, "command line")
-        hint = _hint(key, "command line")
-        value = _parse_yaml(text, f"command line: {key}")
-        bare = _bare(hint)
-        if _accepts_text(bare) and not (value is None and _is_optional(bare)):
+        if key in texts:
+            raise ConfigError(f"{origin}: {key} is given twice; give it once")
+        texts[key] = text
+    values: dict[str, Any] = {}
+    for key, text in _rename(texts, origin).items():
+        hint = _hint(key, origin)
+        value = _parse_yaml(text, f"{origin}: {key}")
+        if accepts_text(hint, is_null=value is None):
             value = text  # run.name=007 is a name, not a number
-        if key in values:
-            raise ConfigError(f"command line: {key} is given twice; give it once")
-        values[key] = _convert(hint, value, key, "command line")
+        values[key] = convert(hint, value, key, origin)
     return values
 
 
-def _current_key(key: str, origin: str) -> str:
-    """The name that a key has now, if it is one of `_MOVED`; otherwise the key itself."""
-    if key not in _MOVED:
-        return key
-    logger.warning("warning: %s: %s is now called %s", origin, key, _MOVED[key])
-    return _MOVED[key]
+def _rename(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """`values` under the current names of their keys; a warning names those that have moved."""
+    moved = [f"{key} is now {MOVED[key]}" for key in values if key in MOVED]
+    if moved:
+        logger.warning("warning: %s: keys have new names: %s", origin, ", ".join(moved))
+    for key in values:
+        if MOVED.get(key) in values:
+            raise ConfigError(f"{origin}: {key} is the old name of {MOVED[key]}, which is given too; remove {key}")
+    return with_current_keys(values)
 
 
 def _update(values: dict[str, Any], layer: dict[str, Any]) -> None:
@@ -198,6 +208,7 @@ def _update(values: dict[str, Any], layer: dict[str, Any]) -> None:
 
 
 def _hint(key: str, origin: str) -> Any:
+    """The annotated type of a key. Raises `ConfigError` if there is no such key."""
     section, _, name = key.partition(".")
     if section in HINTS and name in HINTS[section]:
         return HINTS[section][name]
@@ -205,100 +216,18 @@ def _hint(key: str, origin: str) -> Any:
     raise ConfigError(f"{origin}: {_unknown(key, known)}")
 
 
-def _unknown(key: str, known: typing.Iterable[str]) -> str:
+def _unknown(key: str, known: Iterable[str]) -> str:
     known = list(known)
     by_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    suggestion = _nearest(key, known) or (f"; did you mean {by_last_part[0]}?" if by_last_part else "")
+    suggestion = did_you_mean(key, known) or (f"; did you mean {by_last_part[0]}?" if by_last_part else "")
     return f"{key}: unknown key{suggestion or ';'} `python -m dist_cifar train --help` lists them all"
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    match = nearest(word, known)
-    return f"; did you mean {match}?" if match else ""
-
-
-# --- types -------------------------------------------------------------------------------------------------------
-
-
-_SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
-"""Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
-
-
-def _convert(hint: Any, value: Any, key: str, origin: str) -> Any:
-    """`value` as the type of `hint`, or `ConfigError`. An int is a float too; nothing else is turned into another."""
-    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _convert(arguments[0], value, key, origin)
-    if kind is Annotated:
-        converted = _convert(arguments[0], value, key, origin)
-        for bounds in arguments[1:]:
-            if isinstance(bounds, Range) and converted not in bounds:
-                raise ConfigError(f"{origin}: {key}: must be {bounds}, found {show(value)}")
-        return converted
-    if kind is Literal:
-        if isinstance(value, bool) and "on" in arguments:
-            value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
-        if value in arguments:
-            return value
-        hint = _nearest(_SAME.get(str(value), str(value)), arguments)
-        raise ConfigError(f"{origin}: {key}: must be one of {', '.join(arguments)}, found {show(value)}{hint}")
-    if kind is tuple:
-        many = arguments[-1] is Ellipsis
-        if not isinstance(value, list | tuple) or (not many and len(value) != len(arguments)):
-            wanted = "a list" if many else f"a list of {len(arguments)}"
-            raise ConfigError(f"{origin}: {key}: must be {wanted}, found {show(value)}; write e.g. [a, b]")
-        hints = [arguments[0]] * len(value) if many else arguments
-        return tuple(_convert(hint, item, key, origin) for hint, item in zip(hints, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{origin}: {key}: must be {_type_name(hint)}, found {show(value)}")
-    return value
-
-
-def _is_optional(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _bare(hint: Any) -> Any:
-    """The type without its annotations."""
-    return _bare(typing.get_args(hint)[0]) if typing.get_origin(hint) is Annotated else hint
-
-
-def _accepts_text(hint: Any) -> bool:
-    return hint is str or typing.get_origin(hint) is Literal or (_is_optional(hint) and str in typing.get_args(hint))
-
-
-def _type_name(hint: Any) -> str:
-    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(argument) for argument in arguments)
-    if kind is Annotated:
-        return " ".join(
-            [_type_name(arguments[0]), *(str(bounds) for bounds in arguments[1:] if isinstance(bounds, Range))]
-        )
-    if kind is Literal:
-        return " | ".join(arguments)
-    if kind is tuple:
-        inside = (
-            f"{_type_name(arguments[0])}, ..."
-            if arguments[-1] is Ellipsis
-            else ", ".join(_type_name(argument) for argument in arguments)
-        )
-        return f"[{inside}]"
-    return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
-
-
-def show(value: Any) -> str:
-    """A value as YAML would write it, on one line, so that what is printed can be typed."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+# --- checking ----------------------------------------------------------------------------------------------------
 
 
 def _check(config: Config) -> None:
-    """What no single field can say of itself."""
+    """Raises `ConfigError` where fields contradict each other."""
     batch, augment, data, strategy = config.batch, config.augment, config.data, config.strategy
     if (batch.global_size is None) == (batch.per_rank_size is None):
         both = "both" if batch.global_size is not None else "neither"
@@ -306,7 +235,7 @@ def _check(config: Config) -> None:
             f"batch: {both} of global_size and per_rank_size set ({show(batch.global_size)},"
             f" {show(batch.per_rank_size)}); set exactly one, the other null"
         )
-    if config.strategy.name == "exact":
+    if strategy.name == "exact":
         if batch.global_size is None:
             raise ConfigError(
                 "batch.per_rank_size: in strategy.name=exact nothing depends on the world size, the batch neither;"
@@ -336,15 +265,18 @@ def _check(config: Config) -> None:
         raise ConfigError(f"run.name: must be a name without '/', found {show(config.run.name)}")
 
 
-def _field_docs() -> dict[str, dict[str, str]]:
-    """The docstring under each field: {section: {field: text}}."""
+def _field_docs() -> dict[str, str]:
+    """Key to the docstring under its field."""
+    try:
+        source = inspect.getsource(schema)
+    except OSError:
+        return {}
     by_class = {section.__name__: name for name, section in SECTIONS.items()}
-    docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    docs: dict[str, str] = {}
+    for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name in by_class:
-            docs[by_class[node.name]] = {
-                ast.unparse(statement.target): " ".join(ast.literal_eval(text.value).split())
-                for statement, text in zip(node.body, node.body[1:], strict=False)
-                if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr)
-            }
+            for statement, text in zip(node.body, node.body[1:], strict=False):
+                if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    key = f"{by_class[node.name]}.{ast.unparse(statement.target)}"
+                    docs[key] = " ".join(ast.literal_eval(text.value).split())
     return docs

@@ -78,13 +78,13 @@ class RunConfig:
     log_digests: Free[bool] = False
     """Write the SHA-256 of every tensor of the state after every step to `digests.jsonl`. Slow."""
     profile: Free[bool] = False
-    """Time the phases of some steps after each start, print a table of them and write it, with a chrome trace of each
+    """Time the phases of some steps after each start, print them as a table and write it, with a Chrome trace of each
     rank, to `profile/` in the run directory."""
     straggler_factor: Free[Annotated[float, Range(above=1)]] = 1.5
-    """The log names a rank that takes this many times the median rank's time before it can be waited for."""
+    """A rank whose own work takes this many times as long as the median rank's is reported as a straggler."""
     time_limit_seconds: Free[PositiveFloat | None] = None
-    """Seconds after its start at which this job will be ended: it saves and stops before. SLURM's end time counts
-    too, where the job is told it."""
+    """Seconds after its start at which this job is ended from outside: the run is saved and stopped before that. The
+    end time that SLURM sets in `SLURM_JOB_END_TIME` counts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +97,16 @@ class DataConfig:
     root: Free[str] = "data"
     """Where the archive is (or is downloaded to), or the folder or zip of `source: folder`."""
     url: Free[str | None] = None
-    """Mirror of the official archive; its hash is checked all the same."""
+    """Mirror of the official archive, whose hash is checked like the original's."""
     cache_dir: Free[str | None] = None
     """Where the decoded arrays are cached; default `$XDG_CACHE_HOME/dist_cifar` or `~/.cache/dist_cifar`."""
     stage_dir: Free[str | None] = None
-    """Directory local to each node, `$SLURM_TMPDIR` or `/dev/shm` for two, to which one process of the node copies the
+    """Directory local to each node, such as `$SLURM_TMPDIR` or `/dev/shm`, to which one process of the node copies the
     decoded arrays, and from which all read them; null reads the cache itself. `$NAME` and `~` are expanded where the
     process runs. The copy is left there for the next job; clusters empty `$SLURM_TMPDIR` themselves."""
     validation_size: NonNegativeInt = 5000
     """Training images held out, stratified by class, for the plateau and for choosing the best checkpoint. With 0
-    the test set takes that part, and the log and the summary say so."""
+    the test set is used for both, and the log and the summary say so."""
     synthetic_train_size: PositiveInt = 5000
     """Training images of `source: synthetic`, the validation images included."""
     synthetic_test_size: PositiveInt = 1000
@@ -119,8 +119,8 @@ class AugmentConfig:
     Zero switches an operation off. All fields below `flip_probability` belong to the policy `seed`."""
 
     policy: Literal["seed", "flip_crop", "none"] = "seed"
-    """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after padding by 4 in reflection,
-    then the flip, and no other field counts; `none`: the images as they are, and no field counts."""
+    """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after reflection padding by 4,
+    then the flip, and no other field has an effect; `none`: the images as they are, and no field has an effect."""
     backend: Free[Literal["auto", "cpu", "device"]] = "auto"
     """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
     `cpu` in a thread of the rank; `auto` on the GPU where the rank has one and triton can be imported, else `cpu`."""
@@ -154,7 +154,7 @@ class ModelConfig:
     name: Literal["resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56"] = "resnet18"
     """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 20 to 56."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not look at the other samples of a batch."""
+    """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not depend on the other samples of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +162,12 @@ class BatchConfig:
     """The samples of one optimizer step. Setting one of `global_size` and `per_rank_size` unsets the other."""
 
     global_size: PositiveInt | None = 1024
-    """Samples of one step over all ranks; the world size must divide it."""
+    """Samples of one step over all ranks; must be divisible by the world size."""
     per_rank_size: PositiveInt | None = None
     """Samples of one step on each rank: the global batch then grows with the world size."""
     max_micro_batch: PositiveInt | None = None
-    """Most samples of one forward and backward pass; a rank's share of the batch that is larger, or a virtual rank's
-    in strategy `exact`, is accumulated over passes of equal size."""
+    """Most samples of one forward and backward pass. A larger share of a rank, or of a virtual rank in strategy
+    `exact`, is accumulated over passes of equal size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,27 +192,27 @@ class OptimizerConfig:
     """Gradients are scaled to this global L2 norm when theirs is larger; null switches it off."""
     non_finite: Literal["raise", "skip"] = "raise"
     """A step with a gradient that is not finite changes nothing, on any rank. Then `raise` ends the run at the next
-    log or checkpoint, and `skip` goes on."""
+    log or checkpoint, and `skip` continues."""
     max_skipped_steps: PositiveInt = 10
     """With `non_finite: skip`, more skipped steps than this end the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlateauConfig:
-    """ReduceLROnPlateau: the learning rate is cut when the watched metric has stopped improving."""
+    """ReduceLROnPlateau: the learning rate is reduced when the watched metric has stopped improving."""
 
     metric: Literal["loss", "accuracy"] = "loss"
     """Metric of the validation split that is watched."""
     factor: Annotated[float, Range(above=0, maximum=1)] = 0.5
-    """What a cut multiplies the learning rate by; 1 switches the plateau off."""
+    """What a reduction multiplies the learning rate by; 1 switches the plateau off."""
     patience_evaluations: NonNegativeInt = 5
-    """Evaluations without improvement that are let pass before a cut."""
+    """Evaluations without improvement before the learning rate is reduced."""
     threshold: NonNegativeFloat = 1e-4
     """Relative change that counts as an improvement."""
     cooldown_evaluations: NonNegativeInt = 0
-    """Evaluations after a cut that are not counted."""
+    """Evaluations after a reduction that are not counted."""
     min_lr: NonNegativeFloat = 0.0
-    """The learning rate is never cut below this."""
+    """The learning rate is never reduced below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,20 +229,21 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """How the replicas of the model are kept in step."""
+    """How the replicas of the model are kept equal."""
 
     name: Rounding[Literal["exact", "ddp", "deepspeed", "fsdp"]] = "exact"
-    """How replicas are kept in step: `exact` gives the same weights, to the last bit, for every world size; `ddp` is
-    Accelerate's DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's
-    `fully_shard`. A run may change its strategy at a resume."""
+    """`exact` gives the same weights, to the last bit, for every world size; `ddp` is Accelerate's
+    DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's `fully_shard`. A
+    run may be resumed with another strategy."""
     virtual_ranks: Rounding[PositiveInt] = 8
-    """Strategy `exact`: how many slices of the global batch are computed each by itself, a power of two that divides
-    it. It decides the result, with the batch size; the world size divides it and decides nothing."""
+    """Strategy `exact`: the number of slices of the global batch, each computed by itself: a power of two that divides
+    the batch. It changes the result, as the batch size does. It must be divisible by the world size, which does not
+    affect the result."""
     grad_compression: Rounding[Literal["none", "bf16"]] = "none"
     """Strategy `ddp`: `bf16` rounds gradients to half their size before they are sent."""
     zero_stage: Rounding[Annotated[int, Range(minimum=0, maximum=3)]] = 1
-    """Strategy `deepspeed`: what is cut among the ranks. 0: nothing; 1: Adam's state; 2: the gradients too; 3: the
-    parameters too."""
+    """Strategy `deepspeed`: what is sharded over the ranks. 0: nothing; 1: the optimizer's state; 2: the gradients too;
+    3: the parameters too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,25 +265,25 @@ class EvalConfig:
     every_epochs: PositiveInt = 1
     """Epochs between two evaluations; the end of the training is always evaluated."""
     batch_size: PositiveInt = 500
-    """Samples of one forward pass. It does not depend on the world size, and so neither does the result."""
+    """Samples of one forward pass, for every world size: the result does not depend on the number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints are written after every evaluation, when a signal stops the run, and as said here."""
+    """Checkpoints are written after every evaluation, when a signal stops the run, and as set here."""
 
     every_steps: Free[PositiveInt | None] = None
     """Steps between two checkpoints within an epoch; null writes none there."""
     keep_last: Free[PositiveInt] = 2
-    """Newest checkpoints kept."""
+    """How many of the newest checkpoints to keep."""
     keep_best: Free[PositiveInt] = 1
-    """Kept beside them: the newest of those that were the best so far when they were saved."""
+    """How many best-so-far checkpoints to keep in addition."""
     keep_every_steps: Free[PositiveInt | None] = None
-    """Checkpoints of steps that are a multiple of this are never deleted; null deletes them like the others. It makes
-    no checkpoint by itself."""
+    """Checkpoints of steps that are a multiple of this are never deleted; null deletes them like the others. This alone
+    writes no checkpoint."""
     on_write_error: Free[Literal["raise", "warn"]] = "raise"
-    """When the disk is full or cannot be written: `raise` ends the run; `warn` says so and trains on, with the earlier
-    checkpoints. The save with which a signal stops the run must succeed all the same."""
+    """When the disk is full or cannot be written: `raise` ends the run; `warn` logs a warning and keeps training, with
+    the earlier checkpoints. The checkpoint with which a signal stops the run must succeed in either case."""
 
 
 TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"]
@@ -293,24 +294,24 @@ class TrackingConfig:
     """W&B and other trackers; `metrics.jsonl` and `summary.json` are always written."""
 
     also: Free[tuple[TrackerName, ...]] = ()
-    """Other trackers, through Accelerate's; each is a package to install."""
+    """Other trackers, by way of Accelerate; each is a package to install."""
     wandb: Free[Literal["auto", "online", "offline", "disabled"]] = "auto"
     """`auto` is `online` where wandb is installed and a key is configured, else `disabled`. An `online` run that
-    cannot reach the server goes on offline."""
+    cannot reach the server continues offline."""
     wandb_project: Free[str] = "dist_cifar"
     """W&B project."""
     wandb_entity: Free[str | None] = None
-    """W&B user or team; default as wandb decides."""
+    """W&B user or team; by default the one that wandb chooses."""
     wandb_group: Free[str | None] = None
     """W&B group of runs that belong together."""
     wandb_job_type: Free[str | None] = None
-    """W&B job type, which tells runs of a group apart."""
+    """W&B job type, which distinguishes the runs of a group."""
     wandb_notes: Free[str | None] = None
     """W&B notes on the run."""
     wandb_tags: Free[tuple[str, ...]] = ()
     """W&B tags."""
     wandb_checkpoints: Free[bool] = False
-    """At the end of the run, the best and the last checkpoint go to W&B as artifacts with the aliases `best` and
+    """At the end of the run, upload the best and the last checkpoint to W&B as artifacts with the aliases `best` and
     `last`. The job ends when they are uploaded, or after ten minutes."""
 
 

@@ -1,4 +1,4 @@
-"""What every source delivers: decoded images and labels, and what is computed from them once.
+"""The arrays that every source returns, and what is computed from them once: their hash and their statistics.
 
 Contract: pure functions of arrays in memory.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import ImageStats
+
 _CHUNK = 4096
 
 
@@ -23,13 +25,13 @@ class Arrays:
     train_images: npt.NDArray[np.uint8]
     """[n, 32, 32, 3], C-contiguous."""
     train_labels: npt.NDArray[np.int64]
-    """[n]."""
+    """[n], indices into `classes`."""
     test_images: npt.NDArray[np.uint8]
     """[m, 32, 32, 3], C-contiguous."""
     test_labels: npt.NDArray[np.int64]
-    """[m]."""
+    """[m], indices into `classes`."""
     classes: tuple[str, ...]
-    """Names, in the order of the labels."""
+    """Class names, in the order of the labels."""
 
 
 def content_sha256(arrays: Arrays) -> str:
@@ -44,10 +46,10 @@ def content_sha256(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and (population) standard deviation of each channel of uint8 [n, height, width, channels].
+def channel_statistics(images: npt.NDArray[np.uint8]) -> ImageStats:
+    """Mean and population standard deviation of each channel of uint8 [n, height, width, channels].
 
-    In units of [0, 1]. The sums are integers, so neither order nor number of the images costs a digit.
+    The sums are integers, so the result does not depend on the order of the images and is exact but for one rounding.
     """
     channels = images.shape[-1]
     histogram = np.zeros((channels, 256), np.int64)
@@ -62,4 +64,4 @@ def channel_statistics(images: npt.NDArray[np.uint8]) -> tuple[tuple[float, ...]
         squares = sum(value * value * times for value, times in enumerate(counts))
         mean.append(total / (count * 255))
         std.append(math.sqrt((count * squares - total * total) / (count * 255) ** 2))
-    return tuple(mean), tuple(std)
+    return ImageStats(mean=tuple(mean), std=tuple(std))

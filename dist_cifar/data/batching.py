@@ -1,7 +1,8 @@
-"""From the global batch to a rank's forward and backward passes.
+"""Divides the global batch among ranks and passes, and makes this rank's batches.
 
 Contract: `plan_batches` is a pure function of the config, the world size and the size of the training split. The batch
-that `TrainingBatches` makes for a step is a function of (config, data set, step) and of this rank's slice.
+that `TrainingBatches` makes for a step is a function of (config, data set, step) and of this rank's slice, never of the
+time or of the batches before.
 """
 
 from __future__ import annotations
@@ -13,32 +14,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.augment.backend import Augmenter, augmenter
+from dist_cifar.augment.backend import Augmenter
 from dist_cifar.augment.params import sample_params
-from dist_cifar.config import AugmentConfig, BatchConfig, Config, TrainConfig
-from dist_cifar.data.dataset import Dataset, Split, load_dataset, validation_split
+from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig
+from dist_cifar.data.dataset import Split
 from dist_cifar.data.prefetch import Batch, prefetch
 from dist_cifar.data.sampler import GlobalBatchSampler
-from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How a global batch is divided, and how many there are."""
+    """How a global batch is divided, and how many of them a run has."""
 
     global_size: int
     """Samples of one step over all ranks."""
     per_rank_size: int
     """Samples of one step on one rank."""
     virtual_ranks: int
-    """Slices of the global batch, each of which is computed by itself: a fixed number, or one on each rank."""
+    """Equal slices of the global batch, each computed by itself: a fixed number, or one on each rank."""
     micro_batches: int
     """Forward and backward passes of one step on one rank."""
     passes: int
     """Forward and backward passes of one virtual rank."""
     steps_per_epoch: int
-    """Whole global batches in the training split; the samples left over are dropped, others each epoch."""
+    """Whole global batches in the training split. The samples left over are dropped; each epoch drops others."""
     total_steps: int
     """Steps of the whole run."""
 
@@ -49,9 +49,9 @@ class BatchPlan:
 
 
 def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_size: int, train_size: int) -> BatchPlan:
-    """The plan for `train_size` samples on `world_size` ranks, the global batch cut into `slices` equal parts.
+    """The plan for `train_size` samples on `world_size` ranks, with the global batch divided into equal `slices`.
 
-    `slices` is a multiple of the world size (`dist_cifar.strategy.slice_count`). Raises `ConfigError` where the global
+    `slices` is a multiple of the world size (`dist_cifar.strategy.slice_count`). Raises `ConfigError` if the global
     batch is larger than the training split.
     """
     global_size = batch.global_size or (batch.per_rank_size or 0) * world_size
@@ -75,85 +75,38 @@ def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_s
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainingBatches:
-    """This rank's share of every global batch, augmented."""
+    """This rank's share of each global batch, augmented."""
 
-    def __init__(
-        self,
-        split: Split,
-        indices: npt.NDArray[np.int64],
-        *,
-        plan: BatchPlan,
-        sampler: GlobalBatchSampler,
-        augment: Augmenter,
-        config: AugmentConfig,
-        seed: int,
-    ) -> None:
-        """`indices` are the images of `split` that are trained on, to which the positions of `sampler` refer."""
-        self._split, self._indices = split, indices
-        self._plan, self._sampler = plan, sampler
-        self._augment, self._config, self._seed = augment, config, seed
+    split: Split
+    indices: npt.NDArray[np.int64]
+    """Images of `split` to train on; the positions of `sampler` point into them."""
+    plan: BatchPlan
+    sampler: GlobalBatchSampler
+    augment: Augmenter
+    augment_config: AugmentConfig
+    seed: int
 
     def make(self, step: int) -> Batch:
-        """The share of the global batch of `step`."""
-        indices = self._indices[self._sampler.batch(step)]
-        epoch = step // self._plan.steps_per_epoch
-        params = sample_params(self._config, seed=self._seed, epoch=epoch, indices=indices)
-        labels = torch.from_numpy(self._split.labels[indices])
-        return Batch(inputs=self._augment(indices, params), labels=labels)
+        """This rank's share of the global batch of `step`, on the device that augments."""
+        epoch, indices = step // self.plan.steps_per_epoch, self.indices[self.sampler.batch(step)]
+        params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices)
+        return Batch(inputs=self.augment(indices, params), labels=torch.from_numpy(self.split.labels[indices]))
 
     def stream(self, first_step: int, device: torch.device) -> Generator[Batch, None, None]:
-        """The batches from `first_step` to the end of the run, on `device`, prepared ahead of the caller."""
-        return prefetch(self.make, range(first_step, self._plan.total_steps), device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What a run trains and validates on."""
-
-    dataset: Dataset
-    train_indices: npt.NDArray[np.int64]
-    """Images of the training split that are trained on."""
-    validation_indices: npt.NDArray[np.int64]
-    """Images of the training split that are held out."""
-    plan: BatchPlan
-    batches: TrainingBatches
-
-
-def build_training_data(config: Config, communicator: Communicator, *, slices: int) -> TrainingData:
-    """Loads the data set, which must be the same on every rank, and plans its batches. A collective."""
-    device, rank, world_size = communicator.device, communicator.rank, communicator.world_size
-    dataset = load_dataset(config.data)
-    communicator.barrier()
-    communicator.assert_equal_across_ranks("the data set's hash", dataset.content_sha256)
-    train_indices, validation_indices = validation_split(dataset.train.labels, config.data.validation_size)
-    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
-    batches = TrainingBatches(
-        dataset.train,
-        train_indices,
-        plan=plan,
-        sampler=GlobalBatchSampler(len(train_indices), plan, rank=rank, world_size=world_size, seed=config.run.seed),
-        augment=augmenter(config.augment.backend, dataset.train.images, dataset.mean, dataset.std, device=device),
-        config=config.augment,
-        seed=config.run.seed,
-    )
-    return TrainingData(
-        dataset=dataset,
-        train_indices=train_indices,
-        validation_indices=validation_indices,
-        plan=plan,
-        batches=batches,
-    )
+        """The batches from `first_step` to the end of the run, on `device`, prepared ahead in a thread."""
+        return prefetch(self.make, range(first_step, self.plan.total_steps), device)
 
 
 def evaluation_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
-    """Whether the model is evaluated after `step` steps: when the schedule is due, and at the end of the run."""
+    """Whether to evaluate the model after `step` steps: every `every_epochs` epochs, and at the end of the run."""
     return step == plan.total_steps or schedule_due(plan, every_epochs, step)
 
 
 def schedule_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
-    """Whether the schedule is told of the evaluation after `step` steps: not of one that only ends the run.
+    """Whether the schedule observes the evaluation after `step` steps; not one that is there only because the run ends.
 
-    So a run that is made longer is the run that was meant to be so long.
+    So a run whose end is moved has the learning rates of a run that was that long from the start.
     """
     return step % (every_epochs * plan.steps_per_epoch) == 0

@@ -2,19 +2,19 @@
 
 Contract: `load_or_build` returns the arrays of a content key. Where they are missing or damaged one process builds
 them, under a lock, while the others wait. An entry is a directory that appears by a rename once its files are on the
-disk: whatever is killed when, there is a whole entry or none. A good entry is read without a lock, and from a read-only
-directory too. A reader checks its structure (sizes, types, label range) and not every byte.
+disk: a process that is killed at any time leaves a whole entry or none. A good entry is read without a lock, and from a
+read-only directory too. A reader checks its structure (sizes, types, label range) and not every byte.
 
-`remembered` keeps what is slow to find out about a file, its hash for one, for as long as the file looks the same.
+`memoized` keeps what is slow to compute about a file, such as its hash, for as long as the file looks the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import ImageStats, are_images
 from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
 from dist_cifar.data.file_lock import exclusive
 from dist_cifar.errors import DataError
+from dist_cifar.run import atomic_io
 
 FORMAT_VERSION = 1
-"""To be raised when the files of an entry change, or when a source decodes the same content to other bytes."""
+"""Increase it when the files of an entry change, or when a source decodes the same content to other bytes."""
 
 _META = "meta.json"
 _DTYPES = {"train_images": np.uint8, "train_labels": np.int64, "test_images": np.uint8, "test_labels": np.int64}
@@ -39,12 +41,12 @@ class Entry:
     """A cached data set, its images memory-mapped, and what was computed from it."""
 
     directory: Path
-    """Where its files are."""
+    """Where the files are."""
     key: str
     arrays: Arrays
     content_sha256: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    stats: ImageStats
+    """Statistics of the training images."""
 
 
 def cache_directory(configured: str | None) -> Path:
@@ -60,7 +62,7 @@ def cache_directory(configured: str | None) -> Path:
 
 
 def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arrays]) -> Entry:
-    """The entry of the content `key` (hexadecimal); `name` tells people what it is.
+    """The entry of the content `key` (hexadecimal); `name` is for people who look at the directory.
 
     `build` is called by one process per file system, and only where there is no good entry. Raises `DataError` if the
     entry cannot be written, and whatever `build` raises.
@@ -73,12 +75,15 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
         entry = read_entry(directory, key)
         if entry is None:
             arrays = build()
-            mean, std = channel_statistics(arrays.train_images)
-            sha256 = content_sha256(arrays)
+            built = Entry(
+                directory=directory,
+                key=key,
+                arrays=arrays,
+                content_sha256=content_sha256(arrays),
+                stats=channel_statistics(arrays.train_images),
+            )
             try:
-                write_entry(
-                    Entry(directory=directory, key=key, arrays=arrays, content_sha256=sha256, mean=mean, std=std)
-                )
+                write_entry(built)
             except OSError as error:
                 raise DataError(
                     f"{cache_dir}: the decoded images cannot be written there ({error}); make room, or set"
@@ -91,29 +96,28 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
 
 
 def entry_directory(cache_dir: Path, name: str, key: str) -> Path:
-    """Where the entry of the content `key` is, if there is one."""
+    """The directory of the entry of the content `key`, which may not exist."""
     return cache_dir / f"{name}-{key[:32]}-v{FORMAT_VERSION}"
 
 
-def remembered(cache_dir: Path, path: Path, signature: str, find_out: Callable[[], str]) -> str:
-    """What `find_out` once returned for `path` while it had this `signature`; else asks again, and notes the answer."""
+def memoized(cache_dir: Path, path: Path, signature: str, compute: Callable[[], str]) -> str:
+    """What `compute` once returned for `path` while it had this `signature`; else computes it again and keeps it."""
     note = cache_dir / "index" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(note.read_text(encoding="utf-8"))
         if known["signature"] == signature and isinstance(known["answer"], str):
             return known["answer"]
-    answer = find_out()
+    answer = compute()
     # A note that cannot be kept costs time, nothing else: a read-only cache is still a cache.
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"path": str(path), "signature": signature, "answer": answer}), "utf-8")
-        temporary.replace(note)
+        text = json.dumps({"path": str(path), "signature": signature, "answer": answer})
+        atomic_io.write_atomic(note, text, writer=f"-{os.getpid()}")
     return answer
 
 
 def read_entry(directory: Path, key: str) -> Entry | None:
-    """The entry, or None where there is none that is whole."""
+    """The entry, or None where there is no whole one."""
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
         arrays = Arrays(
@@ -125,8 +129,7 @@ def read_entry(directory: Path, key: str) -> Entry | None:
             key=meta["key"],
             arrays=arrays,
             content_sha256=meta["content_sha256"],
-            mean=tuple(meta["mean"]),
-            std=tuple(meta["std"]),
+            stats=ImageStats(mean=tuple(meta["mean"]), std=tuple(meta["std"])),
         )
         return entry if entry.key == key and _is_sound(arrays) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # a damaged entry is a missing entry
@@ -144,8 +147,8 @@ def _read_array(path: Path, dtype: type, sizes: dict[str, int]) -> npt.NDArray[A
 
 def _is_sound(arrays: Arrays) -> bool:
     return all(
-        images.shape == (len(labels), 32, 32, 3)
-        and len(labels) > 0
+        are_images(images)
+        and len(images) == len(labels) > 0
         and 0 <= labels.min() <= labels.max() < len(arrays.classes)
         for images, labels in (
             (arrays.train_images, arrays.train_labels),
@@ -155,48 +158,39 @@ def _is_sound(arrays: Arrays) -> bool:
 
 
 def write_entry(entry: Entry) -> None:
-    """Writes the entry beside its directory, then renames it into place.
+    """Writes the entry beside its directory, then renames it into place; a damaged one there is removed first.
 
     The caller holds the lock, so one temporary name will do. Raises `OSError`, and then leaves nothing.
     """
     directory, temporary = entry.directory, entry.directory.with_suffix(".tmp")
-    if temporary.exists():  # left by a process that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir()
+    for leftover in (directory, temporary):  # damaged, or left by a process that was killed
+        if leftover.exists():
+            atomic_io.remove_tree(leftover)
     try:
-        sizes = {}
-        for name in _DTYPES:
-            path = temporary / f"{name}.npy"
-            with path.open("wb") as file:
-                np.save(file, getattr(entry.arrays, name), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            sizes[path.name] = path.stat().st_size
+        temporary.mkdir()
+        arrays = {f"{name}.npy": getattr(entry.arrays, name) for name in _DTYPES}
+        sizes = {name: _write_array(temporary / name, array) for name, array in arrays.items()}
         meta = {
             "key": entry.key,
             "classes": entry.arrays.classes,
             "content_sha256": entry.content_sha256,
-            "mean": entry.mean,
-            "std": entry.std,
+            "mean": entry.stats.mean,
+            "std": entry.stats.std,
             "bytes": sizes,
         }
-        with (temporary / _META).open("w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(temporary)
-        if directory.exists():  # a damaged entry
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-        _sync_directory(directory.parent)
+        atomic_io.write_file(temporary / _META, json.dumps(meta, indent=1).encode())
+        atomic_io.fsync_dir(temporary)
+        atomic_io.move(temporary, directory)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, above all
+        with contextlib.suppress(OSError):
+            atomic_io.remove_tree(temporary)  # on a full disk, above all
         raise
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_array(path: Path, array: npt.NDArray[Any]) -> int:
+    """Writes what `np.save` would, without another copy of the array in memory; returns the number of bytes."""
+    header, array = io.BytesIO(), np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    data = array.reshape(-1).view(np.uint8)
+    atomic_io.write_file(path, header.getvalue(), data.data)
+    return header.tell() + data.nbytes

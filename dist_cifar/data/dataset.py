@@ -6,7 +6,6 @@ returns depends on the content of the source alone. This module imports no torch
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import DataConfig
 from dist_cifar.data import cache, node_staging
-from dist_cifar.data.arrays import Arrays
-from dist_cifar.data.sources import cifar, image_folder, synthetic
+from dist_cifar.data.sources import SOURCES
 from dist_cifar.errors import ConfigError
 from dist_cifar.ops import philox
 
-ARCHIVES = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 _SPLIT_SEED = 0
 
 
@@ -43,13 +41,11 @@ class Dataset:
     """The training images, those held out for validation included."""
     test: Split
     classes: tuple[str, ...]
-    """Names, in the order of the labels."""
+    """Class names, in the order of the labels."""
     content_sha256: str
-    """Over class names, pixels and labels: equal for equal data, whether from archive, zip or folder."""
-    mean: tuple[float, ...]
-    """Of the training images' channels, in units of [0, 1], exact but for one rounding."""
-    std: tuple[float, ...]
-    """Population standard deviation, likewise."""
+    """SHA-256 over class names, pixels and labels: equal for equal data, whether from an archive, zip or folder."""
+    stats: ImageStats
+    """Statistics of the training images, those held out included."""
     directory: Path
     """Where the arrays are on the disk."""
 
@@ -61,20 +57,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     `data.stage_dir`.
     """
     stage_dir = None if config.stage_dir is None else node_staging.stage_directory(config.stage_dir, os.environ)
-    cache_dir = cache.cache_directory(config.cache_dir)
-    root = Path(config.root).expanduser()
-    if config.source == "synthetic":
-        sizes = (config.synthetic_train_size, config.synthetic_test_size)
-        key = hashlib.sha256(f"synthetic {synthetic.GENERATOR_VERSION} {sizes}".encode()).hexdigest()
-        entry = cache.load_or_build(cache_dir, config.source, key, lambda: _synthetic(*sizes))
-    elif config.source == "folder":
-        key = cache.remembered(cache_dir, root, image_folder.signature(root), lambda: image_folder.content_key(root))
-        entry = cache.load_or_build(cache_dir, config.source, key, lambda: image_folder.read_folder(root))
-    else:
-        spec = ARCHIVES[config.source]
-        entry = cache.load_or_build(
-            cache_dir, config.source, spec.sha256, lambda: cifar.read_archive(spec, root, config.url)
-        )
+    cache_dir, source = cache.cache_directory(config.cache_dir), SOURCES[config.source]
+    entry = cache.load_or_build(cache_dir, config.source, source.key(config, cache_dir), lambda: source.read(config))
     if stage_dir is not None:
         entry = node_staging.staged(entry, stage_dir)
     arrays = entry.arrays
@@ -83,22 +67,21 @@ def load_dataset(config: DataConfig) -> Dataset:
         test=Split(images=arrays.test_images, labels=arrays.test_labels),
         classes=arrays.classes,
         content_sha256=entry.content_sha256,
-        mean=entry.mean,
-        std=entry.std,
+        stats=entry.stats,
         directory=entry.directory,
     )
 
 
 def missing_download(config: DataConfig) -> str | None:
-    """The address from which `load_dataset` would fetch the data set; None if it is here, or needs no fetching."""
-    spec = ARCHIVES.get(config.source)
-    if spec is None:
+    """The address from which `load_dataset` would download the data set; None if it is here or is not downloaded."""
+    source = SOURCES[config.source]
+    url = source.missing_download(config)
+    if url is None:
         return None
-    root = Path(config.root).expanduser()
-    here = root.is_file() or (root / spec.filename).exists() or (root / spec.folder).is_dir()
-    entry = cache.entry_directory(cache.cache_directory(config.cache_dir), config.source, spec.sha256)
-    here = here or cache.read_entry(entry, spec.sha256) is not None
-    return None if here else config.url or spec.url
+    cache_dir = cache.cache_directory(config.cache_dir)
+    key = source.key(config, cache_dir)
+    is_cached = cache.read_entry(cache.entry_directory(cache_dir, config.source, key), key) is not None
+    return None if is_cached else url
 
 
 def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -127,15 +110,3 @@ def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDAr
         members = np.flatnonzero(labels == label)
         held_out[members[np.argsort(chance[members], kind="stable")[:share]]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-
-def _synthetic(train_size: int, test_size: int) -> Arrays:
-    train_images, train_labels = synthetic.synthetic_split(0, train_size)
-    test_images, test_labels = synthetic.synthetic_split(1, test_size)
-    return Arrays(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        classes=synthetic.CLASSES,
-    )

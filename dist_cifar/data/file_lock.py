@@ -1,6 +1,6 @@
-"""One process at a time per file system.
+"""Lets one process at a time through, per file system.
 
-Contract: `exclusive` holds a lock file's lock for a `with` block. A guard by rank would not do: the ranks of one node
+Contract: `exclusive` holds the lock of a file for a `with` block. Choosing one rank would not do: the ranks of one node
 share its disk, those of two nodes may or may not, and two jobs know nothing of each other.
 """
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def exclusive(path: Path, *, key: str) -> Iterator[None]:
-    """Holds the lock of the file `path`, which is made if it is missing, in a folder that is made if it is missing.
+    """Holds the lock of the file `path`, which is created, with its folder, if it is missing.
 
-    Says so before it waits. Raises `DataError`, which names the config key `key`, where no lock can be had. The lock
-    ends with the process, however that ends.
+    Logs a line before it waits. Raises `DataError`, which names the config key `key`, where no lock can be had. The
+    lock ends with the process, however that ends.
     """
     lock = filelock.FileLock(path)
     try:

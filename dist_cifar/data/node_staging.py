@@ -1,9 +1,9 @@
-"""A copy of the decoded data set on each node: made once, by one process, and memory-mapped by all of the node.
+"""Copies the decoded data set to each node: once, by one process, for all processes of the node to memory-map.
 
 Contract: `staged` returns arrays equal to those of the cache's entry, or raises `DataError`. A copy appears by a rename
 once it is whole, and every process hashes what it is about to use: a copy that is torn or damaged is replaced, never
 used. A copy of the same content that is there already is used as it is, from a read-only directory too. Copies are
-left where they are: the next job finds them, and what may be emptied (`$SLURM_TMPDIR`) the cluster empties.
+left where they are for the next job; clusters empty `$SLURM_TMPDIR` themselves.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def stage_directory(configured: str, environ: Mapping[str, str]) -> Path:
-    """`data.stage_dir` with `$NAME`, `${NAME}` and `~` expanded. Raises `ConfigError` where one stands for nothing."""
+    """`data.stage_dir` with `$NAME`, `${NAME}` and `~` expanded. Raises `ConfigError` for one that has no value."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if not environ.get(name):
             raise ConfigError(
                 f"data.stage_dir: {configured} was set and the environment has no {name}; set that variable on every"
-                " node, or name a directory, /dev/shm for one"
+                " node, or name a directory such as /dev/shm"
             )
         return environ[name]
 
@@ -59,17 +59,15 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
-        raise _no_place(stage_dir, needed, error) from None
+        raise _cannot_copy(stage_dir, needed, error) from None
     with exclusive(lock, key="data.stage_dir"):
         copy = _verified(directory, entry)
         if copy is None:
-            for rest in (directory, directory.with_suffix(".tmp")):  # damaged, or left by a process that was killed
-                shutil.rmtree(rest, ignore_errors=True)
             try:
                 logger.info(f"staging {needed / 1e6:.0f} MB to {directory}")
                 write_entry(dataclasses.replace(entry, directory=directory))
             except OSError as error:
-                raise _no_place(stage_dir, needed, error) from None
+                raise _cannot_copy(stage_dir, needed, error) from None
             copy = _verified(directory, entry)
     if copy is None:
         raise DataError(
@@ -80,14 +78,14 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
 
 
 def _verified(directory: Path, entry: Entry) -> Entry | None:
-    """The copy in `directory`, or None unless it is that of `entry` to the last bit."""
+    """The copy in `directory`; None unless it equals `entry` to the last bit."""
     copy = read_entry(directory, entry.key)
     if copy is None or content_sha256(copy.arrays) != entry.content_sha256:
         return None
     return dataclasses.replace(entry, directory=directory, arrays=copy.arrays)
 
 
-def _no_place(stage_dir: Path, needed: int, error: OSError) -> DataError:
+def _cannot_copy(stage_dir: Path, needed: int, error: OSError) -> DataError:
     existing = next(path for path in (stage_dir, *stage_dir.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     return DataError(

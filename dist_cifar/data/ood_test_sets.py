@@ -1,12 +1,12 @@
-"""Test sets beside CIFAR-10's own, in the files that their authors publish.
+"""Out-of-distribution test sets for CIFAR-10, in the files that their authors publish.
 
-Contract: `read_test_sets` knows a layout by its files and gives uint8 images with labels; arrays are memory-mapped and
-nothing is unpickled. Layouts:
+Contract: `read_test_sets` recognises a layout by its files and returns uint8 images with labels; arrays are
+memory-mapped and nothing is unpickled. Layouts:
 
     cifar10.1_v4_data.npy, cifar10.1_v4_labels.npy   CIFAR-10.1 (Recht et al. 2018), v4, v6 or both
     labels.npy and <corruption>.npy                  CIFAR-10-C (Hendrycks & Dietterich 2019): severities 1 to 5, one
                                                      after the other, each the whole test split in its order
-    test/<class>/<image> and train/<class>/<image>   as for data.source=folder: the pictures of test, also in a zip
+    test/<class>/<image> and train/<class>/<image>   as for data.source=folder: the images of test/, also in a zip
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import require_images
 from dist_cifar.config import DataConfig
 from dist_cifar.data.dataset import Split, load_dataset
 from dist_cifar.errors import DataError, nearest_path
@@ -27,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 SEVERITIES = 5
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""Of CIFAR-10, in the order of its labels, which are those of CIFAR-10.1 and CIFAR-10-C."""
+"""The classes of CIFAR-10 in the order of their labels, which CIFAR-10.1 and CIFAR-10-C use too."""
 _LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.npy, or with train/ and test/"
 
 
 def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> dict[str, Split]:
     """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`.
 
-    Logs a line about a model whose classes have other names than the labels of these files.
+    Logs a warning if the model's `classes` have other names than the labels of these files.
     """
     if not root.exists():
         near = nearest_path(root)
@@ -83,8 +84,10 @@ def _corruptions(root: Path, classes: Sequence[str]) -> dict[str, Split]:
 
 def _split(images_path: Path, labels_path: Path, classes: Sequence[str]) -> Split:
     images, labels = _array(images_path), _array(labels_path)
-    if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
-        raise DataError(f"{images_path}: {images.dtype} {list(images.shape)} is not uint8 [n, 32, 32, 3]")
+    try:
+        require_images(images)
+    except ValueError as error:
+        raise DataError(f"{images_path}: {error}") from None
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise DataError(
             f"{labels_path}: {labels.dtype} {list(labels.shape)} are not the labels of {len(images)} images"
@@ -98,4 +101,4 @@ def _array(path: Path) -> npt.NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from None
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from None

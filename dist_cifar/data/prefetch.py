@@ -1,9 +1,8 @@
-"""Ready batches of the training split, prepared in a thread while the device computes.
+"""Prepares batches in a thread while the device computes.
 
-Contract: the batch of a step is a function of (config, data set, step) and of this rank's slice, never of the time or
-of the batches before. The loop gets it on its device. A GPU fills it on a stream beside the loop's; the loop's stream
-waits for that, the loop does not. An error of the thread is raised in the loop that waits for it; leaving the loop,
-also by an error, ends the thread.
+Contract: batches come in the order of their steps, on the device of the loop. A GPU fills a batch on a side stream; the
+loop's stream waits for that, the loop does not. An error of the thread is raised in the loop that waits for its batch;
+leaving the loop, also by an error, ends the thread.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
+
+from dist_cifar.ops.transfer import upload
 
 _PREFETCHED_BATCHES = 2
 _CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ class Batch:
     labels: torch.Tensor
     """int64 [n]."""
     filled: torch.cuda.Event | None = None
-    """On a GPU: the point of the side stream after which both may be read."""
+    """On a GPU, the event of the side stream after which both may be read."""
 
 
 def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = _CPU) -> Generator[Batch, None, None]:
@@ -51,8 +52,8 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
                 continue
 
     def work() -> None:
-        # A thread that uses OpenMP has workers of its own. With more of them than cores, all workers go to sleep where
-        # they wait, also those of the loop (`benchmarks/suite/settings.py` says what that costs).
+        # A thread that uses OpenMP has workers of its own. With more of them than cores, all workers sleep where they
+        # wait, those of the loop too (`benchmarks/suite/settings.py` measures what that costs).
         torch.set_num_threads(1)
         try:
             for step in steps:
@@ -75,13 +76,6 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
     finally:
         stop.set()
         thread.join()
-
-
-def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on `device`; to a GPU through page-locked memory, on the current stream and without waiting."""
-    if tensor.device.type == device.type:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _on_side_stream(make: Callable[[int], Batch], device: torch.device) -> Callable[[int], Batch]:

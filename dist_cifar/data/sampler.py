@@ -1,8 +1,8 @@
 """The order of the samples, the same for every world size.
 
-Contract: global batch t of epoch e is `permutation(seed, e)[t*B : (t+1)*B]`, where the permutation is the one that
-`torch.utils.data.DistributedSampler` draws. Each rank takes a contiguous slice, so with any world size the union of
-the ranks is the same set, in the same order. The position of a run is one number, the step.
+Contract: global batch t of epoch e is `permutation(seed, e)[t*B : (t+1)*B]`, where the permutation is the one of
+`torch.utils.data.DistributedSampler`. Each rank takes a contiguous slice, so with any world size the ranks together
+have the same samples in the same order. The position of a run is one number, the step.
 """
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
-"""The place of this process in the job, and the collectives. With `strategy/`, the only users of torch.distributed."""
+"""The launch environment, the rendezvous, the collectives and the failure detector. Only this package and `strategy`
+import torch.distributed."""

@@ -1,10 +1,10 @@
-"""The collectives that the trainer uses beside those of the strategy.
+"""The collectives that the trainer uses in addition to those of the strategy.
 
 Contract: every method but the properties and `watch` is a collective: all ranks call it, in the same order. With one
-rank each is the identity and no process group exists. Objects and small tensors go over a gloo group on the CPU, so no
-call waits for a GPU unless it is given a GPU's tensor. Collectives are counted; `all_gather_object` notices if ranks
-are not in the same one. When another rank is lost they raise what gloo or NCCL raise (`failures.is_lost_peer`), in time
-for the job to end within its timeout.
+rank each is the identity and no process group exists. Objects and small tensors go over a gloo group on the CPU, the
+control group, so no call waits for a GPU unless it is given a GPU's tensor. Collectives are counted, and
+`all_gather_object` notices if ranks are not in the same one. When another rank is lost they raise what gloo or NCCL
+raise (`failure_detector.is_lost_peer`), in time for the job to end within its timeout.
 """
 
 from __future__ import annotations
@@ -24,42 +24,39 @@ from dist_cifar.distributed.failure_detector import (
     Failure,
     FailureDetector,
     Position,
+    describe_error,
     odd_ranks,
-    one_line,
-    own_identity,
 )
 from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.processes import own_identity
 from dist_cifar.distributed.rendezvous import open_store
+from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import LaunchError, TrainingError, UserError
-
-_SETUP_TIMEOUT_SECONDS = 3600.0
-"""How long ranks wait for the one that downloads or decodes the data set for its node."""
-_CONTROL_SHARE = 0.9
-"""The control group's share of the timeout; the rest is for finding out which rank failed (see `failures`)."""
-_NCCL_MARGIN_SECONDS = 30.0
-"""How much later than the control group NCCL gives up: its watchdog aborts the process without a word of ours."""
 
 
 class Communicator:
-    """One job's ranks. `close` ends the process group."""
+    """The ranks of one job. `close` ends the process group."""
 
     def __init__(
         self, env: DistEnv, *, device: torch.device, timeout_seconds: float, store: dist.Store | None = None
     ) -> None:
-        """Without `store` the ranks meet in one that rank 0 keeps (`meeting`). Raises `LaunchError` if they do not."""
+        """Without `store` the ranks connect to one that rank 0 hosts (`rendezvous`).
+
+        `timeout_seconds` is `run.timeout_seconds`. Raises `LaunchError` if not all ranks connect.
+        """
         self.rank, self.world_size, self.device = env.rank, env.world_size, device
         self.identities = [own_identity()]
         self._position = Position()
         self._control: dist.ProcessGroup | None = None
         self._background: dist.Work | None = None
-        self._env = env
+        self._env, self._timeouts = env, Timeouts(run_seconds=timeout_seconds)
         if env.world_size == 1:
             return
         os.environ.update(env.variables())  # Accelerate reads them
-        control_timeout = datetime.timedelta(seconds=_CONTROL_SHARE * timeout_seconds)
+        control_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
         try:
             if store is None:
-                store = open_store(env, timeout_seconds, setting="run.timeout_seconds")
+                store = open_store(env, self._timeouts, setting="run.timeout_seconds")
                 store.set_timeout(control_timeout)
             on_gpu = device.type == "cuda"
             dist.init_process_group(
@@ -67,9 +64,7 @@ class Communicator:
                 store=store,
                 rank=env.rank,
                 world_size=env.world_size,
-                timeout=datetime.timedelta(seconds=timeout_seconds + _NCCL_MARGIN_SECONDS)
-                if on_gpu
-                else control_timeout,
+                timeout=datetime.timedelta(seconds=self._timeouts.nccl_seconds) if on_gpu else control_timeout,
                 device_id=device if on_gpu else None,
             )
             control = dist.new_group(backend="gloo", timeout=control_timeout)
@@ -82,16 +77,16 @@ class Communicator:
                 f" {env.master_addr} ({' '.join(str(error).split())[:200]}); look for one that ended, and whether"
                 " nodes can reach each other"
             ) from error
-        # A connection of its own: one that another thread waits in serves nobody else.
+        # A connection of its own: while one thread waits in a connection, no other thread is served by it.
         self._failure_store = dist.PrefixStore("failures", store).clone()
 
     @property
     def step(self) -> int | None:
-        """The step that the last vote was cast in; None before the first."""
+        """The step that this rank is in; None before the first one."""
         return self._position.step
 
     def watch(self, end: Callable[[Failure], None]) -> FailureDetector | None:
-        """Not a collective: watches, from now on, for ranks that fail. None if this rank is alone.
+        """Starts to watch for ranks that fail; returns None if this rank is the only one. Not a collective.
 
         `end` must end this process; it is called on another thread if a rank has failed and the main thread is stuck.
         """
@@ -104,44 +99,59 @@ class Communicator:
             position=lambda: self._position,
             broken=self._broken,
             end=end,
+            timeouts=self._timeouts,
         )
 
     def _broken(self) -> str | None:
-        """The message of a vote that has failed while the main thread was busy, or stuck in a GPU's collective."""
+        """The message of a background collective that has failed while the main thread was busy, or stuck in one of the
+        GPU's."""
         work = self._background
         if work is not None and work.is_completed():
             try:
                 work.wait()
             except RuntimeError as error:
-                return one_line(error)
+                return describe_error(error)
         return None
 
     def _enter(self, name: str, step: int | None = None) -> None:
-        """Counts a collective."""
+        """Counts a collective; with `step`, the rank is in that step from now on."""
         position = self._position
         self._position = Position(count=position.count + 1, name=name, step=position.step if step is None else step)
 
     def barrier(self) -> None:
-        """Waits, for up to an hour, until every rank is here; an error names the ranks that are not."""
+        """Waits, for up to an hour, until every rank has come here; an error names the ranks that have not."""
         self._enter("barrier")
         if self._control is not None:
             dist.monitored_barrier(
-                self._control, timeout=datetime.timedelta(seconds=_SETUP_TIMEOUT_SECONDS), wait_all_ranks=True
+                self._control, timeout=datetime.timedelta(seconds=self._timeouts.setup_seconds), wait_all_ranks=True
             )
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's tensor, in place, over the group of the tensor's device.
+        """Sums the ranks' tensors in place, over the group of their device; returns `tensor`.
 
-        Ranks meet before they add: gloo aborts the process in which sizes do not match, which need not be the one that
-        went wrong, and a GPU's collective would wait for a missing rank without the control group's timeout.
+        The control group checks first that all ranks are here: gloo aborts the process in which sizes do not match,
+        which need not be the one that went wrong, and a GPU's collective would wait for a missing rank without the
+        control group's timeout.
         """
         self.all_gather_object(None, "sum")
         if self._control is not None:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
 
+    def start_all_reduce_sum(self, tensor: torch.Tensor, name: str, *, step: int) -> dist.Work | None:
+        """Begins to sum the ranks' CPU tensors in place, in the background; None if this rank is the only one.
+
+        It is the collective `name` of `step`. One at a time: wait for its end before the next one. While the main
+        thread is busy, the failure detector looks at whether it has failed.
+        """
+        self._enter(name, step)
+        if self._control is None:
+            return None
+        self._background = dist.all_reduce(tensor, group=self._control, async_op=True)
+        return self._background
+
     def time_all_reduces(self, size_bytes: int, repeats: int) -> list[float]:
-        """Seconds that each of `repeats` sums of a tensor of `size_bytes` takes this rank. A collective."""
+        """The seconds that each of `repeats` all-reduces of a tensor of `size_bytes` takes this rank."""
         tensor = torch.zeros(size_bytes // 4, device=self.device)
         seconds = []
         for _ in range(repeats + 1):
@@ -154,15 +164,15 @@ class Communicator:
         return seconds[1:]  # the first one opens connections
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Part r of `sent` goes to rank r; part r of `received` is what rank r sent here. Both flat, in equal parts."""
+        """Sends part r of `sent` to rank r, and receives part r of `received` from it. Both flat, in equal parts."""
         dist.all_to_all_single(received, sent)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
-        """Every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""
+        """Gathers every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""
         if gathered.device.type != "cpu":
             dist.all_gather_into_tensor(gathered, part)
             return
-        # gloo's own gathers into new memory and copies that: messages take a third of its processor time.
+        # gloo's own all-gather gathers into new memory and copies that: messages take a third of its processor time.
         parts, messages = gathered.chunk(self.world_size), []
         for distance in range(1, self.world_size):
             target, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
@@ -174,9 +184,9 @@ class Communicator:
             work.wait()
 
     def all_gather_object(self, value: Any, name: str = "gather") -> list[Any]:
-        """Every rank's `value` (anything that pickles), in the order of the ranks, on every rank.
+        """Returns every rank's `value` (anything that pickles), in the order of the ranks, on every rank.
 
-        Raises `TrainingError`, on every rank, if they are not all in the collective `name`.
+        Raises `TrainingError`, on every rank, if not all of them are in the collective `name`.
         """
         self._enter(name)
         if self._control is None:
@@ -184,11 +194,11 @@ class Communicator:
         received: list[Any] = [None] * self.world_size
         dist.all_gather_object(received, (self._position, value), group=self._control)
         positions = [position for position, _ in received]
-        self._refuse_odd("the order of the collectives", positions, positions)
+        self._assert_no_odd_ranks("the order of the collectives", positions, positions)
         return [value for _, value in received]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` (anything that pickles) on every rank."""
+        """Returns rank 0's `value` (anything that pickles) on every rank."""
         self._enter("broadcast")
         if self._control is None:
             return value
@@ -197,20 +207,20 @@ class Communicator:
         return values[0]
 
     def run_on_rank0(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, on every rank; a `UserError` of it is raised on every rank."""
+        """Calls `function` on rank 0 and returns its result on every rank, or raises its `UserError` on every rank."""
         outcome: tuple[Any, UserError | None] = (None, None)
         if self.rank == 0:
             try:
                 outcome = function(), None
-            except UserError as error:
-                outcome = None, error
-        value, refusal = self.broadcast(outcome)
-        if refusal is not None:
-            raise refusal
+            except UserError as raised:
+                outcome = None, raised
+        value, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
         return value
 
     def broadcast_tensors(self, tensors: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """Rank 0's CPU tensors on every rank; the other ranks' argument is not looked at."""
+        """Returns rank 0's CPU tensors on every rank; the other ranks' argument is ignored."""
         if self._control is None:
             assert tensors is not None
             return dict(tensors)
@@ -226,23 +236,23 @@ class Communicator:
     def assert_equal_across_ranks(self, what: str, value: Any) -> None:
         """Raises `TrainingError`, on every rank, if ranks hold different values (anything that JSON can write)."""
         texts = self.all_gather_object(json.dumps(value, sort_keys=True), what)
-        self._refuse_odd(what, texts, texts)
+        self._assert_no_odd_ranks(what, texts, texts)
 
     def assert_tensors_equal_across_ranks(
         self, what: str, tensors: Mapping[str, torch.Tensor], digest: Callable[[Mapping[str, torch.Tensor]], str]
     ) -> None:
-        """The same for tensors, by their digest; the error names the first tensor that differs."""
+        """Does the same for tensors, compared by their digest; the error names the first tensor that differs."""
         digests = self.all_gather_object(digest(tensors), what)
         if len(set(digests)) > 1:
             parts = self.all_gather_object(
                 {name: digest({name: tensor}) for name, tensor in tensors.items()}, f"{what}, each"
             )
             name = next(name for name in parts[0] if len({part.get(name) for part in parts}) > 1)
-            self._refuse_odd(f"{what} ({name}, by its SHA-256)", [part.get(name) for part in parts], digests)
+            self._assert_no_odd_ranks(f"{what} ({name}, by its SHA-256)", [part.get(name) for part in parts], digests)
 
-    def _refuse_odd(self, what: str, found: Sequence[Any], judged: Sequence[Any]) -> None:
-        """Raises `TrainingError` if `judged`, by rank, is not one value; `found` is what the message shows of each."""
-        odd = odd_ranks(judged)
+    def _assert_no_odd_ranks(self, what: str, found: Sequence[Any], compared: Sequence[Any]) -> None:
+        """Raises `TrainingError` if the ranks' values of `compared` differ; the message shows those of `found`."""
+        odd = odd_ranks(compared)
         if not odd:
             return
         if len(odd) == self.world_size:
@@ -251,12 +261,12 @@ class Communicator:
         most = next(rank for rank in range(self.world_size) if rank not in odd)
         raise TrainingError(
             f"{what} differs between ranks: rank {odd[0]} has {found[odd[0]]}, most have {found[most]} (ranks that"
-            f" differ from most: {odd}); the run cannot go on",
+            f" differ from most: {odd}); the run cannot continue",
             rank=odd[0],
         )
 
     def require_process_group(self) -> None:
-        """Makes the process group that some libraries want of a single rank too."""
+        """Makes a process group of this rank alone, which some libraries need, unless there is one."""
         if not dist.is_initialized():
             os.environ.update(self._env.variables())
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -269,24 +279,24 @@ class Communicator:
 
 
 class AsyncAnyReduce:
-    """Ranks agree on yes-or-no questions: `start` before a step, `result` after it: the exchange hides behind it."""
+    """An any-reduce in the background, by which ranks agree on yes-or-no questions.
+
+    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation.
+    """
 
     def __init__(self, communicator: Communicator, questions: int) -> None:
+        """`questions` is how many are answered at once."""
         self._communicator = communicator
-        self._group = communicator._control
         self._flags = torch.zeros(questions)
         self._work: dist.Work | None = None
 
     def start(self, step: int, *answers: bool) -> None:
-        """This rank's answers; `step` is the one that begins, counted from 1."""
-        self._communicator._enter("the vote", step)
+        """Sends this rank's answers; `step` is the one that begins, counted from 1."""
         self._flags.copy_(torch.tensor(answers))
-        if self._group is not None:
-            self._work = dist.all_reduce(self._flags, group=self._group, async_op=True)
-            self._communicator._background = self._work
+        self._work = self._communicator.start_all_reduce_sum(self._flags, "any-reduce", step=step)
 
     def result(self) -> list[bool]:
-        """For each question, whether any rank says yes; the same on every rank."""
+        """Whether any rank has answered yes, for each question; the same on every rank. Waits for all ranks."""
         if self._work is not None:
             self._work.wait()
         return (self._flags > 0).tolist()

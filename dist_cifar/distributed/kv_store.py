@@ -1,7 +1,7 @@
 """A key-value store that the processes of one job share without a process group.
 
 Contract: a value that `set` has stored is found by every later `get` of any process. `get` does not wait. With one
-process the values stay in it, and torch is not imported. Not for tensors: a value is a line of text.
+process the values stay in that process, and torch is not imported. It is not for tensors: a value is a line of text.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import LaunchError
 
-_CONNECT_SECONDS = 300.0
-"""How long the processes of a job wait for the one that keeps the values."""
+_TIMEOUTS = Timeouts(run_seconds=300.0)
+"""No config says how long these processes wait for one another."""
 
 
 class KeyValueStore:
-    """The store. With several processes all construct it, and rank 0 keeps the values."""
+    """A key-value store. With several processes all of them construct it, and rank 0 hosts it."""
 
     def __init__(self, env: DistEnv) -> None:
-        """Raises `LaunchError` if they do not meet."""
+        """Raises `LaunchError` if not all processes connect."""
         self._values: dict[str, str] = {}
         self._store: Any = None
         self._where = env.master_addr
@@ -28,12 +29,12 @@ class KeyValueStore:
         from dist_cifar.distributed.rendezvous import open_store
 
         try:
-            self._store = open_store(env, _CONNECT_SECONDS)
+            self._store = open_store(env, _TIMEOUTS)
         except RuntimeError as error:
             raise self._lost(error) from error
 
     def set(self, key: str, value: str) -> None:
-        """Sets the value of a key. Raises `LaunchError` if the job is gone."""
+        """Stores the value of a key. Raises `LaunchError` if the job is gone."""
         if self._store is None:
             self._values[key] = value
             return
@@ -44,7 +45,7 @@ class KeyValueStore:
             raise self._lost(error) from error
 
     def get(self, key: str) -> str | None:
-        """The value of a key; None while there is none. Raises `LaunchError` if the job is gone."""
+        """Returns the value of a key; None while there is none. Raises `LaunchError` if the job is gone."""
         if self._store is None:
             return self._values.get(key)
         try:

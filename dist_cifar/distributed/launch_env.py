@@ -1,8 +1,9 @@
-"""Reads what the launcher said, in this order of trust: torchrun's variables, which Accelerate and DeepSpeed's launcher
-set as well, Open MPI's, and those of a SLURM step.
+"""Reads the launcher's variables, in this order of trust: torchrun's, which Accelerate and DeepSpeed's launcher set as
+well, Open MPI's, and those of a SLURM step.
 
-Contract: a process that was started as one of several never takes itself for the only one. Variables that are there in
-part or contradict each other raise `LaunchError` with their names. Nothing here looks at anything but the variables.
+Contract: a process that was started as one of several never takes itself for the only one. Variables of which some are
+missing or that contradict each other raise `LaunchError` with their names. Nothing here looks at anything but the
+variables. This module and `accelerate_env` are the only ones that know which variables tell a process its rank.
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dist_cifar.distributed.accelerate_env import USE_CPU
 from dist_cifar.errors import LaunchError
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """SLURM numbers the shells of sbatch and salloc, which are steps of one task each, from here on."""
 _LOWEST_PORT, _PORTS = 10000, 20000
 """Derived ports: below those that kernels give to outgoing connections."""
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""A rank's variables, as torchrun sets them."""
+_AGENT = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE")
+"""What torchrun's agent sets beside them."""
+_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
+"""Other variables of launchers."""
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+"""Variables that hold the rank, in the order of trust."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistEnv:
-    """This process's place in the job."""
+    """Rank and peers of this process in its job."""
 
     rank: int = 0
     world_size: int = 1
@@ -33,11 +43,11 @@ class DistEnv:
     """Ranks on this node."""
     master_addr: str = "127.0.0.1"
     master_port: int = 0
-    """The job's port, as libraries know it; 0 when there is one rank. Where the ranks meet: `meeting`."""
+    """The job's port, as libraries know it; 0 when there is one rank. The rendezvous uses one of `candidate_ports`."""
     launcher: str = "none"
-    """`torchrun` (also Accelerate's and everything that is_main_process its variables), `mpi`, `slurm` or `none`."""
+    """`torchrun` (and every launcher that sets its variables, such as Accelerate's), `mpi`, `slurm` or `none`."""
     job: str = ""
-    """The same for all ranks; another one for each job, step and start, as far as the launcher tells them apart."""
+    """Key of the job: equal on all its ranks, different for each job, step and start that the launcher numbers."""
 
     @property
     def has_several_nodes(self) -> bool:
@@ -46,18 +56,12 @@ class DistEnv:
 
     def variables(self) -> dict[str, str]:
         """The same as torchrun's variables, for the libraries that read them."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-        }
+        values = self.rank, self.world_size, self.local_rank, self.local_world_size, self.master_addr, self.master_port
+        return dict(zip(_TORCHRUN, map(str, values), strict=True))
 
 
 def read_env(environ: Mapping[str, str]) -> DistEnv:
-    """The place that `environ` describes. Raises `LaunchError`."""
+    """The rank and the job that `environ` describes. Raises `LaunchError`."""
     if "RANK" in environ or "WORLD_SIZE" in environ:
         env = _from_torchrun(environ)
     elif any(name in environ for name in _OPEN_MPI):
@@ -90,10 +94,12 @@ def read_env(environ: Mapping[str, str]) -> DistEnv:
 
 
 def refuse_lone_task(environ: Mapping[str, str]) -> None:
-    """Raises `LaunchError` for a process in the shell of a SLURM job of several tasks: it would train alone.
+    """Raises `LaunchError` for a process without a launcher in the shell of a SLURM job of several tasks.
 
-    For commands whose process is a rank, when `read_env` has found no launcher.
+    It would train alone. Only for commands whose process is a rank: `verify` starts its ranks itself.
     """
+    if read_env(environ).launcher != "none":
+        return
     tasks = _number(environ, "SLURM_NTASKS") if "SLURM_NTASKS" in environ else 1
     if "SLURM_JOB_ID" in environ and not _is_step(environ) and tasks > 1:
         raise LaunchError(
@@ -110,6 +116,25 @@ def check_local_rank(environ: Mapping[str, str], local_rank: int | None) -> None
             f"launch: --local_rank={local_rank} was given and {found}; leave the option to DeepSpeed's launcher, which"
             " sets both"
         )
+
+
+def launcher_rank(environ: Mapping[str, str]) -> str:
+    """The rank as the launcher wrote it, unchecked; "0" without a launcher. Tells which process reports an error."""
+    return next((environ[name] for name in _RANKS if environ.get(name)), "0")
+
+
+def lone_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` for a child process that is no rank of this process's job."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name == USE_CPU or not (name.startswith(_PREFIXES) or name in (*_TORCHRUN, *_AGENT))
+    }
+
+
+def rank_environ(environ: Mapping[str, str], env: DistEnv) -> dict[str, str]:
+    """`environ` for a child process that is the rank `env` of a job of its own."""
+    return lone_environ(environ) | env.variables() | {"TORCHELASTIC_RUN_ID": env.job}
 
 
 def _from_torchrun(environ: Mapping[str, str]) -> DistEnv:

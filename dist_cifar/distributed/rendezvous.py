@@ -1,15 +1,21 @@
-"""Where the ranks of a job meet: a store that rank 0 keeps, and that only ranks of this job and this start find.
+"""The rendezvous of a job's ranks: they connect to a store that rank 0 hosts and only ranks of this start can find.
 
-Contract: rank 0 keeps a TCPStore on a free port, and says which to those that greet it at the door: the first free one
-of a few ports that follow from the job (`env.candidate_ports`). A greeting is a line with the job's key and the rank.
-One with another key gets no answer; others are held until every rank is at the door, and then all are answered at
-once. So a taken port costs nothing, jobs do not mix whatever ports they share, and a rank 0 of an earlier start lets
-nobody in: it has closed its door, or its ranks are gone from there. Who has not come is known at the end of the wait.
-The launcher's own store is never used: it outlives a start of the job, with all that is in it.
+Contract: rank 0 hosts a TCPStore on a free port, and tells that port to the ranks that connect to its rendezvous
+server. The server listens on the first free one of a few ports that follow from the job (`candidate_ports`). A rank
+introduces itself by a line with the job's key and its rank. A line with another key gets no answer. Ranks of this job
+are held until all of them have connected, and then all are answered at once. So a port that is taken costs nothing,
+jobs do not mix whatever ports they share, and a rank 0 of an earlier start admits nobody: its server is closed, or it
+waits for ranks that are gone. At the end of the wait it is known which ranks are missing.
 
-A line of the dialogue is JSON. From a client: `[_MAGIC, job, world_size, rank]`, and `_GONE` when its wait ends. From
-rank 0: `_HOLD` at once and then every second, at last `[_MAGIC, port of the store, address]`, where the address is that
-of rank 0's node as ranks on other nodes see it.
+The launcher's own store, through which torch's `env://` connects ranks, is not used: torchrun's outlives a start of the
+job with all that is in it, so restarted ranks look for peers that are gone. With torch 2.14.1, 4 of 13 jobs of
+`torchrun --standalone --max-restarts 3` (two gloo ranks, one killed) restarted cleanly; the others failed once more or
+hung. It was 12 of 12 with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, but whoever starts torchrun would have to set that.
+Under srun and mpirun there is no such store, and the ports that `env://` takes may be taken by others.
+
+Every line of the protocol is JSON. A client sends `[_MAGIC, job, world_size, rank]`, and `_GONE` when its wait ends.
+Rank 0 sends `_HOLD` at once and then every second, and at last `[_MAGIC, port of the store, address]`, where the
+address is that of rank 0's node as ranks on other nodes see it.
 """
 
 from __future__ import annotations
@@ -30,41 +36,38 @@ import torch.distributed as dist
 
 from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports
+from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import EXIT_SAVED, LaunchError
 
 _MAGIC = "dist_cifar 1"
 _HOLD = b"[]\n"
-"""Rank 0 is here and waits for others."""
+"""Rank 0 has accepted the rank and waits for others."""
 _GONE = b"[0]\n"
-"""A rank leaves the door because its own wait is over."""
-_HOLD_SECONDS = 1.0
-_CONNECT_SECONDS = 1.0
-_SILENCE_SECONDS = 3.0
-"""Who is silent for longer, on either side, is not of this job, or stopped."""
-_RETRY_SECONDS = 0.1
+"""The rank disconnects because its own wait is over."""
+_POLL_SECONDS, _RECEIVE_SECONDS = 0.1, 0.2
 _LONGEST_LINE_BYTES = 1024
 _SIOCGIFADDR = 0x8915
 """From Linux's <linux/sockios.h>."""
 
 
-def open_store(env: DistEnv, timeout_seconds: float, *, setting: str = "") -> dist.Store:
-    """A store of its own for every call, which all ranks of the job make; rank 0's process must outlive its use.
+def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.Store:
+    """Opens a new store; all ranks of the job call it, and rank 0's process must outlive the store's use.
 
     With ranks on several nodes it also sets GLOO_SOCKET_IFNAME, if it is not set, to the interface through which the
-    others are reached: gloo would take the address of the hostname, on many hosts 127.0.1.1.
-    Raises `LaunchError` if the ranks have not met within the timeout (`setting` is what it comes from) or a signal asks
-    to stop, the latter with exit code 75: nothing was done that could be lost.
+    other nodes are reached: gloo would take the address of the hostname, on many hosts 127.0.1.1.
+    Raises `LaunchError` if not all ranks connect within `timeouts.run_seconds` (`setting` is the config field that it
+    comes from), or with exit code 75 if a signal asks to stop: nothing was done that could be lost.
     """
-    patience = datetime.timedelta(seconds=timeout_seconds)
+    timeout, wait = datetime.timedelta(seconds=timeouts.run_seconds), _Wait(env, timeouts, setting)
     if env.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=patience, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timeout, wait_for_workers=False)
         # Only now: torch looks up names for its log, which takes 5 s where a name server is lost.
         with RendezvousServer(env) as server:
-            address = server.wait_for_ranks(store.port, _Wait(env, timeout_seconds, setting))
+            address = server.wait_for_ranks(store.port, wait)
     else:
-        address, port, own = _connect(env, _Wait(env, timeout_seconds, setting))
+        address, port, own = _connect(env, wait)
         # The answer proves that the address is right and that the store is there.
-        store = dist.TCPStore(env.master_addr, port, None, False, timeout=patience, wait_for_workers=False)
+        store = dist.TCPStore(env.master_addr, port, None, False, timeout=timeout, wait_for_workers=False)
         address = address if _is_loopback(own) else own
     if env.has_several_nodes and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = None if _is_loopback(address) else interface_of(address)
@@ -74,12 +77,13 @@ def open_store(env: DistEnv, timeout_seconds: float, *, setting: str = "") -> di
 
 
 class _Wait:
-    """The time that is left to meet, and what to say when it is over."""
+    """The time that is left to connect, and the error when it is over."""
 
-    def __init__(self, env: DistEnv, timeout_seconds: float, setting: str) -> None:
+    def __init__(self, env: DistEnv, timeouts: Timeouts, setting: str) -> None:
+        self.timeouts = timeouts
         self._who = f"rank {env.rank} of {env.world_size}"
-        self._deadline = time.monotonic() + timeout_seconds
-        self._waited = f"{timeout_seconds:g} s" + (f" ({setting})" if setting else "")
+        self._deadline = time.monotonic() + timeouts.run_seconds
+        self._waited = f"{timeouts.run_seconds:g} s" + (f" ({setting})" if setting else "")
 
     def is_over(self) -> bool:
         """Whether to give up. Raises `LaunchError` after a signal to stop."""
@@ -93,6 +97,7 @@ class _Wait:
         return time.monotonic() > self._deadline
 
     def error(self, what: str) -> LaunchError:
+        """The error of a rank that has waited in vain for `what`."""
         return LaunchError(f"launch: {self._who} has waited {self._waited} for {what}")
 
 
@@ -100,17 +105,17 @@ class _Wait:
 
 
 class _Peer:
-    """A connection to the door."""
+    """A connection to the rendezvous server."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self.connection, self.received, self.since = connection, b"", time.monotonic()
         self.rank: int | None = None
-        """None until it has greeted with the right key."""
+        """None until it has introduced itself with the job's key."""
 
 
 class RendezvousServer:
-    """Where rank 0 is greeted. Leaving the `with` closes it, and all connections to it."""
+    """The server that rank 0 runs until all ranks have connected. Leaving the `with` closes it and its connections."""
 
     def __init__(self, env: DistEnv) -> None:
         """Raises `LaunchError` if all ports are taken."""
@@ -118,7 +123,7 @@ class RendezvousServer:
         self._listener = _listen(candidate_ports(env.master_port))
         self._peers: dict[socket.socket, _Peer] = {}
         self._gone: set[int] = set()
-        """Ranks that were here until their own wait was over, which may end just before that of rank 0."""
+        """Ranks that had connected when their own wait ended, which may be just before that of rank 0."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -132,40 +137,41 @@ class RendezvousServer:
             connection.close()
 
     def wait_for_ranks(self, store_port: int, wait: _Wait) -> str:
-        """Waits for all ranks and tells them the store's port; returns this node's address, as others see it."""
+        """Waits for all ranks and tells them the store's port; returns this node's address, as other nodes see it."""
         held_at = time.monotonic()
-        while absent := self._absent():
+        while missing := self._missing():
             if wait.is_over():
                 raise wait.error(
-                    f"ranks that have not come: {_listed(set(absent) - self._gone or absent)}; it listens on"
+                    f"ranks that have not connected: {_listed(set(missing) - self._gone or missing)}; it listens on"
                     f" {socket.gethostname()}, port {self._listener.getsockname()[1]}; look at how they ended, and"
                     f" whether they can reach it at {self._env.master_addr}"
                 )
-            for key, _ in self._selector.select(timeout=0.1):
+            for key, _ in self._selector.select(timeout=_POLL_SECONDS):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._receive(self._peers[key.fileobj])  # type: ignore[index]
             now = time.monotonic()
-            if now - held_at > _HOLD_SECONDS:
+            if now - held_at > wait.timeouts.hold_seconds:
                 held_at = now
                 for peer in list(self._peers.values()):
                     if peer.rank is not None:
-                        self._say(peer, _HOLD)
-                    elif now - peer.since > _SILENCE_SECONDS:
+                        self._send(peer, _HOLD)
+                    elif now - peer.since > wait.timeouts.silence_seconds:
                         self._drop(peer)
         address = self._address()
         for peer in list(self._peers.values()):
             if peer.rank is not None:
-                self._say(peer, json.dumps([_MAGIC, store_port, address]).encode() + b"\n")
+                self._send(peer, json.dumps([_MAGIC, store_port, address]).encode() + b"\n")
         return address
 
-    def _absent(self) -> list[int]:
-        present = {peer.rank for peer in self._peers.values()}
-        return [rank for rank in range(1, self._env.world_size) if rank not in present]
+    def _missing(self) -> list[int]:
+        """The ranks that are not connected."""
+        connected = {peer.rank for peer in self._peers.values()}
+        return [rank for rank in range(1, self._env.world_size) if rank not in connected]
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it has left before it was let in
+        with contextlib.suppress(OSError):  # it disconnected before it was accepted
             connection, _ = self._listener.accept()
             self._peers[connection] = _Peer(connection)
             self._selector.register(connection, selectors.EVENT_READ)
@@ -179,22 +185,22 @@ class RendezvousServer:
             self._gone.add(peer.rank)
         peer.received += data
         if not data or peer.rank is not None or len(peer.received) > _LONGEST_LINE_BYTES:
-            self._drop(peer)  # its process is gone, or it is none of ours
+            self._drop(peer)  # its process is gone, or it is not a rank of this job
         elif b"\n" in peer.received:
             rank = self._rank_of(peer.received)
-            if rank in self._absent():
+            if rank in self._missing():
                 peer.rank = rank
-                self._say(peer, _HOLD)
+                self._send(peer, _HOLD)
             else:
                 self._drop(peer)
 
     def _rank_of(self, line: bytes) -> int | None:
-        """The rank that greets; None if it is none of this job and start."""
-        greeting = _parse(line)
-        is_ours = greeting[:3] == _greeting(self._env)[:3] and len(greeting) == 4
-        return greeting[3] if is_ours else None
+        """The rank in a line by which a peer introduces itself; None if it is not of this job and start."""
+        values = _parse(line)
+        is_ours = values[:3] == _introduction(self._env)[:3] and len(values) == 4
+        return values[3] if is_ours else None
 
-    def _say(self, peer: _Peer, line: bytes) -> None:
+    def _send(self, peer: _Peer, line: bytes) -> None:
         try:
             peer.connection.sendall(line)
         except OSError:
@@ -206,13 +212,13 @@ class RendezvousServer:
         peer.connection.close()
 
     def _address(self) -> str:
-        """That at which a rank of another node has found the door; loopback if all are on this node."""
+        """The address remote ranks connected to; loopback on a single node."""
         found = [_address_of(connection) for connection in self._peers]
         return next((address for address in found if not _is_loopback(address)), "127.0.0.1")
 
 
 def _listen(ports: Sequence[int]) -> socket.socket:
-    """A listener on the first free port."""
+    """Listens on the first free port of `ports`."""
     dual = socket.has_dualstack_ipv6()
     for port in ports:
         with contextlib.suppress(OSError):
@@ -229,7 +235,7 @@ def _listen(ports: Sequence[int]) -> socket.socket:
 
 
 def _connect(env: DistEnv, wait: _Wait) -> tuple[str, int, str]:
-    """Rank 0's address and the store's port, as it says, and this rank's own address on the way to it."""
+    """Finds rank 0; returns its address and the store's port, as it tells them, and this rank's address towards it."""
     ports, seen = candidate_ports(env.master_port), "nobody who knows this job answers"
     while True:
         for port in ports:
@@ -240,27 +246,28 @@ def _connect(env: DistEnv, wait: _Wait) -> tuple[str, int, str]:
                 )
             with (
                 contextlib.suppress(OSError),
-                socket.create_connection((env.master_addr, port), timeout=_CONNECT_SECONDS) as connection,
+                socket.create_connection((env.master_addr, port), timeout=wait.timeouts.connect_seconds) as connection,
             ):
-                connection.sendall(json.dumps(_greeting(env)).encode() + b"\n")
+                connection.sendall(json.dumps(_introduction(env)).encode() + b"\n")
                 for line in _lines(connection, wait):
                     if line + b"\n" == _HOLD:
-                        seen = f"it is there, at port {port}, and waits for other ranks"
+                        seen = f"it listens on port {port} and waits for other ranks"
                         continue
                     match _parse(line):
                         case [str(magic), int(store_port), str(address)] if magic == _MAGIC:
                             return address, store_port, _address_of(connection)
-                    break  # somebody else
+                    break  # it is not rank 0 of this job
                 if wait.is_over():
                     connection.sendall(_GONE)
-        time.sleep(_RETRY_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
 def _lines(connection: socket.socket, wait: _Wait) -> Iterable[bytes]:
-    """Lines as they come, until the other side ends, is silent, or is_main_process as nobody of this job does."""
+    """Yields lines as they arrive, until the other side closes, is silent, or sends a line longer than any of ours."""
     rest, heard_at = b"", time.monotonic()
-    connection.settimeout(0.2)
-    while len(rest) <= _LONGEST_LINE_BYTES and time.monotonic() - heard_at < _SILENCE_SECONDS and not wait.is_over():
+    connection.settimeout(_RECEIVE_SECONDS)
+    silence_seconds = wait.timeouts.silence_seconds
+    while len(rest) <= _LONGEST_LINE_BYTES and time.monotonic() - heard_at < silence_seconds and not wait.is_over():
         with contextlib.suppress(TimeoutError):
             data = connection.recv(_LONGEST_LINE_BYTES)
             if not data:
@@ -271,15 +278,16 @@ def _lines(connection: socket.socket, wait: _Wait) -> Iterable[bytes]:
             yield from lines
 
 
-# --- the dialogue ------------------------------------------------------------------------------------------------
+# --- the protocol ------------------------------------------------------------------------------------------------
 
 
-def _greeting(env: DistEnv) -> list[object]:
+def _introduction(env: DistEnv) -> list[object]:
+    """The first line that a rank sends, as a list."""
     return [_MAGIC, env.job, env.world_size, env.rank]
 
 
 def _parse(line: bytes) -> list[Any]:
-    """A line of JSON that holds a list; an empty one if it is anything else."""
+    """The list that a line holds as JSON; an empty one if it holds anything else."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -288,7 +296,7 @@ def _parse(line: bytes) -> list[Any]:
 
 
 def _listed(numbers: Iterable[int]) -> str:
-    """`1, 4-7`."""
+    """The numbers in order, with ranges: `1, 4-7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -302,7 +310,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _address_of(connection: socket.socket) -> str:
-    """This side's address; an IPv4 one as such."""
+    """The address of this side of the connection; an IPv4 address is not written as an IPv6 one."""
     return connection.getsockname()[0].removeprefix("::ffff:")
 
 
@@ -311,7 +319,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface of this host that leads to `host`; None where that is not told. Sends nothing."""
+    """The network interface of this host that leads to `host`; None if it cannot be found out. Sends nothing."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
         probe.connect((host, 9))
         return interface_of(probe.getsockname()[0])
@@ -319,7 +327,7 @@ def interface_towards(host: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface of this host that has this IPv4 address; None if none has, or where that is not told."""
+    """The network interface of this host that has this IPv4 address; None if there is none or it is unknown."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # it has no IPv4 address

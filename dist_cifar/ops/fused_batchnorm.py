@@ -1,10 +1,16 @@
-"""BatchNorm with its shortcut and ReLU in two passes over memory each way, on CPUs.
+"""BatchNorm, the shortcut and ReLU as one operation that passes over memory twice each way, on CPUs.
 
-Contract: after `fuse_batchnorm_relu`, the `BatchNormReLU` layers of a module compute the same function in training,
-forward and backward, for float32 and bfloat16 in channels-last where torch has one thread; all else, and the module's
-state, are as they were. Statistics are summed in float32 over at most `_BLOCK` rows of pixels and in float64 above, and
-nothing is rounded to bfloat16 between the input and the output. The result is a function of the arguments alone, on
-every processor.
+Contract: after `fuse_batchnorm_relu`, a module computes the same function in training, forward and backward: where it
+is recognised to apply BatchNorm, then or not a shortcut, then ReLU, these are one kernel for float32 and bfloat16 in
+channels-last where torch has one thread. All else, and the module's state, are as they were. Statistics are summed in
+float32 over at most `_BLOCK` rows of pixels and in float64 above, and nothing is rounded to bfloat16 between the input
+and the output. The result is a function of the arguments alone, on every processor.
+
+The module knows nothing of this. It is recognised by what its classes state of their own `forward`:
+
+- `residual_layers`: pairs of names of a convolution and a norm; the layers are applied in turn, ReLU follows each, and
+  the shortcut (`downsample` of the input, or the input where that is None) is added before the last ReLU;
+- `norm_relu_pairs`: pairs of names of a norm and of the ReLU to which alone its output goes.
 
 torch computes each of the steps by itself, and in bfloat16 its kernels are far slower than the memory: in a ResNet-20
 they take as long as the convolutions. Source of the formulas: Ioffe and Szegedy, "Batch normalization", 2015.
@@ -23,33 +29,65 @@ from numba.extending import intrinsic
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from dist_cifar.models.resnet import BatchNormReLU
 from dist_cifar.ops.numba_jit import compiled, inlined
 
 _BLOCK = 64
-"""Rows whose sums are float32."""
+"""The number of rows that are summed in float32."""
 
 
 def fuse_batchnorm_relu(module: nn.Module) -> None:
-    """For the training passes of `module` from now on, which is on a CPU."""
-    for layer in module.modules():
-        if isinstance(layer, BatchNormReLU) and layer.affine and layer.track_running_stats and layer.momentum:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
+    """Changes how `module`, which is on a CPU, computes its training passes from now on."""
+    for owner in module.modules():
+        # Of the class itself: a subclass may have another `forward`.
+        stated = vars(type(owner))
+        layers = [(getattr(owner, conv), getattr(owner, norm)) for conv, norm in stated.get("residual_layers", ())]
+        if layers and all(_may_be_fused(norm) for _, norm in layers):
+            for _, norm in layers:
+                fuse_layer(norm)
+            owner.forward = partial(_residual_forward, owner, layers)
+        for norm_name, relu_name in stated.get("norm_relu_pairs", ()):
+            norm, relu = getattr(owner, norm_name), getattr(owner, relu_name)
+            if _may_be_fused(norm):
+                fuse_layer(norm)
+                relu.forward = _identity
+
+
+def _may_be_fused(layer: nn.Module) -> bool:
+    return type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats and bool(layer.momentum)
+
+
+def fuse_layer(layer: nn.BatchNorm2d) -> None:
+    """Makes `layer` add a shortcut, where it is called with one, and apply ReLU."""
+    layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
 
 
 def is_single_threaded() -> bool:
-    """Whether torch has one thread: more of them make up for what its kernels lose."""
+    """Whether torch has one thread; with several threads torch's own kernels are fast enough."""
     return torch.get_num_threads() == 1
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """One small pass each way: has the kernels compiled, or loaded from numba's cache."""
+    """Makes one small pass each way, which compiles the kernels or loads them from numba's cache."""
     images = torch.zeros(2, 8, 1, 1, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-    layer = BatchNormReLU(8)
+    layer = nn.BatchNorm2d(8)
     _fused(layer, images, None).sum().backward()
 
 
-def _forward(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+def _residual_forward(block: Any, layers: list[tuple[nn.Conv2d, nn.BatchNorm2d]], images: torch.Tensor) -> torch.Tensor:
+    """The forward pass of a residual block whose norms are fused with what follows them."""
+    hidden = images
+    for convolution, norm in layers[:-1]:
+        hidden = norm(convolution(hidden))
+    shortcut = images if block.downsample is None else block.downsample(images)
+    convolution, norm = layers[-1]
+    return norm(convolution(hidden), shortcut)
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
+
+
+def _forward(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
     fits = (
         layer.training
         and is_single_threaded()
@@ -59,10 +97,18 @@ def _forward(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor 
         and images.numel() > images.shape[1]  # else torch says that there is nothing to normalise
         and (shortcut is None or (shortcut.dtype, shortcut.shape) == (images.dtype, images.shape))
     )
-    return _fused(layer, images, shortcut) if fits else BatchNormReLU.forward(layer, images, shortcut)
+    return _fused(layer, images, shortcut) if fits else plain(layer, images, shortcut)
 
 
-def _fused(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
+def plain(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes the same by torch's operations, one after the other."""
+    hidden = nn.BatchNorm2d.forward(layer, images)
+    if shortcut is not None:
+        hidden += shortcut
+    return nn.functional.relu(hidden, inplace=True)
+
+
+def _fused(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
     mean, variance, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert mean is not None and variance is not None and count is not None and layer.momentum is not None
     count.add_(1)
@@ -70,7 +116,7 @@ def _fused(layer: BatchNormReLU, images: torch.Tensor, shortcut: torch.Tensor | 
 
 
 class _Fused(torch.autograd.Function):
-    """images [n, c, h, w], shortcut the same or None, the rest float32 [c] and numbers -> as images."""
+    """Maps images [n, c, h, w], a shortcut like them or None, and float32 [c] to a tensor like the images."""
 
     @staticmethod
     def forward(
@@ -107,7 +153,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
-    """[n, c, h, w] in channels-last as rows of pixels [n h, w c]: float32, or uint16 for the bits of bfloat16."""
+    """Views [n, c, h, w] in channels-last as rows of pixels [n h, w c]: float32, or uint16 for the bits of bfloat16."""
     count, channels, height, width = images.shape
     rows = images.detach().permute(0, 2, 3, 1).view(count * height, width * channels)
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
@@ -118,7 +164,7 @@ def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
 
 @intrinsic
 def _widen(_: Any, value: Any) -> Any:
-    """float32 of a float32 or of the bits of a bfloat16."""
+    """Converts a float32, or the bits of a bfloat16, to float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         (bits,) = arguments
@@ -150,7 +196,7 @@ def _narrow(_: Any, value: Any, like: Any) -> Any:
 
 @intrinsic
 def _unless(_: Any, condition: Any, value: Any) -> Any:
-    """`value`, or zero where the condition holds."""
+    """Selects `value`, or zero where the condition holds."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         zero = context.get_constant(value, 0)
@@ -161,7 +207,7 @@ def _unless(_: Any, condition: Any, value: Any) -> Any:
 
 @inlined
 def _repeated(values, width):
-    """float32 [width] with the values of the channels, for each pixel of a row."""
+    """Repeats the values of the channels for each pixel of a row: float32 [width]."""
     repeated = np.empty(width, np.float32)
     for first in range(0, width, len(values)):
         for c in range(len(values)):
@@ -179,7 +225,7 @@ def _add_pixels(row, sums):
 
 @compiled
 def _normalize(x, shortcut, affine, running_mean, running_variance, momentum, epsilon, statistics, out):
-    """`affine`: weight and bias. `statistics`, written: mean, 1 / deviation, and weight / deviation."""
+    """Writes `out`, and into `statistics` mean, 1 / deviation and weight / deviation. `affine`: weight and bias."""
     rows, width = x.shape
     channels = affine.shape[1]
     first_pixel = np.empty(channels, np.float32)
@@ -229,8 +275,8 @@ def _normalize(x, shortcut, affine, running_mean, running_variance, momentum, ep
 
 @compiled
 def _differentiate(gradient, out, x, of_shortcut, of_x, statistics, of_affine):
-    """Written: `of_shortcut`, if it is not empty: the gradient of what ReLU is given; `of_x`; `of_affine`, of weight
-    and bias."""
+    """Writes `of_x`, `of_affine` (of weight and bias) and, if it is not empty, `of_shortcut`: the gradient of what ReLU
+    is given."""
     rows, width = x.shape
     channels = statistics.shape[1]
     mean = _repeated(statistics[0], width)

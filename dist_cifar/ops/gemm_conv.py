@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 _MOST_PIXELS = 16
-"""Of the output: with more, the copies take longer than what they save."""
+"""The most pixels of an output: with more, the copies take longer than what they save."""
 _LEAST_WEIGHTS = 2**16
-"""Channels in times channels out: with fewer there is little to save."""
+"""The fewest channels in times channels out: with fewer there is little to save."""
 
 
 def replace_small_convs(module: nn.Module) -> None:
-    """For the training passes of `module` from now on, which is on a CPU."""
+    """Changes how `module`, which is on a CPU, computes its training passes from now on."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d) and _may_be_product(layer):
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
@@ -45,7 +45,7 @@ def _may_be_product(layer: nn.Conv2d) -> bool:
 
 
 def _forward(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
-    """[n, channels, height, width] to the layer's output, in channels-last where it is a product."""
+    """Computes the layer's output from [n, channels, height, width], in channels-last where it is a product."""
     kernel, stride, padding = layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
     height, width = _output_sides(images, kernel, stride, padding)
     if height * width > _MOST_PIXELS:
@@ -58,7 +58,7 @@ def _forward(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """images [n, c, h, w], weight [d, c, k, k] -> [n, d, h', w'] of the same type."""
+    """Computes from images [n, c, h, w] and weight [d, c, k, k] the output [n, d, h', w'] of the same type."""
 
     @staticmethod
     def forward(ctx: Any, images: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ class _Product(torch.autograd.Function):
 
 
 def _correlate(images: torch.Tensor, matrix: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """[n, c, h, w] to [n, d, h', w'] in channels-last by `matrix` [kernel kernel c, d]."""
+    """Computes [n, d, h', w'] in channels-last from [n, c, h, w] and `matrix` [kernel kernel c, d]."""
     height, width = _output_sides(images, kernel, stride, padding)
     rows = _columns(images, kernel, stride, padding) @ matrix
     return rows.view(len(images), height, width, -1).permute(0, 3, 1, 2)
@@ -97,7 +97,7 @@ def _output_sides(images: torch.Tensor, kernel: int, stride: int, padding: int) 
 
 
 def _columns(images: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """What each output pixel sees: [n, c, h, w] to [n h' w', kernel kernel c]."""
+    """Collects the pixels that each output pixel sees: [n, c, h, w] to [n h' w', kernel kernel c]."""
     padded = nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
     windows = padded.unfold(1, kernel, stride).unfold(2, kernel, stride)  # n, h', w', c, kernel, kernel
     return windows.permute(0, 1, 2, 4, 5, 3).reshape(-1, kernel * kernel * images.shape[1])

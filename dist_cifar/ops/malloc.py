@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep the memory that a training frees: the next step takes the same amount again.
+"""Tunes glibc malloc to retain freed blocks: the next step of a training takes the same amount of memory again.
 
 Contract: after `keep_freed_memory`, blocks below 32 MiB that are freed stay with the process. By default the larger of
 them go back to the kernel, which clears each page anew when it is touched again. Without glibc nothing happens.
@@ -12,14 +12,14 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""From glibc's <malloc.h>."""
+"""The numbers of two parameters in glibc's <malloc.h>."""
 _MMAP_THRESHOLD_BYTES = 32 * 2**20
-"""glibc takes no more."""
+"""The largest value that glibc takes."""
 _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """For the whole process, from now on."""
+    """Makes malloc keep what is freed, for the whole process, from now on."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:  # musl has none

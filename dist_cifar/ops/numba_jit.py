@@ -20,7 +20,7 @@ from numba.core import event
 logger = logging.getLogger(__name__)
 
 inlined: Any = numba.njit(nogil=True)
-"""For helpers that only compiled functions call; they are cached with their callers."""
+"""Decorates helpers that only compiled functions call; they are cached with their callers."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def load(use: Callable[[], None]) -> bool:
-    """Loads what `use` calls from numba's cache; False if it is not there. Processes may do it side by side."""
+    """Loads what `use` calls from numba's cache; False if it is not there. Processes may do it in parallel."""
     try:
         with event.install_listener("numba:compile", _Refusal()):
             use()
@@ -60,11 +60,11 @@ def warm_up(use: Callable[[], None]) -> None:
 
 @compiled
 def _nothing() -> None:
-    """Knows where the cache of this package is."""
+    """Does nothing; its statistics tell where the cache of this package is."""
 
 
 class _NotCached(Exception):
-    """numba was about to compile."""
+    """Raised where numba was about to compile."""
 
 
 class _Refusal(event.Listener):
@@ -78,7 +78,7 @@ class _Refusal(event.Listener):
 
 
 class _Announcer(event.Listener):
-    """Says once that numba compiles."""
+    """Logs once that numba compiles."""
 
     def __init__(self) -> None:
         self._announced = False

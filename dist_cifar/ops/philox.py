@@ -29,7 +29,7 @@ _ROUNDS = 10
 
 
 def philox4x32(counter: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.NDArray[np.uint32]:
-    """Philox4x32-10 of each row.
+    """Applies Philox4x32-10 to each row.
 
     `counter`: uint32 [..., 4]; `key`: two numbers below 2**32. Returns uint32 of the shape of `counter`.
     """
@@ -54,7 +54,7 @@ def _philox4x32(counter, first_key, second_key):
 
 
 def random_words(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, words: int) -> npt.NDArray[np.uint32]:
-    """`words` random 32-bit words for each of `indices`: uint32 [len(indices), words].
+    """Draws `words` random 32-bit words for each of `indices`: uint32 [len(indices), words].
 
     `seed` is below 2**64; `stream`, `epoch` and each index are below 2**32.
     """
@@ -69,5 +69,5 @@ def random_words(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, wor
 
 
 def uniform(seed: int, stream: int, epoch: int, indices: npt.ArrayLike, draws: int) -> npt.NDArray[np.float64]:
-    """`draws` uniform numbers in [0, 1) for each of `indices`, in steps of 2**-32: float64 [len(indices), draws]."""
+    """Draws uniform numbers in [0, 1), in steps of 2**-32, `draws` for each of `indices`: float64 [indices, draws]."""
     return random_words(seed, stream, epoch, indices, draws) * np.float64(2.0**-32)

@@ -23,16 +23,16 @@ from dist_cifar.ops.gemm_conv import replace_small_convs
 logger = logging.getLogger(__name__)
 
 _PROBE_SHAPE = (16, 64, 32, 32)
-"""Of the layer that is measured: images, channels, height, width; a ResNet-18's first stage."""
+"""The input of the layer that is measured: images, channels, height, width; that of a ResNet-18's first stage."""
 _PROBE_REPEATS = 5
 _PROBE_SECONDS = 0.3
-"""After which no other repeat is begun, for each precision."""
+"""The time after which no other repeat is begun, for each precision."""
 _MUST_SAVE = 0.9
 """bf16 rounds more coarsely: it has to take less than this share of the time of fp32."""
 
 
 def choose_precision(device: torch.device) -> tuple[str, str]:
-    """`bf16` or `fp32`, and a line that says why: one convolution, forward and backward, measured in both."""
+    """Chooses `bf16` or `fp32` by timing one convolution, forward and backward, in both; returns a line on it too."""
     seconds = {name: _layer_seconds(name, device) for name in ("fp32", "bf16")}
     chosen = "bf16" if seconds["bf16"] < _MUST_SAVE * seconds["fp32"] else "fp32"
     return chosen, (
@@ -44,8 +44,8 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
 def resolve_precision(
     config: Config, previous_config: Callable[[], Config | None], communicator: Communicator
 ) -> Config:
-    """`config` with `compute.precision=auto` resolved: to what `previous_config`, the config with which the run was
-    started, has, or else to what is faster here. A collective."""
+    """Returns `config` with `compute.precision=auto` resolved: to the precision of `previous_config`, with which the
+    run was started, or else to what is faster here. A collective."""
     if config.compute.precision != "auto":
         return config
 
@@ -66,7 +66,7 @@ def prepare_forward(
 ) -> None:
     """Sets how `module` computes in training. Call it once, before the module is wrapped.
 
-    `auto_compile` and `bitwise` are properties of the strategy: see `dist_cifar.strategy.StrategySpec`.
+    `auto_compile` and `bitwise` are properties of the strategy: see `dist_cifar.strategy.StrategyProperties`.
     """
     set_precision(module, config.precision, device)
     if compiles(config, device, auto_compile=auto_compile):
@@ -95,8 +95,8 @@ def set_precision(module: nn.Module, precision: str, device: torch.device) -> No
 def compiles(config: ComputeConfig, device: torch.device, *, auto_compile: bool) -> bool:
     """Whether the module is compiled.
 
-    `auto`: on CPUs it gains too little for what the start then takes, and where the strategy promises the same bits
-    everywhere (`auto_compile` is false) they would depend on the compiler.
+    With `auto` it is not on CPUs, where that gains too little for what the start then takes, nor where the strategy
+    promises the same bits everywhere (`auto_compile` is false): they would depend on the compiler.
     """
     if config.compile == "auto":
         return auto_compile and device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -104,7 +104,7 @@ def compiles(config: ComputeConfig, device: torch.device, *, auto_compile: bool)
 
 
 def _layer_seconds(precision: str, device: torch.device) -> float:
-    """The shortest of some forward and backward passes of one convolution."""
+    """Measures the shortest of some forward and backward passes of one convolution."""
     channels = _PROBE_SHAPE[1]
     layer = nn.Conv2d(channels, channels, 3, padding=1).to(device).to(memory_format=torch.channels_last)
     images = torch.zeros(_PROBE_SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()

@@ -1,8 +1,7 @@
-"""torch.optim.Adam's fused step without torch.optim, whose every class imports torch's compiler when it is made: that
-takes longer than all else before the first step, torch itself excepted.
+"""The fused step of torch.optim.Adam without torch.optim, whose every class imports torch's compiler when it is made:
+that takes longer than all else before the first step, torch itself excepted.
 
-Contract: `FusedAdam` gives the bits of `torch.optim.Adam(fused=True)` and has that part of its interface which the
-strategies use.
+Contract: `FusedAdam` gives the bits of `torch.optim.Adam(fused=True)` and is an `Optimizer` of this package.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class FusedAdam:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
         """One group; its `lr` is that of the next step."""
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-        """Of each parameter that has had a gradient: `step` [], `exp_avg` and `exp_avg_sq`, shaped as it is."""
+        """What `new_state` makes, for each parameter that has had a gradient."""
         self.found_inf: torch.Tensor | None = None
         """float32 []: where it is 1, the next step changes nothing."""
         self._constants: dict[str, Any] = {
@@ -39,18 +38,22 @@ class FusedAdam:
             "weight_decay": weight_decay,
         }
 
+    def new_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`step` [], `exp_avg` and `exp_avg_sq`, shaped and laid out as the parameter, which the kernel requires."""
+        return {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
     @torch.no_grad()
     def step(self) -> None:
-        """One step of all parameters that have a gradient."""
+        """Takes one step of all parameters that have a gradient."""
         group = self.param_groups[0]
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         for parameter in parameters:
             if parameter not in self.state:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                self.state[parameter] = self.new_state(parameter)
         states = [self.state[parameter] for parameter in parameters]
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
@@ -71,6 +74,6 @@ class FusedAdam:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Clears all gradients."""
         for parameter in self.param_groups[0]["params"]:
             parameter.grad = None

@@ -1,27 +1,24 @@
 """The learning rate of each step.
 
-Contract: a schedule is a function of the config, the step and the history of the metric that it is told of. It touches
-no optimizer and asks no other rank: ranks that tell it the same metrics get the same learning rates. Steps are counted
+Contract: a schedule is a function of the config, the step and the history of the metric that it observes. It touches
+no optimizer and asks no other rank: ranks that observe the same metrics get the same learning rates. Steps are counted
 from 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dist_cifar.config import OptimizerConfig, PlateauConfig
+from dist_cifar.optim.lr_scaling import scaled_lr
+from dist_cifar.optim.plateau import Plateau, start_plateau, step_plateau
 from dist_cifar.state import Evaluation
-
-_SMALLEST_REDUCTION = 1e-8
-"""A smaller change of the learning rate is not made (`eps` of torch's ReduceLROnPlateau)."""
 
 
 class LRSchedule(Protocol):
-    """The learning rate of a run."""
+    """A learning rate that may depend on the evaluations so far."""
 
     def lr(self, step: int) -> float:
         """The learning rate of `step`."""
@@ -32,7 +29,7 @@ class LRSchedule(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers, as JSON."""
+        """Everything it remembers, as JSON can hold it."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -40,7 +37,7 @@ class LRSchedule(Protocol):
         ...
 
     def describe(self) -> str:
-        """What it does, in a line."""
+        """A line that says what it does."""
         ...
 
 
@@ -83,77 +80,13 @@ class WarmupPlateau:
         )
 
 
-def scaled_lr(optimizer: OptimizerConfig, global_size: int) -> tuple[float, str]:
-    """The full learning rate for a global batch, and a line that says where it comes from.
-
-    Square root for Adam: Malladi et al., "On the SDEs and scaling rules for adaptive gradient algorithms", 2022.
-    Linear: Goyal et al., "Accurate, large minibatch SGD", 2017.
-    """
-    ratio = global_size / optimizer.lr_base_batch
-    factor = {"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[optimizer.lr_rule]
-    lr = optimizer.lr * factor
-    rule = {
-        "sqrt": f"sqrt({global_size}/{optimizer.lr_base_batch})",
-        "linear": f"{global_size}/{optimizer.lr_base_batch}",
-        "none": "1",
-    }[optimizer.lr_rule]
-    return lr, f"lr {lr:.6g} = {optimizer.lr:g} x {rule} (rule {optimizer.lr_rule}, global batch {global_size})"
-
-
 def warmup_factor(warmup_steps: int, step: int) -> float:
-    """Linear from 1/n in step 0 to 1 in step n - 1, where n is the number of warm-up steps; 1 afterwards."""
+    """The warm-up factor: linear from 1/n in step 0 to 1 in step n - 1, of n warm-up steps, and 1 afterwards."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plateau:
-    """ReduceLROnPlateau between two evaluations. All of it is saved and restored."""
-
-    lr: float
-    """Learning rate after the reductions so far, before the warm-up factor."""
-    best: float
-    """Best value of the watched metric so far."""
-    bad_evaluations: int = 0
-    """Evaluations in a row without improvement."""
-    cooldown_left: int = 0
-    """Evaluations that are still not counted after the last reduction."""
-    reductions: int = 0
-    """Number of reductions so far."""
-
-
-def start_plateau(config: PlateauConfig, lr: float) -> Plateau:
-    """The state before the first evaluation."""
-    return Plateau(lr=lr, best=math.inf if config.metric == "loss" else -math.inf)
-
-
-def step_plateau(config: PlateauConfig, state: Plateau, metric: float) -> Plateau:
-    """The state after one more evaluation; the rule is torch's, with a relative threshold. NaN never improves."""
-    if config.metric == "loss":
-        improved = metric < state.best * (1.0 - config.threshold)
-    else:
-        improved = metric > state.best * (1.0 + config.threshold)
-    bad = 0 if improved else state.bad_evaluations + 1
-    cooldown = state.cooldown_left
-    if cooldown > 0:
-        cooldown, bad = cooldown - 1, 0
-    lr, reductions = state.lr, state.reductions
-    if bad > config.patience_evaluations:
-        reduced = max(lr * config.factor, config.min_lr)
-        if lr - reduced > _SMALLEST_REDUCTION:
-            lr, reductions = reduced, reductions + 1
-        cooldown, bad = config.cooldown_evaluations, 0
-    return replace(
-        state,
-        lr=lr,
-        best=metric if improved else state.best,
-        bad_evaluations=bad,
-        cooldown_left=cooldown,
-        reductions=reductions,
-    )
-
-
 LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": WarmupPlateau}
-"""Every schedule by its name."""
+"""The class of every schedule by its name."""
 
 
 def build_lr_schedule(

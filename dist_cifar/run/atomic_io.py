@@ -1,4 +1,4 @@
-"""Files that outlive a crash: the one place that writes, renames and deletes what must last.
+"""Atomic and durable file operations: the one place that writes, renames and deletes what must survive a crash.
 
 Contract: when `write_atomic` or `move` returns, its effect is on the disk, not only in the page cache; a process that
 is killed inside it leaves either the state before or the state after. Errors are `OSError`s. One process writes to a
@@ -16,7 +16,7 @@ from pathlib import Path
 def write_atomic(path: Path, data: bytes | str, *, writer: str = "") -> None:
     """Replaces the content of `path` as a whole; text is UTF-8. The temporary file is `.tmp-<name><writer>` beside it.
 
-    Processes that may write to the same path at a time each have a `writer` of their own.
+    Processes that may write to the same path at the same time each give a `writer` of their own.
     """
     temporary = path.with_name(f".tmp-{path.name}{writer}")
     try:
@@ -28,32 +28,36 @@ def write_atomic(path: Path, data: bytes | str, *, writer: str = "") -> None:
         raise
 
 
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Writes and syncs the content of a file. Its name lasts once `fsync_dir` has synced the directory."""
+def write_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Writes and syncs the content of a file, its parts one after the other.
+
+    The name of a new file lasts only once `fsync_dir` has synced its directory.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:  # one call writes 2 GiB at most
-            rest = rest[os.write(descriptor, rest) :]
+        for part in parts:
+            rest = memoryview(part)
+            while rest:  # one call writes 2 GiB at most
+                rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def fsync_dir(path: Path) -> None:
-    """Makes the names in a directory last."""
+    """Syncs a directory, so that the names in it survive a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: a file system that has no such call, because it needs none
+        if error.errno != errno.EINVAL:  # EINVAL: the file system has no such call
             raise
     finally:
         os.close(descriptor)
 
 
 def make_dirs(path: Path) -> None:
-    """Creates a directory and its missing parents."""
+    """Creates a directory and its missing parents, durably."""
     if not path.is_dir():
         make_dirs(path.parent)
         os.mkdir(path)
@@ -61,13 +65,13 @@ def make_dirs(path: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Renames within one directory; a file replaces a file, a directory needs a name that is free."""
+    """Renames within one directory, durably; a file replaces a file, a directory needs a name that is free."""
     os.replace(old, new)
     fsync_dir(new.parent)
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a file, or a directory with all that it holds, in no order that a crash would respect."""
+    """Deletes a file, or a directory with all that it holds. A crash may leave any part of it."""
     if path.is_dir() and not path.is_symlink():
         for name in sorted(os.listdir(path)):
             remove_tree(path / name)

@@ -1,10 +1,10 @@
 """Checkpoints on disk: written whole or not at all, verified to the last bit when read.
 
 Contract: `CheckpointStore.begin_save` copies what is to be saved and returns; a thread writes the copy. Killed at any
-instant, or out of disk space, it leaves every earlier checkpoint that is due to be kept, and at most rubbish that the
-next save sweeps. One write is under way at a time, and no failure of it is lost: every method waits for it and raises
-its error first. `load_newest` returns the newest checkpoint of which every byte is as it was written; it passes over
-damaged ones, saying so, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by
+instant, or out of disk space, it leaves every earlier checkpoint that retention keeps, and at most rubbish that the
+next save deletes. One write is under way at a time, and no failure of it is lost: every method waits for it and raises
+its error first. `load_newest` returns the newest checkpoint whose every byte is as it was written. It skips damaged
+ones and logs them, and raises `CheckpointError` when there are only damaged ones, so that no run starts over by
 accident.
 
     <directory>/step-00001234/model.safetensors    one file for each group of tensors
@@ -12,15 +12,15 @@ accident.
     <directory>/step-00001234/manifest.json        step, whether it was the best, size and SHA-256 of each file
     <directory>/latest, <directory>/best           the name of a directory, for people and scripts
 
-Three rules give the safety. A directory is written under a temporary name, manifest last, synced and then renamed; it
-is renamed back to a temporary name before anything of it is deleted. So whatever is called `step-...` is complete, or
+Three rules make it safe. A directory is written under a temporary name, manifest last, synced and then renamed; it is
+renamed back to a temporary name before anything in it is deleted. So whatever is called `step-...` is complete, or
 damaged. No name is overwritten: a step that is saved again becomes `step-00001234-2`, and only then is the first one
-deleted. The truth is in the directories alone: `latest` and `best` are written but never read, so that nothing depends
-on them. Which checkpoint is newer is in the names: no clock decides, neither the machine's nor that of the files.
+deleted. Only the directories count: `latest` and `best` are written but never read. The names say which checkpoint is
+newer, not a clock, neither the machine's nor the files'.
 
 Tensors are stored as safetensors and the rest as JSON; nothing is ever unpickled. Tensors are stored contiguous: their
-values return bit for bit, their memory format (channels_last) does not. The copy that `begin_save` makes is laid out as
-the files are, so that it is the only one: writing takes no more memory than what is written. This module knows nothing
+values return bit for bit, their memory format (channels_last) does not. The copy that `begin_save` makes has the layout
+of the files, so that it is the only one: writing takes no more memory than what is written. This module knows nothing
 of ranks: one process writes to a directory at a time, others may read.
 """
 
@@ -50,8 +50,8 @@ from dist_cifar.run import atomic_io
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the layout; a checkpoint of another version is not read."""
+FORMAT = 2
+"""Version of the layout and of `state.json`; a checkpoint of another version is not read."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SUFFIX = ".safetensors"
@@ -67,17 +67,17 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls the types that can be saved."""
+"""The types that can be saved, with their names in safetensors."""
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was saved."""
+    """A checkpoint that was read and verified."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps since the start of the run."""
     path: Path
     """The directory it was read from."""
     tensors: dict[str, dict[str, torch.Tensor]]
@@ -136,8 +136,8 @@ class CheckpointStore:
         keep_every_steps: int | None = None,
         on_write_error: Literal["raise", "warn"] = "raise",
     ) -> None:
-        """What is kept: the checkpoints of the `keep_last` newest steps, of the newest `keep_best` of those that were
-        saved as the best, and of every step that is a multiple of `keep_every_steps`.
+        """Keeps the checkpoints of the `keep_last` newest steps, of the newest `keep_best` of those that were saved as
+        the best, and of every step that is a multiple of `keep_every_steps`.
 
         With `on_write_error="warn"` a save that the disk refuses is logged, not raised.
         """
@@ -147,12 +147,12 @@ class CheckpointStore:
         self._keep_best = keep_best
         self._keep_every_steps = keep_every_steps
         self._on_write_error = on_write_error
-        self._bad: set[str] = set()  # found damaged: these do not count as kept
-        self._thread: threading.Thread | None = None  # writes the save that was begun last
-        self._failure: BaseException | None = None  # of the save that was begun last
-        self._unraised: BaseException | None = None  # the same, until it is raised; never what was only to be said
-        self._began: float | None = None  # the write under way, on the monotonic clock
-        self._write_seconds = 0.0  # of the last write that ended
+        self._bad: set[str] = set()  # names of damaged checkpoints, which do not count as kept
+        self._thread: threading.Thread | None = None  # writes the latest save
+        self._failure: BaseException | None = None  # the error of the latest save
+        self._unraised: BaseException | None = None  # the error still to be raised; None if it was only logged
+        self._began: float | None = None  # start of the write under way, on the monotonic clock
+        self._write_seconds = 0.0  # duration of the last write that ended
 
     def begin_save(
         self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any], *, best: bool = False
@@ -171,11 +171,11 @@ class CheckpointStore:
         self._thread = thread
 
     def wait(self, *, must_succeed: bool = False) -> None:
-        """Returns when no write is under way. What went wrong in the last one is raised, once.
+        """Waits for the write under way. Raises the error of the last one, once.
 
-        `CheckpointError`: the disk is full or does not let itself be written, and every earlier checkpoint that is
-        kept is still there. `must_succeed` raises it whatever the policy, and also if it was raised before: when this
-        returns, the checkpoint that was begun last is on the disk.
+        `CheckpointError`: the disk is full or cannot be written, and every earlier checkpoint that is kept is still
+        there. `must_succeed` raises it whatever the policy is, and even if it was raised before: when this returns, the
+        latest save is on the disk.
         """
         if self._thread is not None:
             self._thread.join()
@@ -197,32 +197,32 @@ class CheckpointStore:
 
     @property
     def write_seconds(self) -> float:
-        """How long the last write took, or the one under way if it is longer already; 0 before the first.
+        """How long the last write took, or the one under way if that is longer already; 0 before the first.
 
         Deleting what is no longer kept counts, copying in `begin_save` does not. Never blocks.
         """
-        began = self._began  # once: the thread may be at its end
+        began = self._began  # read once: the thread may be about to end
         under_way = 0.0 if began is None else time.monotonic() - began
         return max(self._write_seconds, under_way)
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest good checkpoint, or None if there is no directory of one at all.
+        """The newest good checkpoint, or None if there is none at all, not even a damaged one.
 
-        Says which damaged ones it passes over; raises `CheckpointError` if none is good. Waits for the write under way,
-        as `wait` does.
+        Logs the damaged ones that it skips; raises `CheckpointError` if none is good. Waits for the write under way, as
+        `wait` does.
         """
         self.wait()
         return self._load(self._paths())
 
     def load_best(self) -> Checkpoint | None:
-        """The newest good one of those that were saved as the best, or None if none was; otherwise as `load_newest`."""
+        """The newest good checkpoint that was saved as the best, or None if none was; otherwise as `load_newest`."""
         self.wait()
         candidates = []
         for path in self._paths():
             try:
                 best = _read_manifest(path)["best"]
             except CheckpointError:
-                best = True  # for all we know: `_load` says what is wrong with it
+                best = True  # it may be: `_load` says what is wrong with it
             if best:
                 candidates.append(path)
         return self._load(candidates)
@@ -256,7 +256,7 @@ class CheckpointStore:
         return None
 
     def _run(self, step: int, contents: Mapping[str, memoryview], best: bool) -> None:
-        """The thread's work: whatever is raised in it is kept for the caller."""
+        """The work of the thread, which keeps whatever is raised for the caller."""
         began = self._began = time.monotonic()
         try:
             try:
@@ -301,16 +301,16 @@ class CheckpointStore:
         return path
 
     def _free_path(self, step: int) -> Path:
-        """A name for `step` that is not in use, and after all of that step in order."""
+        """A name for `step` that is not in use and sorts after all others of that step."""
         revisions = [_position(path.name)[1] for path in self._paths() if _position(path.name)[0] == step]
         revision = max(revisions, default=0) + 1
         return self.directory / (f"step-{step:08d}" + (f"-{revision}" if revision > 1 else ""))
 
     def _retain(self, saved: Path) -> None:
-        """Deletes what no rule keeps. Rules count steps: of a step that was saved twice the newest is meant.
+        """Deletes what no rule keeps. Rules count steps: of a step that was saved twice only the newest is kept.
 
-        Later steps than the one just saved are from before a fallback. They are left alone until the run has passed
-        them, and must not push out what it has saved since.
+        Steps later than the one just saved are from before a fallback. They are left alone until the run has passed
+        them, and do not count, so that they cannot push out what it has saved since.
         """
         passed = [path for path in self._paths() if _position(path.name) <= _position(saved.name)]
         good = [path for path in passed if path.name not in self._bad]
@@ -323,17 +323,17 @@ class CheckpointStore:
                 self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        """Deletes a checkpoint, of which a crash never leaves a part under its name."""
+        """Deletes a checkpoint; a crash never leaves a part of it under its name."""
         temporary = self._temporary(path)
         atomic_io.move(path, temporary)
         atomic_io.remove_tree(temporary)
 
     def _temporary(self, path: Path) -> Path:
-        """A name that is no checkpoint's, and not one that a writer killed earlier may have left."""
+        """A name that no checkpoint has and that no killed writer can have left."""
         return self.directory / f".tmp-{path.name}-{secrets.token_hex(4)}"
 
     def _sweep(self) -> None:
-        """Deletes what a killed writer left."""
+        """Deletes what killed writers left."""
         for path in self.directory.glob(".tmp-*"):
             atomic_io.remove_tree(path)
 
@@ -345,7 +345,7 @@ class CheckpointStore:
             return []
         except OSError as error:
             raise CheckpointError(
-                f"{self.directory}: cannot be read ({error}); name another directory or mend its permissions"
+                f"{self.directory}: cannot be read ({error}); name another directory or fix its permissions"
             ) from error
         return [self.directory / name for name in sorted(names, key=_position, reverse=True)]
 
@@ -357,13 +357,13 @@ _NO_POSITION = (-1, 0)
 
 
 def _position(name: str) -> tuple[int, int]:
-    """(step, revision) of a checkpoint's directory, by which they are ordered; `_NO_POSITION` of another name."""
+    """(step, revision) of a checkpoint's directory, which order them; `_NO_POSITION` for any other name."""
     match = re.fullmatch(r"step-([0-9]{8,})(?:-([0-9]+))?", name)
     return (int(match[1]), int(match[2] or 1)) if match else _NO_POSITION
 
 
 def _by_step(paths: Iterable[Path]) -> dict[int, Path]:
-    """The first path of each step, in the order of `paths`."""
+    """Step to its first path, in the order of `paths`."""
     first: dict[int, Path] = {}
     for path in paths:
         first.setdefault(_position(path.name)[0], path)
@@ -371,24 +371,25 @@ def _by_step(paths: Iterable[Path]) -> dict[int, Path]:
 
 
 def _safetensors(tensors: Tensors) -> memoryview:
-    """The file with the values that the tensors have now, each with memory of its own, row-major.
+    """The content of a safetensors file with the values that the tensors have now, each row-major.
 
     8 bytes length of the header, the header as JSON padded to a multiple of 8, the data: as specified in
-    https://github.com/huggingface/safetensors#format. The library itself would hold three copies at a time.
+    https://github.com/huggingface/safetensors#format. The training waits for this copy. `safetensors.torch.save` (0.8)
+    holds two copies at a time and takes three times as long, for a ResNet-18 with Adam's state on one CPU thread.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so each one's place is aligned
-    places: dict[str, Any] = {}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so each one is aligned
+    entries: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        places[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(places).encode()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     content = np.empty(8 + len(header) + end, dtype=np.uint8)
     content[: 8 + len(header)] = np.frombuffer(len(header).to_bytes(8, "little") + header, dtype=np.uint8)
     data = torch.from_numpy(content[8 + len(header) :])
     for name, tensor in ordered:
-        start, end = places[name]["data_offsets"]
+        start, end = entries[name]["data_offsets"]
         data[start:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
     return content.data
 
@@ -397,11 +398,13 @@ def _parse(path: Path, name: str, data: bytes) -> Any:
     try:
         return json.loads(data) if name == STATE else safetensors.torch.load(data)
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{path}: {name} was written so, but is not what it should be ({error})") from error
+        raise CheckpointError(
+            f"{path}: {name} has the SHA-256 of its manifest, but is not what it should be ({error})"
+        ) from error
 
 
 def _seal(content: Mapping[str, Any]) -> bytes:
-    """The text of a manifest: the content, with a SHA-256 over itself."""
+    """The text of a manifest: the content and a SHA-256 over it."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
@@ -420,7 +423,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError, RecursionError):
         sealed = None
     if sealed != data:
-        raise CheckpointError(f"{path}: {MANIFEST} does not have its own SHA-256")
+        raise CheckpointError(f"{path}: {MANIFEST} is damaged: it does not match the SHA-256 in it")
     if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: has format {content['format']}, this version reads {FORMAT}")
     return content
@@ -440,6 +443,6 @@ def _explain(directory: Path, step: int, contents: Mapping[str, memoryview], err
         free = f", {shutil.disk_usage(directory).free / 1e6:.1f} MB free"
     return (
         f"{directory}: cannot save step {step} ({needed / 1e6:.1f} MB needed{free}): {error};"
-        " free space or make the directory writable: earlier checkpoints are kept, and a run started again resumes from"
+        " free space or make the directory writable; earlier checkpoints are kept, and the same command resumes from"
         " them"
     )

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on several ranks: who saves, who restores, and whether a resume keeps the result.
+"""Saves and restores a run on several ranks, and decides whether a resume keeps its result.
 
 Contract: replicas that do not agree are not saved. A resume that would change the result is refused on every rank.
 """
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AtResume, Config, at_resume, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError
@@ -25,28 +26,26 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What the newest checkpoint holds, on every rank."""
+    """The content of the newest checkpoint, on every rank."""
 
     train_state: TrainState
     schedule: dict[str, Any]
     totals: StepTotals
-    """Of all ranks, since the last log."""
+    """Totals of all ranks since the last log."""
     model: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     per_rank: dict[str, torch.Tensor]
 
 
 class DatasetFacts(Protocol):
-    """What a checkpoint holds of the data set."""
+    """The facts about the data set that a checkpoint stores."""
 
     @property
     def content_sha256(self) -> str: ...
     @property
     def classes(self) -> tuple[str, ...]: ...
     @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
+    def stats(self) -> ImageStats: ...
 
 
 class RunCheckpoints:
@@ -121,7 +120,7 @@ class RunCheckpoints:
     ) -> None:
         """Begins to write a checkpoint. Raises `TrainingError` if the replicas do not agree.
 
-        `tensors`: `model`, `optimizer` and `ranks`, by name. `totals`: of all ranks, since the last log.
+        `tensors`: `model`, `optimizer` and `ranks`, by name. `totals`: those of all ranks since the last log.
         """
         self._communicator.assert_tensors_equal_across_ranks("the weights", tensors["model"], weights_sha256)
         state = {
@@ -131,8 +130,8 @@ class RunCheckpoints:
             "config": flatten(self._config),
             "data_sha256": self._dataset.content_sha256,
             "classes": self._dataset.classes,
-            "mean": self._dataset.mean,
-            "std": self._dataset.std,
+            "mean": self._dataset.stats.mean,
+            "std": self._dataset.stats.std,
             "world_size": self._communicator.world_size,
             "numerics": numerics_fingerprint(self._communicator.device),
             "versions": versions(),
@@ -146,7 +145,7 @@ class RunCheckpoints:
         self.saved_step = train_state.step
 
     def wait(self, *, must_succeed: bool = False) -> None:
-        """Returns when no write is under way; see `CheckpointStore.wait`."""
+        """Waits for the write under way; see `CheckpointStore.wait`."""
         self._communicator.run_on_rank0(lambda: self.store.wait(must_succeed=must_succeed))
 
     def load_best(self, step: int | None) -> dict[str, torch.Tensor]:
@@ -166,7 +165,7 @@ class RunCheckpoints:
         return self._communicator.broadcast_tensors(tensors)
 
     def _compare(self, checkpoint: Checkpoint, resume_anyway: bool) -> None:
-        """Refuses a resume that would change the result, says what it changes otherwise, and notes it in the state."""
+        """Refuses a resume that would change the result; logs smaller changes and notes them in the state."""
         refused, noted = self._changes(checkpoint.state)
         if refused and not resume_anyway:
             raise ConfigError(
@@ -179,10 +178,10 @@ class RunCheckpoints:
             train_state["inexact_since_step"] = train_state["inexact_since_step"] or checkpoint.step
 
     def _changes(self, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """One `name: old -> new` for each thing that the result depends on and that is not as in the checkpoint.
+        """One `name: old -> new` for everything that the result depends on and that differs from the checkpoint.
 
-        The first list is refused. The second one holds what only changes how the same training is rounded, which a
-        strategy that is not `bitwise` does not keep anyway.
+        The first list is to be refused. The second one only changes how the same training is rounded, which a strategy
+        that is not `bitwise` does not keep anyway.
         """
 
         def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.augment import cpu
+from dist_cifar.augment.image import UNSCALED
 from dist_cifar.augment.params import sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import DataError
@@ -90,7 +91,7 @@ def augmentation_samples(
     columns = [np.array(images[shown])]
     for epoch in range(AUGMENTATION_EPOCHS):
         params = sample_params(config, seed=seed, epoch=epoch, indices=shown)
-        scaled = cpu.augment(images, shown, params, (0, 0, 0), (1, 1, 1))  # what is erased is black
+        scaled = cpu.augment(images, shown, params, UNSCALED)  # what is erased is black
         columns.append(scaled.mul(255).round().byte().permute(0, 2, 3, 1).numpy())
     return np.stack(columns, axis=1)
 

@@ -1,9 +1,9 @@
-"""The run directory: what a run writes, and what says whether and how it goes on.
+"""The run directory: the files that a run writes, its lock and its status.
 
 Contract: `config.yaml` is the resolved config of the latest start, `status.json` says `running`, `saved`, `done` or
-`failed` and is always whole, `metrics.jsonl`, `summary.json` and `predictions.npz` hold the results, `events.jsonl`
-what happened when, `checkpoints/` all that a resume needs. Only rank 0 writes, but for ranks that know of a failure and
-say so in `status.json`. One job at a time: rank 0 holds the directory's lock, which ends with its process.
+`failed` and is always whole, `metrics.jsonl`, `summary.json` and `predictions.npz` hold the results, `events.jsonl` the
+history, `checkpoints/` all that a resume needs. Only rank 0 writes, except that any rank may record a failure in
+`status.json`. One job at a time: rank 0 holds the directory's lock, which ends with its process.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from dist_cifar.run.atomic_io import write_atomic
 logger = logging.getLogger(__name__)
 
 _SILENCE_SECONDS = 600.0
-"""After which a job on another host that holds no lock is taken for dead: some file systems do not show its lock."""
+"""A job on another host that holds no visible lock is considered dead after it has written nothing for this long: some
+file systems do not show its lock."""
 LOCK_SECONDS = 10.0
-"""How long a job should wait for another one to leave the run directory: one that was requeued may start while the old
-one is still dying."""
+"""How long a job should wait for another one to leave the run directory: a requeued job may start while its predecessor
+is still dying."""
 
 
 class RunDir:
@@ -44,6 +45,12 @@ class RunDir:
         self._config, self._status, self._summary = (
             self.path / name for name in ("config.yaml", "status.json", "summary.json")
         )
+
+    @classmethod
+    def of(cls, config: Config) -> RunDir:
+        """The run directory that `config`, as `load_config` returns it, names."""
+        assert config.run.dir is not None
+        return cls(config.run.dir)
 
     def open(self) -> None:
         """Creates the directory. Raises `DataError` if it cannot be written."""
@@ -58,10 +65,10 @@ class RunDir:
 
     @contextmanager
     def lock(self, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
-        """Opens the directory and keeps other jobs out of it for a `with` block.
+        """Creates the directory and keeps other jobs out of it for a `with` block.
 
-        Waits for a job that is in it, and says so; raises `LaunchError`, which names that job, if it does not leave.
-        Where the file system has no locks, it says that and goes on.
+        Waits for a job that uses it, and logs that; raises `LaunchError`, which names that job, if it does not leave.
+        Where the file system has no locks, it logs a warning and continues.
         """
         self.open()
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -70,7 +77,7 @@ class RunDir:
                 self._wait_for_lock(descriptor, wait_seconds)
             except OSError as error:
                 logger.info(
-                    f"warning: {self.path} cannot be locked ({error.strerror}): see to it that no other job uses this"
+                    f"warning: {self.path} cannot be locked ({error.strerror}): make sure that no other job uses this"
                     " run directory"
                 )
             else:
@@ -104,22 +111,22 @@ class RunDir:
         write_atomic(self._config, configuration.to_yaml(config))
 
     def previous_config(self) -> Config | None:
-        """The config that was saved last, or None if there is none that can be read."""
+        """The config that was saved last, or None if there is no readable one."""
         try:
             return configuration.load_config(self._config) if self._config.exists() else None
         except ConfigError:
             return None
 
     def write_status(self, status: str, **details: Any) -> None:
-        """Says how the run stands."""
+        """Writes `status.json`."""
         facts = {"status": status, **details, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
         write_atomic(self._status, json.dumps(facts, indent=2) + "\n")
 
     def write_failure(self, job: tuple[str, int], rank: int | None, reason: str) -> None:
-        """Says that a rank failed (None: it cannot be told which). Any rank may call it, and several do.
+        """Records that a rank failed (None: it is unknown which). Any rank may call it, and several do.
 
-        `job` is host and process of the job's rank 0. Nothing is written if `status.json` is another job's, or says
-        already how this one ended: the first failure is the one that counts.
+        `job` is host and process id of the job's rank 0. Nothing is written if `status.json` is another job's, or if it
+        already has how this one ended: the first failure counts.
         """
         status = self.status()
         if status.get("status") == "running" and (status.get("host"), status.get("pid")) == job:
@@ -133,7 +140,7 @@ class RunDir:
         write_atomic(self._summary, json.dumps(summary, indent=2) + "\n")
 
     def write_profile(self, summary: Mapping[str, Any]) -> Path:
-        """Saves where the time of a step goes; returns the directory, which holds the traces too."""
+        """Saves the times of the phases of a step; returns the directory, which also holds the traces."""
         self.profile.mkdir(exist_ok=True)
         write_atomic(self.profile / "summary.json", json.dumps(summary, indent=2) + "\n")
         return self.profile
@@ -141,8 +148,8 @@ class RunDir:
     def append_event(self, event: str, **facts: Any) -> None:
         """Adds one line to `events.jsonl`, the history that a resume does not rewrite.
 
-        `started`, `checkpoint`, `lr_reduction`, `saved`, `failed` and `done`; each with the time and most with the
-        step.
+        Events are `started`, `checkpoint`, `lr_reduction`, `saved`, `failed` and `done`, each with the time and most
+        with the step.
         """
         line = json.dumps({"time": time.time(), "event": event, **facts}) + "\n"
         with open(self.path / "events.jsonl", "a", encoding="utf-8") as file:  # one write: other ranks may append too
@@ -154,14 +161,14 @@ class RunDir:
             file.write(json.dumps(row) + "\n")
 
     def status(self) -> dict[str, Any]:
-        """What `status.json` says; empty if there is none. Raises `DataError`."""
+        """The content of `status.json`; empty if there is none. Raises `DataError`."""
         return _object(self._status)
 
     def is_lost(self) -> bool:
-        """Whether `status.json` says `running` of a job that has ended without a word: nobody holds its lock."""
+        """Whether `status.json` says `running` although the job has died: nobody holds its lock."""
         if self.status().get("status") != "running" or self._is_locked():
             return False
-        status = self.status()  # again: a job that has just ended said so before it let go of the lock
+        status = self.status()  # again: a job that has just ended wrote it before it released the lock
         files = [path for path in self.path.iterdir() if path.is_file()]
         silence = time.time() - max(path.stat().st_mtime for path in files)
         is_seen = status.get("host") == socket.gethostname() or silence > _SILENCE_SECONDS
@@ -170,7 +177,7 @@ class RunDir:
     def _is_locked(self) -> bool:
         """Whether a job holds the lock; True also where that cannot be told."""
         try:
-            with open(self.path / ".lock", "rb") as file:  # closed, it gives the lock back
+            with open(self.path / ".lock", "rb") as file:  # closing it releases the lock
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -193,22 +200,22 @@ class RunDir:
         return configuration.load_config(self._config)
 
     def summary(self) -> dict[str, Any]:
-        """What `summary.json` says; empty if there is none. Raises `DataError`."""
+        """The content of `summary.json`; empty if there is none. Raises `DataError`."""
         return _object(self._summary)
 
     def profile_summary(self) -> dict[str, Any]:
-        """What `profile/summary.json` says; empty if there is none. Raises `DataError`."""
+        """The content of `profile/summary.json`; empty if there is none. Raises `DataError`."""
         return _object(self.profile / "summary.json")
 
 
 def require_run(path: Path) -> Path:
-    """`path`, if it is a run directory; else a `ConfigError` that names the nearest one."""
+    """Returns `path` if it is a run directory; raises `ConfigError`, which names the nearest one, if it is not."""
     if is_run(path):
         return path
-    raise ConfigError(f"{path}: this is no run directory; {_meant(path)}")
+    raise ConfigError(f"{path}: this is no run directory; {_suggestion(path)}")
 
 
-def _meant(path: Path) -> str:
+def _suggestion(path: Path) -> str:
     if path.name == "checkpoints" and is_run(path.parent):
         return f"did you mean {path.parent}?"
     inside = sorted(entry.name for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
@@ -224,7 +231,7 @@ def _meant(path: Path) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a training has begun to write there."""
+    """Whether `path` is a directory to which a training has begun to write."""
     return (path / "checkpoints").is_dir()
 
 
@@ -238,15 +245,18 @@ def latest_run(folder: Path) -> Path:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """What a file of JSON says; empty if there is none. Raises `DataError` if it is damaged."""
+    """The object in a JSON file; empty if there is no file. Raises `DataError` if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("not an object of JSON")
+        return found
     except ValueError as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it, and run the training again") from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON that are whole: the last one may be half written."""
+    """The whole lines of a file of JSON lines: the last one may be half written."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -255,10 +265,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _holder(descriptor: int) -> str:
-    """The job that holds a lock file, as the file says."""
+    """The job that holds a lock file, according to the file."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["time"]))
         return f"another job (host {holder['host']}, pid {holder['pid']}, since {since})"
-    except (OSError, ValueError, LookupError, TypeError):  # it has only just begun
+    except (OSError, ValueError, LookupError, TypeError):  # it has only just started
         return "another job"

@@ -1,13 +1,13 @@
-"""Where the time of a step goes, for `run.profile=true`: a table of its phases, and a trace of a few steps.
+"""Profiles the steps of a training for `run.profile=true`: a table of their phases, and a trace of a few of them.
 
-Contract: `phase(name)` says what a rank does from now on, and costs next to nothing while no profile is open. After a
-start a profile leaves `SKIPPED_STEPS` out, times the phases of the next `TIMED_STEPS`, undisturbed, and then has
-torch's profiler trace `TRACED_STEPS`. It changes no result.
+Contract: `phase(name)` marks the beginning of a phase, and costs next to nothing while no profile is open. A profile
+skips the first `SKIPPED_STEPS` after a start, times the phases of the next `TIMED_STEPS`, undisturbed, and then traces
+`TRACED_STEPS` with torch's profiler. It changes no result.
 
-On a CPU a phase lasts from its call to the next. On a GPU the calls put events into the stream of the computation, and
-a phase lasts as long as the GPU takes from one to the next, what it waits for the host included; the host waits for
-nothing. `reduction` is what a step still waits for when the rank's own gradients are complete: what is hidden behind
-the backward pass does not count. In `deepspeed` and `fsdp` it cannot be told from the backward pass.
+On a CPU a phase lasts from its call to the next. On a GPU the calls record events in the stream of the computation, and
+a phase lasts as long as the GPU takes from one to the next, including what it waits for the host; the host waits for
+nothing. `reduction` is the time that a step still waits when the rank's own gradients are complete: what is hidden
+behind the backward pass does not count. In `deepspeed` and `fsdp` it cannot be told from the backward pass.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ PHASES = {
     "optimizer": "optimizer",
     "other": "other",
 }
-"""The phases of a step and how the table calls them. A step begins with the first; what has another name, evaluations
-and checkpoints, belongs to no step."""
+"""The phases of a step, with their names in the table. A step begins with the first. Phases with other names, such as
+evaluations and checkpoints, belong to no step."""
 
 _open: Profile | None = None
 
 
 def phase(name: str) -> None:
-    """From now on this rank is busy with `name`: one of `PHASES`, or something outside of the step."""
+    """Marks the beginning of the phase `name`: one of `PHASES`, or something outside of the step."""
     if _open is not None:
         _open.enter(name)
 
 
 def reduction_follows(parameters: Iterable[nn.Parameter]) -> None:
-    """Has the phase `reduction` begin, within a backward pass, when the last gradient of these is complete."""
+    """Makes the phase `reduction` begin when the last gradient of these parameters is complete in a backward pass."""
     expected = list(parameters)
     arrived = 0
 
@@ -64,12 +64,12 @@ class Profile:
     """The phases of one rank. Open as a context manager around the loop, one at a time in a process."""
 
     def __init__(self, directory: Path, *, rank: int, device: torch.device) -> None:
-        """`directory` is made when there is something to write."""
+        """`directory` is created when there is something to write."""
         self._directory, self._rank, self._device = directory, rank, device
         self._thread = threading.get_ident()
         self._begun_steps = 0
         self._steps: list[list[tuple[str, Any]]] = []
-        """Of each timed step, its marks: the phase that begins and when."""
+        """For each timed step its marks: the phase that begins, and when."""
         self._tracer: torch.profiler.profile | None = None
         self._annotation: torch.profiler.record_function | None = None
         self.is_complete = False
@@ -94,12 +94,12 @@ class Profile:
             self._annotate(PHASES.get(name, name))
 
     def mark(self, name: str) -> None:
-        """As `enter`, for a phase of which the trace shows nothing."""
+        """Begins a phase in the table but not in the trace."""
         if SKIPPED_STEPS < self._begun_steps <= SKIPPED_STEPS + TIMED_STEPS:
             self._steps[-1].append((name, self._now()))
 
     def milliseconds(self) -> list[dict[str, float]]:
-        """Of each timed step, complete ones alone, what each of its phases took. On a GPU it waits for the device."""
+        """The duration of each phase of each timed step, complete ones alone. On a GPU it waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return [self._durations(marks, ends) for marks, (ends, *_) in zip(self._steps, self._steps[1:], strict=False)]
@@ -136,7 +136,7 @@ class Profile:
     # --- the trace -----------------------------------------------------------------------------------------------
 
     def _start_tracing(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on every rank that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs on every rank that it starts and stops
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -167,12 +167,12 @@ class Profile:
 
 
 def trace_name(rank: int) -> str:
-    """File of a rank's trace, which chrome://tracing and Perfetto open."""
+    """Name of the file with a rank's trace, which chrome://tracing and Perfetto open."""
     return f"rank_{rank}.trace.json.gz"
 
 
 def summarize(ranks: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """What `profile/summary.json` holds, of `Profile.milliseconds` of every rank.
+    """The content of `profile/summary.json`, computed from `Profile.milliseconds` of every rank.
 
     `timed_steps`; `milliseconds_per_step`: mean over ranks of the mean over steps, and `_min`, `_max` over steps of the
     mean over ranks; `phases`: for each of `PHASES` that occurred `milliseconds` (mean over ranks of the mean over
@@ -209,7 +209,7 @@ def summarize(ranks: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, Any]:
 
 
 def lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows (name, text) of the table that a person reads."""
+    """Rows (name, text) of the printed table."""
     rows = []
     for name, label in PHASES.items():
         if name in summary["phases"]:

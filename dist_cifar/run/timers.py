@@ -1,4 +1,4 @@
-"""How long a rank computes and how much memory it takes."""
+"""Measures how long a rank computes and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class ComputeTimer:
-    """Time that this rank computes, up to the point of a step where ranks begin to wait for each other."""
+    """Measures the time of each step up to the point where ranks begin to wait for each other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,7 +17,7 @@ class ComputeTimer:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """A step begins."""
+        """Call at the beginning of a step."""
         if self._device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -33,7 +33,7 @@ class ComputeTimer:
             self._seconds += time.perf_counter() - self._started
 
     def take(self) -> float:
-        """Seconds since the last call. On a GPU the steps since then must be done."""
+        """Seconds of computation since the last call. On a GPU the device must have finished the steps since then."""
         seconds = self._seconds + sum(start.elapsed_time(stop) for start, stop in self._events) / 1000
         self._seconds = 0.0
         self._events.clear()
@@ -41,7 +41,7 @@ class ComputeTimer:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: of its GPU, or resident on a CPU."""
+    """The most memory that this process has held so far: of its GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

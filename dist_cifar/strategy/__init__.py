@@ -7,6 +7,7 @@ since the number of threads has to be set by then.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategySpec:
+class StrategyProperties:
     """What is known of a strategy before its module is imported."""
 
-    path: str
-    """`module:class` of the `Strategy`."""
+    class_path: str
+    """`module:class` of the `Strategy`, made from a module, the config, and by keyword `communicator`, `plan` and
+    `make_optimizer`."""
     bitwise: bool = False
     """The weights have the same bits on every number of ranks: a global batch is cut into `strategy.virtual_ranks`
     slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
@@ -37,19 +39,24 @@ class StrategySpec:
 
 
 STRATEGIES = {
-    "exact": StrategySpec(
-        path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, auto_compile=False
+    "exact": StrategyProperties(
+        class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, auto_compile=False
     ),
-    "ddp": StrategySpec(path="dist_cifar.strategy.ddp:DdpStrategy"),
-    "deepspeed": StrategySpec(path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy"),
-    "fsdp": StrategySpec(path="dist_cifar.strategy.fsdp:FsdpStrategy"),
+    "ddp": StrategyProperties(class_path="dist_cifar.strategy.ddp:DdpStrategy"),
+    "deepspeed": StrategyProperties(class_path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy"),
+    "fsdp": StrategyProperties(class_path="dist_cifar.strategy.fsdp:FsdpStrategy"),
 }
 """Every strategy by its name."""
 
 
-def properties(config: StrategyConfig) -> StrategySpec:
+def properties(config: StrategyConfig) -> StrategyProperties:
     """The properties of the strategy that `strategy.name` names."""
     return STRATEGIES[config.name]
+
+
+def bitwise_strategy() -> str:
+    """The name of the strategy whose weights have the same bits on every number of ranks."""
+    return next(name for name, known in STRATEGIES.items() if known.bitwise)
 
 
 def slice_count(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> int:
@@ -77,6 +84,9 @@ def slice_count(batch: BatchConfig, config: StrategyConfig, *, world_size: int) 
 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
     """The strategy that `strategy.name` names, around `module`. The modules of the others are not imported."""
-    module_name, _, class_name = properties(config.strategy).path.partition(":")
-    strategy: type[Strategy] = getattr(importlib.import_module(module_name), class_name)
-    return strategy(module, config, communicator=communicator, plan=plan)
+    from dist_cifar.optim import optimizer_factory
+
+    module_name, _, class_name = properties(config.strategy).class_path.partition(":")
+    make_strategy: Callable[..., Strategy] = getattr(importlib.import_module(module_name), class_name)
+    make_optimizer = optimizer_factory(config.optimizer)
+    return make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)

@@ -1,33 +1,26 @@
-"""How replicas are kept in step. The trainer sees the protocol alone."""
+"""What a strategy is, and what the strategies share. The trainer sees the protocol alone."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from dist_cifar.augment import cpu
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.ops import numba_jit
-from dist_cifar.ops.precision import prepare_forward, warm_up_kernels
-from dist_cifar.strategy import properties
+from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
 
 Tensors = dict[str, torch.Tensor]
-"""By name."""
+"""Tensors by name."""
 
 
 class Strategy(Protocol):
     """One model on several ranks."""
 
-    module: nn.Module
-    """The model as this rank holds it."""
-
-    def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
-        """Moves `module` to the device of the communicator and wraps it."""
-        ...
+    module: Any
+    """The model as this rank holds it, a `torch.nn.Module`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
@@ -50,16 +43,17 @@ class Strategy(Protocol):
     def model_state_dict(self) -> Tensors:
         """The whole model's state with its buffers averaged over ranks, the training undisturbed. A collective.
 
-        Tensors are on the device and may be the model's own: copy what must outlive the next step. So the next two.
+        Tensors are on the device and may be the model's own: copy what must outlive the next step. The same holds for
+        the next two methods.
         """
         ...
 
     def per_rank_state(self) -> Tensors:
-        """What ranks hold that the others do not, stacked over ranks. A collective."""
+        """What each rank holds that the others do not, stacked over ranks. A collective."""
         ...
 
     def optimizer_state_dict(self) -> Tensors:
-        """Adam's state of whole parameters, `<parameter>.<moment>` to tensor. A collective."""
+        """The optimizer's state of whole parameters, `<parameter>.<entry>` to tensor. A collective."""
         ...
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
@@ -67,21 +61,73 @@ class Strategy(Protocol):
         ...
 
 
-def prepare_module(module: nn.Module, config: Config, device: torch.device) -> None:
-    """Sets how `module`, which is on its device, computes in training. Call it once, before it is wrapped."""
-    spec = properties(config.strategy)
-    prepare_forward(module, config.compute, device, auto_compile=spec.auto_compile, bitwise=spec.bitwise)
+class DataParallelStrategy(ABC):
+    """Ranks that normalise their own micro-batches, accumulate gradients over them and average these in the last one.
 
+    It keeps count of the passes of a step, and the BatchNorm statistics of this rank: undone by a step that is not
+    finite, averaged where the whole model is asked for. A subclass says how its engine does the rest.
+    """
 
-def compile_kernels(config: Config, communicator: Communicator) -> None:
-    """Loads what numba has compiled for this run from its cache, or compiles it. A collective."""
+    module: Any
+    """The model as this rank holds it, a `torch.nn.Module`."""
+    _statistics: PerRankBatchNormStats
+    """The subclass makes it when its engine has the module on the device for good."""
 
-    def use() -> None:
-        cpu.warm_up()
-        warm_up_kernels(config.compute, communicator.device, auto_compile=properties(config.strategy).auto_compile)
+    def __init__(self, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
+        self._device, self._communicator = communicator.device, communicator
+        self._max_grad_norm = config.optimizer.max_grad_norm
+        self._micro_batches, self._pass = plan.micro_batches, 0
 
-    numba_jit.load(use)  # on all ranks in parallel; what follows compiles only on a miss
-    # Rank 0 first, because it is the one that says what takes long; the others load what it compiled.
-    communicator.run_on_rank0(lambda: numba_jit.warm_up(use))
-    if communicator.rank != 0:
-        numba_jit.warm_up(use)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self._pass == 0:
+            self._statistics.snapshot()
+        return self._forward(images, is_last=self._pass == self._micro_batches - 1)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._backward(loss)
+        self._pass += 1
+
+    def step(self, lr: float) -> torch.Tensor:
+        assert self._pass == self._micro_batches
+        self._pass = 0
+        norm = self._step(lr)
+        self._statistics.restore_where(~norm.isfinite())
+        return norm
+
+    def model_state_dict(self) -> Tensors:
+        return self._whole_model() | self._statistics.averaged()
+
+    def per_rank_state(self) -> Tensors:
+        return self._statistics.all_gather()
+
+    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
+        self._load_model(model)
+        self._statistics.load_per_rank(ranks)
+        self._load_optimizer(optimizer)
+
+    @abstractmethod
+    def optimizer_state_dict(self) -> Tensors: ...
+
+    @abstractmethod
+    def _forward(self, images: torch.Tensor, *, is_last: bool) -> torch.Tensor:
+        """The forward pass; `is_last`: gradients are reduced in the backward pass that follows."""
+
+    @abstractmethod
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss`, divided by the number of micro-batches."""
+
+    @abstractmethod
+    def _step(self, lr: float) -> torch.Tensor:
+        """The optimizer step of `Strategy.step`; returns the norm."""
+
+    @abstractmethod
+    def _whole_model(self) -> Tensors:
+        """The whole model's state, with this rank's buffers."""
+
+    @abstractmethod
+    def _load_model(self, model: Tensors) -> None:
+        """Restores parameters and buffers."""
+
+    @abstractmethod
+    def _load_optimizer(self, optimizer: Tensors) -> None:
+        """Restores what `optimizer_state_dict` returned."""

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.strategy.base import Tensors
 
 
 class BatchNormStats:
-    """All buffers of a module. From construction on they are views: write to `values` and the module has it.
+    """All buffers of a module. From construction on they are views of `values` and `counts`: writing to these changes
+    the module, and loading a state dict into the module changes these.
 
-    Make it when the module is on its device for good. Loading a state dict writes through the views.
+    Make it when the module is on its device for good.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -24,28 +24,28 @@ class BatchNormStats:
         self.values = _flatten(floating, device)
         """float32 [n]: running means and variances."""
         self.counts = _flatten([entry for entry in owners if entry not in floating], device)
-        """int64 [m]: how many batches each layer has seen."""
+        """int64 [m]: the number of batches that each layer has seen."""
         self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
-        """Both as they were at the last `snapshot`."""
+        """Values and counts at the last `snapshot`."""
 
     def snapshot(self) -> None:
-        """Remembers what is now."""
+        """Remembers the statistics as they are now."""
         self.start_values.copy_(self.values)
         self.start_counts.copy_(self.counts)
 
     def restore(self) -> None:
-        """Goes back to the mark."""
+        """Restores the last snapshot."""
         self.values.copy_(self.start_values)
         self.counts.copy_(self.start_counts)
 
     def restore_where(self, condition: torch.Tensor) -> None:
-        """Goes back to the mark if `condition` (bool []) holds. The device decides: nothing waits for it."""
+        """Restores the last snapshot if `condition` (bool []) holds. The device decides: the host waits for nothing."""
         self.values.copy_(torch.where(condition, self.start_values, self.values))
         self.counts.copy_(torch.where(condition, self.start_counts, self.counts))
 
 
 class PerRankBatchNormStats(BatchNormStats):
-    """Those of a rank that normalises its own micro-batches: they differ between ranks, and their mean is saved."""
+    """Per-rank BatchNorm statistics; averaged over ranks when saved."""
 
     def __init__(self, module: nn.Module, communicator: Communicator) -> None:
         super().__init__(module)
@@ -53,7 +53,7 @@ class PerRankBatchNormStats(BatchNormStats):
         shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
         self._shapes = [shapes[name] for name in self.names]
 
-    def averaged(self) -> Tensors:
+    def averaged(self) -> dict[str, torch.Tensor]:
         """The mean over ranks of each floating-point buffer; this rank's are left as they are. A collective."""
         if not self.names:
             return {}
@@ -61,7 +61,7 @@ class PerRankBatchNormStats(BatchNormStats):
         parts = mean.split([shape.numel() for shape in self._shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self._shapes, strict=True)}
 
-    def all_gather(self) -> Tensors:
+    def all_gather(self) -> dict[str, torch.Tensor]:
         """`{"buffers": float32 [ranks, n]}`, or nothing if there are no buffers. A collective."""
         if not self.names:
             return {}
@@ -70,15 +70,15 @@ class PerRankBatchNormStats(BatchNormStats):
         rows[self._communicator.rank] = self.values
         return {"buffers": self._communicator.all_reduce_sum(rows)}
 
-    def load_per_rank(self, ranks: Tensors) -> None:
-        """Takes this rank's row of what `all_gather` gave, if there were as many ranks."""
+    def load_per_rank(self, ranks: dict[str, torch.Tensor]) -> None:
+        """Restores this rank's row of what `all_gather` returned, if there were as many ranks."""
         rows = ranks.get("buffers")
         if rows is not None and len(rows) == self._communicator.world_size:
             self.values.copy_(rows[self._communicator.rank])
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(full name, the module that has it, its name there) of every buffer."""
+    """Lists (full name, the module that has it, its name there) of every buffer."""
     return [
         (f"{path}.{name}" if path else name, owner, name)
         for path, owner in module.named_modules()
@@ -87,7 +87,7 @@ def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def _flatten(buffers: list[tuple[str, nn.Module, str]], device: torch.device) -> torch.Tensor:
-    """One tensor with the values of these buffers, which become views of it."""
+    """Copies these buffers into one tensor and makes them views of it."""
     if not buffers:
         return torch.empty(0, device=device)
     tensors = [getattr(owner, name) for _, owner, name in buffers]

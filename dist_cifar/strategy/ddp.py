@@ -18,28 +18,37 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DDPCommunicationHookType
 from torch import nn
 
+from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import LaunchError
-from dist_cifar.optim.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import reduction_follows
-from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.base import DataParallelStrategy, Tensors
 from dist_cifar.strategy.batchnorm_stats import PerRankBatchNormStats
+from dist_cifar.strategy.compute import prepare_module
 
 _HOOKS = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
-"""What rounds the gradients before they are sent, by `strategy.grad_compression`."""
+"""The hook that rounds the gradients before they are sent, by `strategy.grad_compression`."""
 
 
-class DdpStrategy:
-    """See `dist_cifar.strategy.Strategy`."""
+class DdpStrategy(DataParallelStrategy):
+    """See `dist_cifar.strategy.base.Strategy`."""
 
-    def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        *,
+        communicator: Communicator,
+        plan: BatchPlan,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
         """`module` is moved to the communicator's device in channels-last."""
+        super().__init__(config, communicator=communicator, plan=plan)
         device = communicator.device
-        self._communicator = communicator
-        self._clip_norm = config.optimizer.max_grad_norm
-        self._micro_batches, self._pass = plan.micro_batches, 0
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision="no",  # `prepare_forward` sets it, as for every strategy
@@ -57,7 +66,7 @@ class DdpStrategy:
             )
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
-        self._optimizer = build_adam(module.parameters(), config.optimizer)
+        self._optimizer = make_optimizer(module.parameters())
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
         # Only now: Accelerate moves the module to its name of the device.
         self._statistics = PerRankBatchNormStats(module, communicator)
@@ -75,41 +84,32 @@ class DdpStrategy:
         in its bucket decides the order in which ranks are added up: without this, the first step after a resume would
         be rounded in another way than the same step of a run that was not interrupted.
         """
-        images = torch.zeros(micro_size, 3, 32, 32, device=self._communicator.device)
+        images = torch.zeros(micro_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=self._communicator.device)
         parameter = next(self.module.parameters())
         self._accelerator.backward(self._replica(images.to(parameter.dtype)).sum())
         self._optimizer.zero_grad()
         self._statistics.restore()
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if self._pass == 0:
-            self._statistics.snapshot()
-        is_last = self._pass == self._micro_batches - 1
+    def _forward(self, images: torch.Tensor, *, is_last: bool) -> torch.Tensor:
         with nullcontext() if is_last else self._accelerator.no_sync(self._replica):
             return self._replica(images)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def _backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss / self._micro_batches)
-        self._pass += 1
 
-    def step(self, lr: float) -> torch.Tensor:
-        assert self._pass == self._micro_batches
-        self._pass = 0
+    def _step(self, lr: float) -> torch.Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        adam_step(self._optimizer, lr, self._clip_norm, norm)
-        self._statistics.restore_where(~norm.isfinite())
+        clipped_step(self._optimizer, lr, self._max_grad_norm, norm)
         return norm
 
-    def model_state_dict(self) -> Tensors:
-        return self.module.state_dict() | self._statistics.averaged()
-
-    def per_rank_state(self) -> Tensors:
-        return self._statistics.all_gather()
-
     def optimizer_state_dict(self) -> Tensors:
-        return adam_tensors(self.module, self._optimizer)
+        return optimizer_state_dict(self.module, self._optimizer)
 
-    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
+    def _whole_model(self) -> Tensors:
+        return self.module.state_dict()
+
+    def _load_model(self, model: Tensors) -> None:
         self.module.load_state_dict(model)
-        self._statistics.load_per_rank(ranks)
-        load_adam(self.module, self._optimizer, optimizer)
+
+    def _load_optimizer(self, optimizer: Tensors) -> None:
+        load_optimizer_state_dict(self.module, self._optimizer, optimizer)

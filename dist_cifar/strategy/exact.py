@@ -2,8 +2,8 @@
 
 Contract: weights, buffers, optimizer state and gradient norms after a step depend on the config, the data and the
 numerics of the machine (`dist_cifar.run.provenance`), not on the number of ranks. A global batch is cut into V virtual
-ranks; each is computed by itself, whoever computes it, in forward and backward passes of the same shape. What they
-give is summed in one balanced binary tree (`dist_cifar.strategy.tree_reduce`) and divided once by the number of passes.
+ranks; each is computed by itself, on whichever rank, in forward and backward passes of the same shape. Their results
+are summed in one balanced binary tree (`dist_cifar.strategy.tree_reduce`) and divided once by the number of passes.
 BatchNorm normalises within a pass and starts every pass from the running statistics of the step's beginning; the mean
 of what the passes make of them, through the same tree, is the one update of the step. Passes of one virtual rank
 (`batch.max_micro_batch`) are added up in their order, before the tree.
@@ -14,7 +14,6 @@ own, on a CPU in a thread. Buckets go in one order on every rank, so collectives
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -23,23 +22,31 @@ from torch import nn
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.optim.adam import adam_step, adam_tensors, build_adam, load_adam
+from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import phase
-from dist_cifar.strategy.base import Tensors, prepare_module
+from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
+from dist_cifar.strategy.compute import prepare_module
+from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
 from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
-
-_BUCKET_BYTES = 8 * 2**20
-"""Gradients of one bucket, at least (but for the last): enough to use the bandwidth, few enough to overlap."""
 
 
 class ExactStrategy:
-    """See `dist_cifar.strategy.Strategy`."""
+    """See `dist_cifar.strategy.base.Strategy`."""
 
-    def __init__(self, module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        *,
+        communicator: Communicator,
+        plan: BatchPlan,
+        make_optimizer: OptimizerFactory,
+    ) -> None:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
-        self._clip_norm = config.optimizer.max_grad_norm
+        self._max_grad_norm = config.optimizer.max_grad_norm
         self._leaves = plan.virtual_ranks * plan.passes
         self._local_passes = plan.micro_batches
         # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
@@ -48,27 +55,27 @@ class ExactStrategy:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
-        self._optimizer = build_adam(module.parameters(), config.optimizer)
+        self._optimizer = make_optimizer(module.parameters())
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = list(reversed(list(module.parameters())))
         self._gradients, self._statistics_tree = TreeAccumulator(), TreeAccumulator()
         self._stats_sum = self._statistics.values
-        """Sum of the running statistics that the passes of the current virtual rank have left."""
+        """The sum of the running statistics after each pass of the current slice."""
         self._pass = 0
         self._statistics_bucket = Bucket([self._statistics.values], communicator)
         self._buckets: list[Bucket] = []
         self._bucket_slices: list[slice] = []
-        """Where the tensors of a bucket are in `_parameters`."""
-        for place in _partition(self._parameters):
+        """The range of each bucket's tensors in `_parameters`."""
+        for place in partition(self._parameters):
             self._buckets.append(Bucket(self._parameters[place], communicator))
             self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
                 parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))
         self._pending: list[int] = []
-        """For each bucket, how many gradients of the last pass have not come."""
+        """The number of gradients of the last pass that each bucket still waits for."""
         self._next_bucket = 0
-        self._reductions = _Reductions(communicator)
+        self._reductions = ReductionQueue(communicator)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics
@@ -102,7 +109,7 @@ class ExactStrategy:
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
         norm = nn.utils.get_total_norm(_gradients(list(self.module.parameters())))
-        adam_step(self._optimizer, lr, self._clip_norm, norm)
+        clipped_step(self._optimizer, lr, self._max_grad_norm, norm)
 
         statistics = self._statistics
         if statistics.names:
@@ -122,12 +129,12 @@ class ExactStrategy:
         return {}
 
     def optimizer_state_dict(self) -> Tensors:
-        return adam_tensors(self.module, self._optimizer)
+        return optimizer_state_dict(self.module, self._optimizer)
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         self.module.load_state_dict(model)
         self._statistics.snapshot()
-        load_adam(self.module, self._optimizer, optimizer)
+        load_optimizer_state_dict(self.module, self._optimizer, optimizer)
 
     @property
     def _is_slice_end(self) -> bool:
@@ -138,7 +145,7 @@ class ExactStrategy:
         return self._pass == self._local_passes - 1
 
     def _on_grad_ready(self, index: int, _: torch.Tensor) -> None:
-        """A gradient of a bucket is complete. In the last pass the bucket may be due, and those that waited for it."""
+        """Notes that a gradient of a bucket is complete; in the last pass, reduces the buckets that are now due."""
         if not self._is_last_pass:
             return
         self._pending[index] -= 1
@@ -152,51 +159,6 @@ class ExactStrategy:
         bucket.reduce(self._gradients.root(gradients, place), self._leaves)
 
 
-class _Reductions:
-    """Runs what is submitted, in order, beside the computation that submits it."""
-
-    def __init__(self, communicator: Communicator) -> None:
-        self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
-        # With one rank there is nothing to wait for, so nothing to hide.
-        threads = self._stream is None and communicator.world_size > 1
-        # No OpenMP workers of its own, for the reason given in `dist_cifar.data.prefetch`.
-        single = partial(torch.set_num_threads, 1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if threads else None
-        self._futures: list[Future[None]] = []
-
-    def submit(self, function: partial[None]) -> None:
-        """Runs `function` once everything that the current stream holds by now is done."""
-        if self._thread is not None:
-            self._futures.append(self._thread.submit(function))
-        elif self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                function()
-        else:
-            function()
-
-    def wait(self) -> None:
-        """What follows sees the results. Raises what a function raised."""
-        for future in self._futures:
-            future.result()
-        self._futures.clear()
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """After a backward pass, which gives each of them one."""
+    """The gradients of `parameters` after a backward pass, which gives each of them one."""
     return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None
-
-
-def _partition(parameters: list[nn.Parameter]) -> list[slice]:
-    """Slices of at least `_BUCKET_BYTES` each, and a last one of what is left."""
-    cuts, start, size = [], 0, 0
-    for end, parameter in enumerate(parameters, 1):
-        size += parameter.nbytes
-        if size >= _BUCKET_BYTES:
-            cuts.append(slice(start, end))
-            start, size = end, 0
-    if start < len(parameters):
-        cuts.append(slice(start, len(parameters)))
-    return cuts

@@ -1,11 +1,11 @@
-"""Sums over virtual ranks in one balanced binary tree, whoever computes which leaf.
+"""Sums over virtual ranks in one balanced binary tree, whichever rank computes which leaf.
 
 Contract: the leaves of the tree are the virtual ranks 0..V-1 of a step, V a power of two; its shape is
 ((0+1)+(2+3))+((4+5)+(6+7)) for V = 8. Rank r of W holds the leaves r*V/W to (r+1)*V/W - 1, so the tree is V/W leaves
 deep on each rank and W ranks wide above them, and the sum has the same bits for every W that divides V.
 
 Across ranks a tensor moves as in a ring all-reduce: each rank gets its shard of every rank's sum (all-to-all), adds
-them up in the order of the tree, and hands the result round (all-gather). Every rank sends 2 (W-1)/W times the bytes
+them up in the order of the tree, and sends the result to all (all-gather). Every rank sends 2 (W-1)/W times the bytes
 of the tensor, padded to a multiple of W elements.
 """
 
@@ -19,7 +19,7 @@ from dist_cifar.distributed.collectives import Communicator
 
 
 class TreeAccumulator:
-    """The sums of this rank's leaves so far: one list of tensors for each level, as the digits of a binary counter."""
+    """Adds up this rank's leaves: it holds one list of tensors for each level, as the digits of a binary counter."""
 
     def __init__(self) -> None:
         self._sums: list[tuple[int, list[torch.Tensor]]] = []  # (level, tensors), levels falling
@@ -36,7 +36,7 @@ class TreeAccumulator:
     def root(self, last: list[torch.Tensor], places: slice = slice(None)) -> list[torch.Tensor]:
         """The sum of all leaves, `last` being those tensors of the last leaf that are at `places` in every leaf.
 
-        It is put into `last`. Each place has one root; after that come other places, or `clear`.
+        The sum overwrites `last`. Each place has one root; after it come the roots of other places, or `clear`.
         """
         for _, left in reversed(self._sums):
             torch._foreach_add_(last, left[places])  # in place: on a CPU, new memory costs as much as adding up
@@ -48,7 +48,7 @@ class TreeAccumulator:
 
 
 def tree_sum(rows: torch.Tensor) -> torch.Tensor:
-    """[n, m] to the balanced binary sum of its rows [m], n a power of two; the rows are overwritten."""
+    """Sums the rows of [n, m] in a balanced binary tree, n a power of two, to [m]; the rows are overwritten."""
     while len(rows) > 1:
         rows = rows[0::2].add_(rows[1::2])
     return rows[0]
@@ -66,7 +66,7 @@ class Bucket:
         self._flat = torch.zeros(shard * world_size, dtype=like[0].dtype, device=like[0].device)
         self._received = torch.empty_like(self._flat) if world_size > 1 else self._flat
         self.views: list[torch.Tensor] = []
-        """The tensors, as parts of the flat one."""
+        """The tensors, as views of the flat one."""
         start = 0
         for tensor in like:
             self.views.append(self._flat.as_strided(tensor.shape, tensor.stride(), start))

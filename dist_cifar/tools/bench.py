@@ -1,41 +1,40 @@
-"""What `dist-cifar bench` measures on the user's own machine, and what the scripts of `benchmarks/` share.
+"""Measures the augmentation on the user's own machine: `dist-cifar bench`. The scripts of `benchmarks/` use it too.
 
-Contract: a rate counts everything that the trainer does for a batch on the CPU: drawing the parameters, gathering,
+Contract: a rate counts everything that the trainer does for a batch on the CPU: sampling the parameters, gathering,
 augmenting, normalising. It is measured in the calling thread, in windows that take turns, so that a drift of the
-machine hits all alike; the spread is shown with the median.
+machine affects all alike; the spread is shown with the median.
 """
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import cpu, params
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AugmentConfig
 from dist_cifar.data.sources.synthetic import synthetic_split
-from dist_cifar.distributed.launch_env import available_cores
 from dist_cifar.ops import numba_jit
+from dist_cifar.run.provenance import hardware
 
 BATCH = 256
-"""Images of one call."""
+"""How many images one call augments."""
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-"""Of CIFAR-10's training images, in units of [0, 1]; the speed does not depend on them."""
+"""Statistics of CIFAR-10's training images, in units of [0, 1]; the speed does not depend on them."""
 GPU_IMAGES_PER_SECOND = 70_000
-"""What one GPU is assumed to take: about the rate at which an H100 trains a ResNet-18 on images of 32x32."""
+"""The rate that one GPU is assumed to need: about that at which an H100 trains a ResNet-18 on images of 32x32."""
 
 _IMAGES = 20 * BATCH
 _WINDOWS = 7
 
 
 def bench_augment(*, window_seconds: float = 0.25) -> None:
-    """Measures the policy `seed` at its default strengths and says how many GPUs one core can feed."""
+    """Measures the policy `seed` at its default strengths and prints how many GPUs one core can feed."""
     numba_jit.warm_up(cpu.warm_up)
     images, _ = synthetic_split(0, _IMAGES)
     batches = np.random.default_rng(0).permutation(_IMAGES).reshape(-1, BATCH)
@@ -51,7 +50,7 @@ def augment_report(rates: Mapping[str, Sequence[float]], window_seconds: float) 
     """The rates of each output type, in images/s, as the text that the user sees."""
     windows = {len(values) for values in rates.values()}
     lines = [
-        f"augmentation: policy seed at its default strengths, drawing included; batch {BATCH}, one thread",
+        f"augmentation: policy seed at its default strengths, sampling included; batch {BATCH}, one thread",
         f"machine:      {hardware()}; generated images; {max(windows)} windows of {window_seconds:g} s each",
         "",
         f"{'output':10}{'images/s':>12}{'min':>12}{'max':>12}{'GPUs fed':>12}",
@@ -71,13 +70,13 @@ def augment_report(rates: Mapping[str, Sequence[float]], window_seconds: float) 
 
 
 def augmenter(images: npt.NDArray[np.uint8], dtype: torch.dtype) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
-    """A function that prepares `BATCH` of the images, by their indices, as `dtype` into memory of its own."""
+    """Returns a function that prepares `BATCH` of the images, by their indices, as `dtype` in memory of its own."""
     config = AugmentConfig()
     out = torch.empty((BATCH, 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
 
     def batch(indices: npt.NDArray[np.int64]) -> torch.Tensor:
         drawn = params.sample_params(config, seed=0, epoch=0, indices=indices)
-        return cpu.augment(images, indices, drawn, MEAN, STD, out)
+        return cpu.augment(images, indices, drawn, ImageStats(MEAN, STD), out)
 
     return batch
 
@@ -91,12 +90,3 @@ def images_per_second(
         candidate(batches[done % len(batches)])
         done += 1
     return done * BATCH / elapsed
-
-
-def hardware() -> str:
-    """The processor's name and how many cores this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = models[0] if models else platform.processor() or platform.machine()
-    return f"{name}, {available_cores()} cores"

@@ -1,4 +1,4 @@
-"""`dist-cifar submit`: a batch script of `slurm/` with its options and arguments filled in, checked and submitted.
+"""Fills options and arguments into a batch script of `slurm/`, checks it and submits it: `dist-cifar submit`.
 
 Contract: `render` is a pure function from a template, which is a script of `slurm/` as it stands, and a `Request` to
 the text of a script that does the same and needs no argument. Every value is quoted: for sbatch in the header, for the
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from dist_cifar.errors import ConfigError, LaunchError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 _SBATCH_SECONDS = 60.0
-"""How long the controller has to answer."""
+"""How long sbatch may wait for the controller."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a job is to be. None leaves what the template says."""
+    """The options of a job. None keeps the template's value."""
 
     arguments: tuple[str, ...]
-    """Of `train`: `--config FILE key=value ...`."""
+    """The arguments of `train`: `--config FILE key=value ...`."""
     directory: Path
     """The repository, where the job runs."""
     nodes: int = 1
@@ -40,14 +40,14 @@ class Request:
     constraint: str | None = None
     cpus_per_task: int | None = None
     array: str | None = None
-    """Tasks of the array, e.g. `1-4%2`, of a sweep; `arguments` then begins with the file of its lines."""
+    """Tasks of a sweep's array, e.g. `1-4%2`; `arguments` then begins with the file of its lines."""
     container: str | None = None
-    """Image for apptainer."""
+    """An image for apptainer."""
     max_restarts: int | None = None
 
 
 def render(template: str, request: Request) -> str:
-    """The script. Raises `ConfigError` for a value that no line of a script can hold."""
+    """Returns the script. Raises `ConfigError` for a value that no line of a script can hold."""
     for field in fields(request):
         for value in _texts(getattr(request, field.name)):
             if any(ord(character) < 32 or ord(character) == 127 for character in value):
@@ -92,8 +92,8 @@ def _texts(value: object) -> list[str]:
 
 
 def _with_option(text: str, name: str, value: str) -> str:
-    """The header with `#SBATCH --name=value`, in the place of the template's line, or at its end."""
-    value = shlex.quote(value.replace("\\", "\\\\"))  # which sbatch takes for an escape in quotes too
+    """Sets `#SBATCH --name=value` in the header: in the place of the template's line, or at its end."""
+    value = shlex.quote(value.replace("\\", "\\\\"))  # sbatch takes a backslash for an escape in quotes too
     line = f"#SBATCH --{name}={value}"
     found = re.compile(rf"^#+SBATCH --{name}=.*$", re.MULTILINE)
     if found.search(text):
@@ -108,12 +108,12 @@ def _with_line(text: str, start: str, replacement: str) -> str:
 
 
 def submit(script: str, *, dry_run: bool) -> str:
-    """Has sbatch test a script and, unless it is a dry run, submits it. Returns what there is to say.
+    """Has sbatch test a script and, unless it is a dry run, submits it. Returns what sbatch prints.
 
-    Raises `LaunchError` with sbatch's own words where it is refused, or where there is no sbatch.
+    Raises `LaunchError` with sbatch's own words if it refuses the script, and if there is no sbatch.
     """
-    verdict = _sbatch(script, "--test-only")
-    return verdict if dry_run else _sbatch(script)
+    tested = _sbatch(script, "--test-only")
+    return tested if dry_run else _sbatch(script)
 
 
 def _sbatch(script: str, *options: str) -> str:
@@ -125,14 +125,14 @@ def _sbatch(script: str, *options: str) -> str:
         raise LaunchError("submit: there is no sbatch on this machine; run it on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"submit: sbatch has not answered in {_SBATCH_SECONDS:g} s; is the controller up?") from None
-    said = " ".join((done.stdout + done.stderr).split())
+    printed = " ".join((done.stdout + done.stderr).split())
     if done.returncode:
-        raise LaunchError(f"submit: refused by sbatch ({said}); see --dry-run for the script")
-    return said
+        raise LaunchError(f"submit: refused by sbatch ({printed}); see --dry-run for the script")
+    return printed
 
 
 def template(name: str) -> str:
-    """A script of `slurm/`. Raises `LaunchError` outside a clone of the repository."""
+    """Reads a script of `slurm/`. Raises `LaunchError` outside a clone of the repository."""
     path = REPOSITORY / "slurm" / f"{name}.sbatch"
     try:
         return path.read_text()

@@ -11,8 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""The variables from which Accelerate learns that there are other processes."""
+from dist_cifar.distributed.accelerate_env import without_other_processes
 
 
 def has_state() -> bool:
@@ -30,11 +29,8 @@ def any_state() -> Iterator[None]:
     if has_state():
         yield
         return
-    hidden = {name: os.environ.pop(name) for name in _COUNTED_BY if name in os.environ}
-    try:
+    with without_other_processes(os.environ):
         PartialState(cpu=True)
-    finally:
-        os.environ.update(hidden)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """Shows the progress of a run on rank 0: a bar when a person watches, plain lines in a job's log.
 
-Contract: the package logs lines for the person with `logging`, at level INFO, in loggers below `dist_cifar`. A
+Contract: the package logs what a user should see with `logging`, at level INFO, in loggers below `dist_cifar`. A
 `Console` prints those of rank 0 on standard output, beside the progress bar; the lines of other ranks are not shown.
 """
 

@@ -2,9 +2,9 @@
 
 Contract: a row's number is its position in `metrics.jsonl`, from 0. A tracker behind `ExactlyOnce` gets the rows that
 it does not have yet, in the order of their numbers, however often the run was killed: what it lacks of the rows up to
-the checkpoint is given to it at the start of a job, and what it has of the rows beyond is not given again when the
-run repeats them. A run repeats its rows under the same numbers unless the fields that set how often it logs or
-evaluates were changed after a kill: then a tracker that is ahead of the checkpoint lacks a few of the new rows.
+the checkpoint is given to it at the start of a job, and what it has of the rows beyond is not given again when the run
+repeats them. A run repeats its rows under the same numbers unless the fields that set how often it logs or evaluates
+were changed after a kill: then a tracker that is ahead of the checkpoint lacks a few of the new rows.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class RunRecords:
         """Says what is going to be trained."""
         config, plan, communicator, dataset = self._config, self._plan, self._communicator, self._dataset
         held_out = (
-            "none: the test set is watched" if evaluator.selects_on_test else f"{evaluator.validation_size:,} images"
+            "none: the test set is watched"
+            if evaluator.selects_on_test
+            else f"{len(evaluator.validation_indices):,} images"
         )
         virtual = f" ({plan.virtual_ranks} virtual ranks)" if properties(config.strategy).bitwise else ""
         logger.info(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
@@ -140,9 +142,9 @@ class RunRecords:
         if self._is_main_process:
             self.run_dir.append_event("lr_reduction", step=state.step, lr=lr)
 
-    def profiled(self, profile: step_profiler.Profile) -> None:
+    def profiled(self, profile: step_profiler.Profile | None) -> None:
         """Shows and writes where the time of a step went, the first time that it is called. A collective."""
-        if self._has_profile:
+        if profile is None or self._has_profile:
             return
         self._has_profile = True
         ranks = self._communicator.all_gather_object(profile.milliseconds())

@@ -19,7 +19,8 @@ from dist_cifar.errors import TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.timers import ComputeTimer, peak_memory_bytes
-from dist_cifar.state import Evaluation, StepTotals, TrainingSums, TrainState
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.state import Evaluation, StepTotals, TrainState
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.tracking.base import Tracker
 from dist_cifar.tracking.console import Console
@@ -142,7 +143,7 @@ class TrainingLog:
         ranks = self._communicator.all_gather_object(totals)
         if self._communicator.rank == 0:
             digests = {name: weights_sha256({name: tensor})[:16] for name, tensor in sorted(tensors.items())}
-            self._run_dir.append_digests({"step": step, "sums": list(StepTotals.sum(ranks)), "digests": digests})
+            self._run_dir.append_digests({"step": step, "totals": StepTotals.sum(ranks)._asdict(), "digests": digests})
 
 
 def require_finite(step: int, ranks: Sequence[StepTotals]) -> None:

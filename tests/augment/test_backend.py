@@ -12,8 +12,9 @@ import torch
 
 from dist_cifar import stopping
 from dist_cifar.augment import backend, cpu
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.augment.params import sample_params
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import ConfigError
 
@@ -54,38 +55,37 @@ def test_device_on_a_cpu_run_is_one_line_and_exit_code_2(tmp_path, capsys, monke
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+STATS = ImageStats(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
-def made(setting: str, said: list[str]) -> backend.Augmenter:
-    return backend.augmenter(setting, IMAGES, MEAN, STD, device=CPU, say=said.append)
+def made(setting: str) -> backend.Augmenter:
+    return backend.augmenter(setting, IMAGES, STATS, device=CPU)
 
 
 def is_the_kernel(augment: backend.Augmenter) -> bool:
     indices = np.array([3, 19, 3])
     params = sample_params(AugmentConfig(), seed=0, epoch=0, indices=indices)
-    return torch.equal(augment(indices, params), cpu.augment(IMAGES, indices, params, MEAN, STD))
+    return torch.equal(augment(indices, params), cpu.augment(IMAGES, indices, params, STATS))
 
 
-def test_the_cpu_augmenter_is_the_kernel():
-    said: list[str] = []
-    assert is_the_kernel(made("auto", said)) and said == []
+def test_the_cpu_augmenter_is_the_kernel(said):
+    assert is_the_kernel(made("auto")) and said == []
 
 
-def right(images, mean, std, device):
-    return lambda indices, params: cpu.augment(images, indices, params, mean, std)
+def right(images, stats, device):
+    return lambda indices, params: cpu.augment(images, indices, params, stats)
 
 
-def one_bit_off(images, mean, std, device):
+def one_bit_off(images, stats, device):
     def augment(indices, params):
-        out = cpu.augment(images, indices, params, mean, std)
+        out = cpu.augment(images, indices, params, stats)
         out[-1, 2, 31, 31] = torch.nextafter(out[-1, 2, 31, 31], torch.tensor(9.0))
         return out
 
     return augment
 
 
-def broken(images, mean, std, device):
+def broken(images, stats, device):
     raise RuntimeError("no kernel image is available")
 
 
@@ -101,21 +101,19 @@ def fake(monkeypatch):
     return use
 
 
-def test_a_device_that_gives_the_bits_of_the_cpu_is_used(fake):
+def test_a_device_that_gives_the_bits_of_the_cpu_is_used(fake, said):
     fake(right)
-    said: list[str] = []
-    assert made("auto", said).__qualname__.startswith("right") and said == []
-    assert made("device", said).__qualname__.startswith("right")
+    assert made("auto").__qualname__.startswith("right") and said == []
+    assert made("device").__qualname__.startswith("right")
 
 
 @pytest.mark.parametrize(
     ("augmenter", "reason"),
     [(one_bit_off, "it does not give the bits of the CPU"), (broken, "RuntimeError: no kernel image is available")],
 )
-def test_a_device_that_does_not_is_found_out(fake, augmenter, reason):
+def test_a_device_that_does_not_is_found_out(fake, said, augmenter, reason):
     fake(augmenter)
-    said: list[str] = []
-    assert is_the_kernel(made("auto", said))
+    assert is_the_kernel(made("auto"))
     assert len(said) == 1 and reason in said[0]
     with pytest.raises(ConfigError, match=reason):
-        made("device", said)
+        made("device")

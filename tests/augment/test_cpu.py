@@ -23,11 +23,13 @@ from torchvision.transforms import RandomCrop
 from torchvision.transforms import functional as F
 
 from dist_cifar.augment import cpu, reference
+from dist_cifar.augment.image import ImageStats
 from dist_cifar.augment.params import CROP_PADDING, AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops import numba_jit
+from tests import REPOSITORY
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+STATS = ImageStats(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 DEFAULT = AugmentConfig()
 WILD = AugmentConfig(
     rotation_degrees=180.0,
@@ -99,13 +101,13 @@ def outputs(implementation: types.ModuleType, images, indices, params) -> dict[s
     """All that the kernel gives, as bits. The reference gives its bfloat16 through torch."""
     if implementation is reference:
         pixels = reference.augment_pixels(images[indices], params)
-        batch = reference.augment(images[indices], params, MEAN, STD)
+        batch = reference.augment(images[indices], params, STATS)
         rounded = batch.to(torch.bfloat16)
     else:
         pixels = implementation.augment_pixels(images, indices, params)
-        batch = implementation.augment(images, indices, params, MEAN, STD)
+        batch = implementation.augment(images, indices, params, STATS)
         rounded = torch.empty_like(batch, dtype=torch.bfloat16)
-        implementation.augment(images, indices, params, MEAN, STD, rounded)
+        implementation.augment(images, indices, params, STATS, rounded)
     bits, rounded_bits = batch.view(torch.int32), rounded.view(torch.int16)
     return {"pixels": torch.from_numpy(pixels), "float32": bits, "bfloat16": rounded_bits}
 
@@ -209,15 +211,15 @@ def test_normalisation_is_exact_for_any_mean_and_deviation():
     for _ in range(1_000):
         mean, std = random.uniform(0, 1, 3).tolist(), np.exp(random.uniform(-4, 1, 3)).tolist()
         expected = F.normalize(F.to_tensor(values[0]), mean, std)
-        assert torch.equal(cpu.normalize(values, [0], mean, std)[0], expected), (mean, std)
+        assert torch.equal(cpu.normalize(values, [0], ImageStats(mean, std))[0], expected), (mean, std)
 
 
 def test_normalize_equals_augment_without_operations(images):
     indices = np.random.default_rng(3).permutation(len(images))[:300]
-    expected = reference.augment(images[indices], identity(300), MEAN, STD)
-    assert torch.equal(cpu.normalize(images, indices, MEAN, STD), expected)
+    expected = reference.augment(images[indices], identity(300), STATS)
+    assert torch.equal(cpu.normalize(images, indices, STATS), expected)
     rounded = torch.empty_like(expected, dtype=torch.bfloat16)
-    assert cpu.normalize(images, indices, MEAN, STD, rounded) is rounded
+    assert cpu.normalize(images, indices, STATS, rounded) is rounded
     assert torch.equal(rounded, expected.to(torch.bfloat16))
 
 
@@ -226,9 +228,9 @@ def test_normalize_equals_augment_without_operations(images):
 
 def test_result_does_not_depend_on_the_batch(images):
     indices = np.random.default_rng(4).permutation(len(images))[:200]
-    whole = cpu.augment(images, indices, sample_params(WILD, seed=1, epoch=2, indices=indices), MEAN, STD)
+    whole = cpu.augment(images, indices, sample_params(WILD, seed=1, epoch=2, indices=indices), STATS)
     for some in (indices[::-1], indices[50:51], indices[[3, 3, 90]]):
-        part = cpu.augment(images, some, sample_params(WILD, seed=1, epoch=2, indices=some), MEAN, STD)
+        part = cpu.augment(images, some, sample_params(WILD, seed=1, epoch=2, indices=some), STATS)
         places = [int(np.flatnonzero(indices == index)[0]) for index in some]
         assert torch.equal(part, whole[places])
 
@@ -236,9 +238,9 @@ def test_result_does_not_depend_on_the_batch(images):
 def test_threads_give_the_same_bits(images):
     indices = np.arange(len(images))
     params = sample_params(WILD, seed=1, epoch=2, indices=indices)
-    expected = cpu.augment(images, indices, params, MEAN, STD)
+    expected = cpu.augment(images, indices, params, STATS)
     found = [torch.empty_like(expected) for _ in range(3)]
-    threads = [threading.Thread(target=cpu.augment, args=(images, indices, params, MEAN, STD, out)) for out in found]
+    threads = [threading.Thread(target=cpu.augment, args=(images, indices, params, STATS, out)) for out in found]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -252,15 +254,15 @@ def test_reads_a_read_only_memory_map(images, tmp_path):
     indices = [5, 900, 2]
     params = sample_params(DEFAULT, seed=0, epoch=0, indices=indices)
     compilations = len(cpu._augment_batch.signatures)
-    assert torch.equal(cpu.augment(mapped, indices, params, MEAN, STD), cpu.augment(images, indices, params, MEAN, STD))
+    assert torch.equal(cpu.augment(mapped, indices, params, STATS), cpu.augment(images, indices, params, STATS))
     assert len(cpu._augment_batch.signatures) == compilations
 
 
 def test_output_is_ready_for_the_model(images):
-    out = cpu.augment(images, [1, 2], sample_params(DEFAULT, seed=0, epoch=0, indices=[1, 2]), MEAN, STD)
+    out = cpu.augment(images, [1, 2], sample_params(DEFAULT, seed=0, epoch=0, indices=[1, 2]), STATS)
     assert out.shape == (2, 3, 32, 32) and out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert cpu.augment(images, [], sample_params(DEFAULT, seed=0, epoch=0, indices=[]), MEAN, STD).shape == (
+    assert cpu.augment(images, [], sample_params(DEFAULT, seed=0, epoch=0, indices=[]), STATS).shape == (
         0,
         3,
         32,
@@ -272,17 +274,17 @@ def test_refuses_what_the_compiled_code_cannot_check(images):
     one = identity(1)
     for index in (-1, len(images)):
         with pytest.raises(IndexError, match=f"of {len(images)} images"):
-            cpu.augment(images, [index], one, MEAN, STD)
+            cpu.augment(images, [index], one, STATS)
     with pytest.raises(ValueError, match="images must be contiguous uint8"):
-        cpu.augment(images.astype(np.float32), [0], one, MEAN, STD)
+        cpu.augment(images.astype(np.float32), [0], one, STATS)
     with pytest.raises(ValueError, match="images must be contiguous uint8"):
-        cpu.augment(images[:, ::-1], [0], one, MEAN, STD)
+        cpu.augment(images[:, ::-1], [0], one, STATS)
     with pytest.raises(ValueError, match="parameters of 1 images for 2 indices"):
-        cpu.augment(images, [0, 1], one, MEAN, STD)
+        cpu.augment(images, [0, 1], one, STATS)
     with pytest.raises(ValueError, match=r"out must be channels-last \[1, 3, 32, 32\]"):
-        cpu.augment(images, [0], one, MEAN, STD, torch.empty(1, 3, 32, 32))
+        cpu.augment(images, [0], one, STATS, torch.empty(1, 3, 32, 32))
     with pytest.raises(ValueError, match="out must be float32 or bfloat16"):
-        cpu.augment(images, [0], one, MEAN, STD, cpu.augment(images, [0], one, MEAN, STD).double())
+        cpu.augment(images, [0], one, STATS, cpu.augment(images, [0], one, STATS).double())
 
 
 # --- mutants: the comparison above catches each ------------------------------------------------------------------
@@ -353,15 +355,18 @@ def test_the_comparison_catches_a_mutant(images, mutant_case, name):
 # --- the cache ---------------------------------------------------------------------------------------------------
 
 WARM_UP = """
-import hashlib, numpy as np
+import hashlib, logging, sys
+import numpy as np
 from dist_cifar.ops import numba_jit
 from dist_cifar.augment import cpu
+from dist_cifar.augment.image import UNSCALED
 from dist_cifar.augment.params import sample_params
 from dist_cifar.config import AugmentConfig
-numba_jit.warm_up(cpu.warm_up, print)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+numba_jit.warm_up(cpu.warm_up)
 images = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
 params = sample_params(AugmentConfig(), seed=0, epoch=0, indices=range(9))
-print(hashlib.sha256(cpu.augment(images, range(9), params, (0, 0, 0), (1, 1, 1)).numpy().tobytes()).hexdigest())
+print(hashlib.sha256(cpu.augment(images, range(9), params, UNSCALED).numpy().tobytes()).hexdigest())
 """
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
-from dist_cifar.augment.params import BRIGHTNESS, CONTRAST, CROP_PADDING, SATURATION, SIDE, AugmentParams, sample_params
+from dist_cifar.augment.image import IMAGE_SIZE
+from dist_cifar.augment.params import BRIGHTNESS, CONTRAST, CROP_PADDING, SATURATION, AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops.philox import STREAM_AUGMENT, uniform
 
@@ -39,12 +40,12 @@ def plain_box(config: AugmentConfig, u: list[float]) -> list[int]:
     for attempt in range(10):
         area_draw, aspect_draw, top_draw, left_draw = u[1 + 4 * attempt : 5 + 4 * attempt]
         low, high = config.erasing_area
-        area = SIDE * SIDE * (low + (high - low) * area_draw)
+        area = IMAGE_SIZE * IMAGE_SIZE * (low + (high - low) * area_draw)
         log_low, log_high = (math.log(aspect) for aspect in config.erasing_aspect)
         aspect = math.exp(log_low + (log_high - log_low) * aspect_draw)
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if height < SIDE and width < SIDE:
-            return [int(top_draw * (SIDE - height + 1)), int(left_draw * (SIDE - width + 1)), height, width]
+        if height < IMAGE_SIZE and width < IMAGE_SIZE:
+            return [int(top_draw * (IMAGE_SIZE - height + 1)), int(left_draw * (IMAGE_SIZE - width + 1)), height, width]
     return [0, 0, 0, 0]
 
 
@@ -108,14 +109,14 @@ def test_boxes_follow_the_plain_rule(config):
     u = uniform(3, STREAM_AUGMENT, 1, indices, 48)[:, 7:]
     assert boxes.tolist() == [plain_box(config, row) for row in u.tolist()]
     top, left, height, width = boxes.astype(int).T
-    assert (height < SIDE).all() and (width < SIDE).all()
+    assert (height < IMAGE_SIZE).all() and (width < IMAGE_SIZE).all()
     assert min(top.min(), left.min()) >= 0
-    assert (top + height).max() <= SIDE and (left + width).max() <= SIDE
+    assert (top + height).max() <= IMAGE_SIZE and (left + width).max() <= IMAGE_SIZE
 
 
 def test_boxes_are_distributed_as_torchvision_draws_them(params):
     torch.manual_seed(0)
-    image = torch.empty(3, SIDE, SIDE)
+    image = torch.empty(3, IMAGE_SIZE, IMAGE_SIZE)
     theirs = np.array(
         [RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(3_000)], float
     )

@@ -28,7 +28,7 @@ from dist_cifar.augment import cpu
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from tests import REPOSITORY
-from tests.augment.test_cpu import ALONE, DEFAULT, MEAN, STD, WILD, generated_images, identity, natural_images
+from tests.augment.test_cpu import ALONE, DEFAULT, STATS, WILD, generated_images, identity, natural_images
 
 pytest.importorskip("triton")
 from dist_cifar.augment import triton_gpu
@@ -42,10 +42,10 @@ Case = tuple[np.ndarray, AugmentParams]
 def compare(module: types.ModuleType, images, case: Case, dtype: torch.dtype, where: torch.device) -> int:
     """The number of images in which any bit differs from the compiled kernel's."""
     indices, params = case
-    augment = module.DeviceAugmenter(images, MEAN, STD, where, dtype)
+    augment = module.DeviceAugmenter(images, STATS, where, dtype)
     found = augment(indices, params).cpu()
     expected = torch.empty((len(indices), 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
-    cpu.augment(images, indices, params, MEAN, STD, expected)
+    cpu.augment(images, indices, params, STATS, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     return int((found.view(BITS[dtype]) != expected.view(BITS[dtype])).flatten(1).any(1).sum())
 
@@ -110,7 +110,7 @@ CASES = {
 }
 MUTANTS = {
     "crop moved the other way": ("+ tl.load(row + _SHIFT_DOWN)", "- tl.load(row + _SHIFT_DOWN)"),
-    "crop repeats the edge": ("tl.abs(place))", "tl.maximum(place, 0))"),
+    "crop repeats the edge": ("tl.abs(position))", "tl.maximum(position, 0))"),
     "flip inverted": ("np.where(params.flip, 31, 0)", "np.where(params.flip, 0, 31)"),
     "rotation shifted": ("left + cos * 0.5", "left + cos"),
     "rounded, not truncated": ("tl.maximum(mixed, 0.0)", "tl.maximum(mixed + 0.5, 0.0)"),
@@ -210,7 +210,7 @@ def test_the_launch_forbids_fusion(monkeypatch):
 
     monkeypatch.setattr(triton_gpu, "_augment_images", Recorder())
     images = hard_images()
-    triton_gpu.DeviceAugmenter(images, MEAN, STD, CPU)(*chain(images, DEFAULT, 1))
+    triton_gpu.DeviceAugmenter(images, STATS, CPU)(*chain(images, DEFAULT, 1))
     assert options["enable_fp_fusion"] is False
 
 
@@ -233,21 +233,21 @@ def test_the_table_holds_what_normalize_gives():
     values = np.arange(256, dtype=np.uint8)
     image = np.zeros((1, 32, 32, 3), np.uint8)
     image.reshape(1024, 3)[:256] = values[:, None]
-    expected = cpu.normalize(image, [0], MEAN, STD)[0].permute(1, 2, 0).reshape(1024, 3)[:256]
-    assert torch.equal(triton_gpu.normalized_values(MEAN, STD, torch.float32), expected)
-    assert torch.equal(triton_gpu.normalized_values(MEAN, STD, torch.bfloat16), expected.bfloat16())
+    expected = cpu.normalize(image, [0], STATS)[0].permute(1, 2, 0).reshape(1024, 3)[:256]
+    assert torch.equal(triton_gpu.normalized_values(STATS, torch.float32), expected)
+    assert torch.equal(triton_gpu.normalized_values(STATS, torch.bfloat16), expected.bfloat16())
 
 
 def test_refuses_what_the_kernel_cannot_check():
     images = hard_images()
-    augment = triton_gpu.DeviceAugmenter(images, MEAN, STD, CPU)
+    augment = triton_gpu.DeviceAugmenter(images, STATS, CPU)
     for index in (-1, len(images)):
         with pytest.raises(IndexError, match=f"of {len(images)} images"):
             augment([index], identity(1))
     with pytest.raises(ValueError, match="parameters of 1 images for 2 indices"):
         augment([0, 1], identity(1))
-    with pytest.raises(ValueError, match="images must be uint8"):
-        triton_gpu.DeviceAugmenter(images.astype(np.float32), MEAN, STD, CPU)
+    with pytest.raises(ValueError, match="images must be contiguous uint8"):
+        triton_gpu.DeviceAugmenter(images.astype(np.float32), STATS, CPU)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------------------------
@@ -282,12 +282,12 @@ from dist_cifar.config import load_config
 from dist_cifar.data.prefetch import prefetch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
-from dist_cifar.trainer import _Run
+from dist_cifar.trainer import Trainer
 device = torch.device(sys.argv[1])
 communicator = Communicator(DistEnv(), device=device, timeout_seconds=60)
-run = _Run(load_config(None, sys.argv[2:]), communicator, must_resume=False)
+trainer = Trainer.build(load_config(None, sys.argv[2:]), communicator)
 busy = torch.ones(2000, 2000, device=device)
-for batch in prefetch(run.make_batch, range(20), device):
+for batch in prefetch(trainer.batches.make, range(20), device):
     assert batch.inputs.device == batch.labels.device == device
     for _ in range(20):
         busy = busy @ busy / 2000  # the loop's stream lags behind the one that fills the batches
@@ -295,21 +295,21 @@ for batch in prefetch(run.make_batch, range(20), device):
     del batch
     digest = hashlib.sha256(b"".join(copy.cpu().numpy().tobytes() for copy in copies))
     print("sha256", digest.hexdigest())
-run.train()
+assert trainer.fit()
 """
 
 
-def batches(tmp_path: Path, device: str, place: str) -> list[str]:
+def batches(tmp_path: Path, device: str, backend: str) -> list[str]:
     """A hash of each of the first batches that the loop would get, after which the whole training runs."""
     overrides = {
-        "run.dir": tmp_path / f"{device}-{place}",
+        "run.dir": tmp_path / f"{device}-{backend}",
         "data.source": "synthetic",
-        "data.synthetic_train_size": 400,
+        "data.synthetic_train_size": 440,
         "data.synthetic_test_size": 40,
         "data.validation_size": 40,
-        "augment.backend": place,
+        "augment.backend": backend,
         "model.name": "resnet20",
-        "batch.global_size": 36,
+        "batch.global_size": 40,
         "train.epochs": 2,
         "tracking.wandb": "disabled",
     }

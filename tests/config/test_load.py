@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_cifar.config import (
-    SECTIONS,
-    Config,
-    describe,
-    differences,
-    flatten,
-    load_config,
-    to_yaml,
-)
+from dist_cifar.config import Config, config_from_values, describe, flatten, load_config, schema, to_yaml
+from dist_cifar.config.load import MOVED
+from dist_cifar.config.schema import SECTIONS
 from dist_cifar.errors import ConfigError
 from tests import REPOSITORY
 
@@ -58,7 +53,7 @@ def test_text_stays_text():
 
 
 def test_one_batch_size_replaces_the_other(tmp_path):
-    path = write(tmp_path / "c.yaml", "batch: {per_rank_size: 64}\ntrain: {strategy: ddp}")
+    path = write(tmp_path / "c.yaml", "batch: {per_rank_size: 64}\nstrategy: {name: ddp}")
     assert load_config(path).batch.global_size is None
     assert load_config(path, ["batch.global_size=96"]).batch.per_rank_size is None
     with pytest.raises(ConfigError, match="both of global_size and per_rank_size"):
@@ -145,6 +140,66 @@ def test_a_missing_file_gets_the_nearest_name(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
+# --- keys that have moved ----------------------------------------------------------------------------------------
+
+
+def a_value_for(key: str) -> str:
+    """One that is not the default, as a user types it."""
+    values = {
+        "strategy.virtual_ranks": "16",
+        "augment.backend": "cpu",
+        "optimizer.max_grad_norm": "0.5",
+        "compute.compile": "on",
+        "strategy.grad_compression": "bf16",
+        "optimizer.max_skipped_steps": "3",
+        "optimizer.non_finite": "skip",
+        "compute.precision": "fp32",
+        "strategy.name": "ddp",
+        "strategy.zero_stage": "2",
+    }
+    return values[key]
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_an_old_key_is_read_as_the_new_one_with_a_warning(tmp_path, said, old, new):
+    expected = load_config(None, [f"{new}={a_value_for(new)}", "run.name=c"])
+    assert expected != load_config(None, ["run.name=c"]) and not said
+    assert load_config(None, [f"{old}={a_value_for(new)}", "run.name=c"]) == expected
+    assert said.pop() == f"warning: command line: keys have new names: {old} is now {new}" and not said
+    section, _, name = old.partition(".")
+    path = write(tmp_path / "c.yaml", f"{section}: {{{name}: {a_value_for(new)}}}")
+    assert load_config(path) == expected
+    assert said == [f"warning: {path}: keys have new names: {old} is now {new}"]
+
+
+def test_many_old_keys_are_one_warning(said):
+    load_config(None, [f"{old}={a_value_for(new)}" for old, new in MOVED.items()])
+    assert len(said) == 1 and all(f"{old} is now {new}" in said[0] for old, new in MOVED.items())
+
+
+def test_a_key_under_both_its_names_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"train\.precision is the old name of compute\.precision, which is given too"
+    ):
+        load_config(None, ["compute.precision=fp32", "train.precision=fp32"])
+    path = write(tmp_path / "c.yaml", "train: {precision: fp32}")
+    assert load_config(path, ["compute.precision=bf16"]).compute.precision == "bf16"
+
+
+def test_a_config_of_an_old_checkpoint_is_read_without_a_word(said):
+    names = {new: old for old, new in MOVED.items()}
+    old = {names.get(key, key): value for key, value in flatten(Config()).items()}
+    assert flatten(config_from_values(old)) == flatten(load_config()) and not said
+
+
+def test_no_old_key_is_also_a_current_one():
+    current = flatten(Config()).keys()
+    assert not MOVED.keys() & current and set(MOVED.values()) <= current
+
+
+# --- printing and describing -------------------------------------------------------------------------------------
+
+
 @given(
     name=st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=20),
     lr=st.floats(1e-300, 1e300),
@@ -170,6 +225,27 @@ def test_every_field_has_a_docstring_and_is_described():
     assert all(kind and text for kind, text in described.values())
 
 
+def test_without_sources_only_the_descriptions_are_missing(monkeypatch):
+    def unavailable(module):
+        raise OSError("source code not available")
+
+    with_sources = describe()
+    monkeypatch.setattr("inspect.getsource", unavailable)
+    assert describe() == [(key, kind, default, "") for key, kind, default, _ in with_sources]
+
+
+def test_the_descriptions_are_read_from_a_zip(tmp_path):
+    package = Path(schema.__file__).parents[1]
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for path in [package / "__init__.py", package / "errors.py", *(package / "config").glob("*.py")]:
+            archive.write(path, path.relative_to(package.parent))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from dist_cifar.config import describe, schema;"
+    code += "print(schema.__file__); print(describe())"
+    command = [sys.executable, "-c", code, str(tmp_path / "package.zip")]
+    file, described = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert file.startswith(str(tmp_path)) and described == str(describe())
+
+
 def test_configs_are_frozen_and_keyword_only():
     for section in [Config, *SECTIONS.values()]:
         with pytest.raises(TypeError):
@@ -178,14 +254,8 @@ def test_configs_are_frozen_and_keyword_only():
             setattr(section(), dataclasses.fields(section)[0].name, 1)
 
 
-def test_differences_name_what_decides_the_result():
-    config = load_config(None, ["optimizer.lr=0.5", "run.log_every_steps=3", "run.dir=elsewhere"])
-    assert differences(flatten(load_config()), config) == {"optimizer.lr": "optimizer.lr: 0.001 -> 0.5"}
-    elsewhere = load_config(None, ["run.log_every_steps=3", "data.stage_dir=$SLURM_TMPDIR"])
-    assert elsewhere.data.stage_dir == "$SLURM_TMPDIR"  # each node has its own
-    assert differences(flatten(load_config()), elsewhere) == {}
-
-
 def test_the_config_imports_no_torch():
-    code = "import sys, dist_cifar.config, dist_cifar.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys, dist_cifar.config, dist_cifar.cli.main; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
+import stat
 import time
 
 import numpy as np
@@ -12,14 +14,12 @@ import pytest
 from dist_cifar.data import arrays as arrays_module
 from dist_cifar.data import cache
 from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
-from dist_cifar.data.cache import cache_directory, load_or_build, remembered
+from dist_cifar.data.cache import cache_directory, load_or_build, memoized
 from dist_cifar.errors import DataError
+from dist_cifar.run import atomic_io
+from dist_cifar.tracking.console import LineHandler
 
 KEY = "ab" * 32
-
-
-def silent(line):
-    pass
 
 
 def some_arrays(seed=0, n=30):
@@ -64,28 +64,28 @@ def entry_directory(root):
 
 def test_an_entry_is_built_once_and_memory_mapped(tmp_path):
     build = Builder()
-    first = load_or_build(tmp_path, "set", KEY, build, silent)
-    second = load_or_build(tmp_path, "set", KEY, fail, silent)
+    first = load_or_build(tmp_path, "set", KEY, build)
+    second = load_or_build(tmp_path, "set", KEY, fail)
     assert build.calls == 1
     for entry in (first, second):
         assert_same(entry.arrays, build.arrays)
         assert isinstance(entry.arrays.train_images, np.memmap)
         assert entry.arrays.train_images.flags.c_contiguous
         assert not entry.arrays.train_images.flags.writeable
-    assert (first.mean, first.std, first.content_sha256) == (second.mean, second.std, second.content_sha256)
+    assert (first.stats, first.content_sha256) == (second.stats, second.content_sha256)
     assert first.content_sha256 == content_sha256(build.arrays)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_keys_and_formats_do_not_mix(tmp_path, monkeypatch):
-    load_or_build(tmp_path, "set", KEY, Builder(some_arrays(0)), silent)
-    other = load_or_build(tmp_path, "set", "cd" * 32, Builder(some_arrays(1)), silent)
+    load_or_build(tmp_path, "set", KEY, Builder(some_arrays(0)))
+    other = load_or_build(tmp_path, "set", "cd" * 32, Builder(some_arrays(1)))
     assert_same(other.arrays, some_arrays(1))
-    same_start = load_or_build(tmp_path, "set", KEY[:40] + "0" * 24, Builder(some_arrays(2)), silent)
+    same_start = load_or_build(tmp_path, "set", KEY[:40] + "0" * 24, Builder(some_arrays(2)))
     assert_same(same_start.arrays, some_arrays(2))
     monkeypatch.setattr(cache, "FORMAT_VERSION", 999)
     newer = Builder(some_arrays(3))
-    load_or_build(tmp_path, "set", KEY, newer, silent)
+    load_or_build(tmp_path, "set", KEY, newer)
     assert newer.calls == 1
 
 
@@ -93,12 +93,13 @@ def test_statistics_are_exact(monkeypatch):
     monkeypatch.setattr(arrays_module, "_CHUNK", 7)
     images = some_arrays().train_images
     images[..., 2] = 255  # a channel that does not vary
-    mean, std = channel_statistics(images)
+    stats = channel_statistics(images)
+    mean, std = stats.mean, stats.std
     scaled = images.reshape(-1, 3).astype(np.float64) / 255
     assert np.allclose(mean, scaled.mean(axis=0), rtol=1e-14, atol=0)
     assert np.allclose(std, scaled.std(axis=0), rtol=1e-12, atol=1e-15)
     assert (mean[2], std[2]) == (1.0, 0.0)
-    assert channel_statistics(images[::-1]) == (mean, std)
+    assert channel_statistics(images[::-1]) == stats
 
 
 def test_the_content_hash_sees_everything():
@@ -156,21 +157,21 @@ def edit_meta(**changes):
     ],
 )
 def test_a_damaged_entry_is_rebuilt(tmp_path, damage):
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    load_or_build(tmp_path, "set", KEY, Builder())
     damage(entry_directory(tmp_path))
     build = Builder()
-    entry = load_or_build(tmp_path, "set", KEY, build, silent)
+    entry = load_or_build(tmp_path, "set", KEY, build)
     assert build.calls == 1
     assert_same(entry.arrays, build.arrays)
-    load_or_build(tmp_path, "set", KEY, fail, silent)
+    load_or_build(tmp_path, "set", KEY, fail)
 
 
 def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    load_or_build(tmp_path, "set", KEY, Builder())
     directory = entry_directory(tmp_path)
     directory.rename(directory.with_suffix(".tmp"))
     truncate(directory.with_suffix(".tmp") / "train_images.npy")
-    entry = load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    entry = load_or_build(tmp_path, "set", KEY, Builder())
     assert_same(entry.arrays, some_arrays())
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -178,13 +179,44 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path):
 def test_files_are_on_disk_before_the_entry_appears(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    rename, renamed = type(tmp_path).rename, []
-    monkeypatch.setattr(type(tmp_path), "rename", lambda *paths: (renamed.append(list(synced)), rename(*paths))[1])
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    replace, renamed = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda *paths: (renamed.append(list(synced)), replace(*paths))[1])
+    load_or_build(tmp_path, "set", KEY, Builder())
     temporary = f"{entry_directory(tmp_path)}.tmp"
     names = [*(f"{name}.npy" for name in ("train_images", "train_labels", "test_images", "test_labels")), "meta.json"]
     assert renamed == [[*(f"{temporary}/{name}" for name in names), temporary]]
     assert synced[-1] == str(tmp_path)
+
+
+class NoDirectorySync:
+    """Stands in for `os`, on a file system whose directories cannot be synced."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def fsync(self, descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(self.number, os.strerror(self.number))
+        os.fsync(descriptor)
+
+
+def test_a_file_system_without_directory_syncs_can_hold_a_cache(tmp_path, monkeypatch):
+    """As it can hold checkpoints: EINVAL means that the call does not exist, any other error is one."""
+    fake = NoDirectorySync()
+    monkeypatch.setattr(atomic_io, "os", fake)
+    fake.number = errno.EINVAL
+    assert_same(load_or_build(tmp_path, "set", KEY, Builder()).arrays, some_arrays())
+    load_or_build(tmp_path, "set", KEY, fail)
+    fake.number = errno.EIO
+    with pytest.raises(DataError, match=r"Input/output error.*data\.cache_dir"):
+        load_or_build(tmp_path, "set", "cd" * 32, Builder())
+
+
+def test_an_array_is_written_as_numpy_writes_it(tmp_path):
+    entry = load_or_build(tmp_path, "set", KEY, Builder())
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.save(tmp_path / "expected.npy", getattr(some_arrays(), name))
+        assert (entry.directory / f"{name}.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 # --- places that cannot be written --------------------------------------------------------------------------------
@@ -194,9 +226,9 @@ def test_a_full_disk_is_an_error_that_names_the_directory(tmp_path, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(atomic_io, "write_file", full)
     with pytest.raises(DataError, match=r"No space left on device.*data\.cache_dir") as caught:
-        load_or_build(tmp_path, "set", KEY, Builder(), silent)
+        load_or_build(tmp_path, "set", KEY, Builder())
     assert str(tmp_path) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
@@ -204,13 +236,13 @@ def test_a_full_disk_is_an_error_that_names_the_directory(tmp_path, monkeypatch)
 def test_a_directory_that_cannot_be_written_is_named_before_anything_is_built(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data\.cache_dir") as caught:
-        load_or_build(tmp_path / "file" / "cache", "set", KEY, fail, silent)
+        load_or_build(tmp_path / "file" / "cache", "set", KEY, fail)
     assert str(tmp_path / "file" / "cache") in str(caught.value)
 
 
 def test_a_read_only_cache_serves_what_it_has(tmp_path, monkeypatch):
     """The system calls refuse, rather than the permissions: those do not bind root."""
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    load_or_build(tmp_path, "set", KEY, Builder())
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -221,17 +253,17 @@ def test_a_read_only_cache_serves_what_it_has(tmp_path, monkeypatch):
     )
     for name in ("mkdir", "rename", "replace", "unlink"):
         monkeypatch.setattr(os, name, refuse)
-    load_or_build(tmp_path, "set", KEY, fail, silent)
-    assert remembered(tmp_path, tmp_path / "x", "signature", lambda: "answer") == "answer"
+    load_or_build(tmp_path, "set", KEY, fail)
+    assert memoized(tmp_path, tmp_path / "x", "signature", lambda: "answer") == "answer"
     with pytest.raises(DataError, match=r"data\.cache_dir"):
-        load_or_build(tmp_path, "set", "cd" * 32, fail, silent)
+        load_or_build(tmp_path, "set", "cd" * 32, fail)
 
 
 def test_a_good_entry_is_read_without_writing(tmp_path, monkeypatch):
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+    load_or_build(tmp_path, "set", KEY, Builder())
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     monkeypatch.setattr(cache, "exclusive", lambda *args, **kwargs: pytest.fail("locked"))
-    load_or_build(tmp_path, "set", KEY, fail, silent)
+    load_or_build(tmp_path, "set", KEY, fail)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
@@ -240,8 +272,8 @@ def test_an_error_of_the_source_passes_and_frees_the_lock(tmp_path):
         raise DataError("the archive is damaged")
 
     with pytest.raises(DataError, match=r"^the archive is damaged$"):
-        load_or_build(tmp_path, "set", KEY, broken, silent)
-    load_or_build(tmp_path, "set", KEY, Builder(), silent)
+        load_or_build(tmp_path, "set", KEY, broken)
+    load_or_build(tmp_path, "set", KEY, Builder())
 
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
@@ -266,8 +298,11 @@ def build_together(root, barrier, results):
         return some_arrays()
 
     lines = []
+    logger = logging.getLogger("dist_cifar")
+    logger.addHandler(LineHandler(lines.append))
+    logger.setLevel(logging.INFO)
     barrier.wait()
-    entry = load_or_build(root, "set", KEY, build, lines.append)
+    entry = load_or_build(root, "set", KEY, build)
     results.put((int(entry.arrays.train_images.sum()), entry.content_sha256, len(lines)))
 
 
@@ -286,15 +321,16 @@ def test_of_processes_that_start_at_once_one_builds(tmp_path):
 
 
 def die_while_building(root):
-    load_or_build(root, "set", KEY, lambda: os._exit(9), silent)
+    load_or_build(root, "set", KEY, lambda: os._exit(9))
 
 
-def test_the_lock_of_a_dead_process_is_free(tmp_path):
+def test_the_lock_of_a_dead_process_is_free(tmp_path, said):
     process = multiprocessing.get_context("spawn").Process(target=die_while_building, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == 9
-    load_or_build(tmp_path, "set", KEY, Builder(), fail)
+    load_or_build(tmp_path, "set", KEY, Builder())
+    assert said == []
 
 
 # --- notes --------------------------------------------------------------------------------------------------------
@@ -304,7 +340,7 @@ def test_an_answer_is_remembered_while_the_signature_stays(tmp_path):
     asked = []
 
     def ask(path, signature):
-        return remembered(tmp_path, path, signature, lambda: asked.append(1) or f"answer {len(asked)}")
+        return memoized(tmp_path, path, signature, lambda: asked.append(1) or f"answer {len(asked)}")
 
     path = tmp_path / "set.zip"
     assert [ask(path, "s"), ask(path, "s"), ask(path, "t"), ask(path, "t")] == [f"answer {i}" for i in (1, 1, 2, 2)]
@@ -314,8 +350,8 @@ def test_an_answer_is_remembered_while_the_signature_stays(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"signature": "s", "answer": 1}'])
 def test_a_damaged_note_is_asked_again(tmp_path, text):
-    remembered(tmp_path, tmp_path / "set.zip", "s", lambda: "answer")
+    memoized(tmp_path, tmp_path / "set.zip", "s", lambda: "answer")
     (note,) = (tmp_path / "index").iterdir()
     note.write_text(text)
-    assert remembered(tmp_path, tmp_path / "set.zip", "s", lambda: "again") == "again"
-    assert remembered(tmp_path, tmp_path / "set.zip", "s", fail) == "again"
+    assert memoized(tmp_path, tmp_path / "set.zip", "s", lambda: "again") == "again"
+    assert memoized(tmp_path, tmp_path / "set.zip", "s", fail) == "again"

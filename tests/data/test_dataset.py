@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dist_cifar.config import DataConfig
-from dist_cifar.data import dataset
 from dist_cifar.data.arrays import Arrays
-from dist_cifar.data.dataset import load_dataset, validation_split
-from dist_cifar.data.sources import image_folder
+from dist_cifar.data.dataset import load_dataset, missing_download, validation_split
+from dist_cifar.data.sources import SOURCES, image_folder
+from dist_cifar.data.sources.base import Source
+from dist_cifar.data.sources.cifar import CifarArchive
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.errors import ConfigError, DataError
 from tests.data.sources.test_cifar import CLASSES, assert_is_the_data, make_batches, put
@@ -44,48 +46,49 @@ def write_pictures(root):
     return root
 
 
-def test_synthetic(tmp_path):
+def test_synthetic(tmp_path, said):
     config = DataConfig(source="synthetic", cache_dir=str(tmp_path), synthetic_train_size=60, synthetic_test_size=20)
-    found = load_dataset(config, say=lambda line: pytest.fail(line))
+    found = load_dataset(config)
+    assert said == []
     images, labels = synthetic_split(0, 60)
     assert np.array_equal(found.train.images, images)
     assert np.array_equal(found.train.labels, labels)
     assert np.array_equal(found.test.images, synthetic_split(1, 20)[0])
     scaled = images.reshape(-1, 3) / 255
-    assert np.allclose(found.mean, scaled.mean(axis=0), rtol=1e-13)
-    assert np.allclose(found.std, scaled.std(axis=0), rtol=1e-12)
+    assert np.allclose(found.stats.mean, scaled.mean(axis=0), rtol=1e-13)
+    assert np.allclose(found.stats.std, scaled.std(axis=0), rtol=1e-12)
     smaller = load_dataset(dataclasses.replace(config, synthetic_test_size=10))
     assert len(smaller.test.labels) == 10
     assert np.array_equal(smaller.train.images, images)
 
 
-def test_archive_then_cache_alone(tmp_path, monkeypatch):
+def test_archive_then_cache_alone(tmp_path, monkeypatch, said):
     root, cache_dir = tmp_path / "data", tmp_path / "cache"
     root.mkdir()
-    monkeypatch.setitem(dataset.ARCHIVES, "cifar10", put(root))
+    monkeypatch.setitem(SOURCES, "cifar10", CifarArchive(put(root)))
     config = DataConfig(root=str(root), cache_dir=str(cache_dir))
-    first = load_dataset(config, say=print)
+    first = load_dataset(config)
     assert_is_the_data(as_arrays(first))
     (root / "small.tar.gz").unlink()
-    second = load_dataset(config, say=lambda line: pytest.fail(line))
+    second = load_dataset(config)
+    assert said == []
     assert_is_the_data(as_arrays(second))
-    assert (second.content_sha256, second.mean, second.std) == (first.content_sha256, first.mean, first.std)
+    assert (second.content_sha256, second.stats) == (first.content_sha256, first.stats)
 
 
-def test_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
+def test_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch, said):
     root = write_pictures(tmp_path / "pictures")
     config = DataConfig(source="folder", root=str(root), cache_dir=str(tmp_path / "cache"))
-    lines = []
-    first = load_dataset(config, say=lines.append)
+    first = load_dataset(config)
     with monkeypatch.context() as patch:
         patch.setattr(image_folder, "_file_sha256", lambda path: pytest.fail("hashed again"))
-        assert load_dataset(config, say=lines.append).content_sha256 == first.content_sha256
-    assert len(lines) == 1
+        assert load_dataset(config).content_sha256 == first.content_sha256
+    assert len(said) == 1
 
     changed = next((root / "train").rglob("*.png"))
     Image.new("RGB", (32, 32)).save(changed)
-    second = load_dataset(config, say=lines.append)
-    assert len(lines) == 2
+    second = load_dataset(config)
+    assert len(said) == 2
     assert second.content_sha256 != first.content_sha256
     assert (second.train.images.reshape(-1, 3072) == 0).all(axis=1).sum() == 1
 
@@ -96,6 +99,45 @@ def test_a_copy_elsewhere_has_the_same_content(tmp_path):
     found = [load_dataset(DataConfig(source="folder", root=root, cache_dir=cache_dir)) for root in roots]
     assert found[0].content_sha256 == found[1].content_sha256
     assert len(list((tmp_path / "c").glob("folder-*-v*/meta.json"))) == 1
+
+
+class Grey(Source):
+    """A source of our own, with one grey image of each class."""
+
+    def key(self, config, cache_dir):
+        return "ab" * 32
+
+    def read(self, config):
+        images, labels = np.full((2, 32, 32, 3), 128, np.uint8), np.arange(2)
+        return Arrays(
+            train_images=images, train_labels=labels, test_images=images, test_labels=labels, classes=("one", "two")
+        )
+
+
+def test_every_source_of_the_config_is_registered_and_another_one_is_an_entry(tmp_path, monkeypatch):
+    assert set(SOURCES) == set(typing.get_args(typing.get_type_hints(DataConfig)["source"]))
+    monkeypatch.setitem(SOURCES, "grey", Grey())
+    config = DataConfig(source="grey", cache_dir=str(tmp_path))
+    assert load_dataset(config).classes == ("one", "two")
+    assert missing_download(config) is None
+
+
+def test_a_download_is_missing_until_it_is_here_or_in_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "mirror").mkdir()
+    spec = put(tmp_path / "mirror")
+    monkeypatch.setitem(SOURCES, "cifar10", CifarArchive(spec))
+    root = tmp_path / "data"
+    config = DataConfig(root=str(root), cache_dir=str(tmp_path / "cache"))
+    assert missing_download(config) == spec.url
+    mirror = dataclasses.replace(config, url=(tmp_path / "mirror" / "small.tar.gz").as_uri())
+    assert missing_download(mirror) == mirror.url
+    load_dataset(mirror)
+    assert missing_download(config) is None
+    (root / "small.tar.gz").unlink()
+    assert missing_download(config) is None  # it is in the cache
+    assert missing_download(dataclasses.replace(config, cache_dir=str(tmp_path / "other"))) == spec.url
+    (root / "small-py").mkdir()
+    assert missing_download(dataclasses.replace(config, cache_dir=str(tmp_path / "other"))) is None
 
 
 def test_a_missing_root_is_named(tmp_path):

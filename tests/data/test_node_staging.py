@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import multiprocessing
 import os
 import re
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults.disk import flip_bit, remount, small_disk, truncate
 
 from dist_cifar.config import DataConfig
 from dist_cifar.data import cache, node_staging
@@ -23,17 +23,16 @@ from dist_cifar.data.cache import Entry, load_or_build, write_entry
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.data.node_staging import stage_directory, staged
 from dist_cifar.errors import ConfigError, DataError
-from tests.data.test_cache import KEY, Builder, assert_same, silent, some_arrays
+from dist_cifar.run import atomic_io
+from dist_cifar.tracking.console import LineHandler
+from tests.data.test_cache import KEY, Builder, assert_same, some_arrays
+from tests.integration.faults.disk import flip_bit, remount, small_disk, truncate
 
 TIMEOUT_SECONDS = 60
 
 
 def cached(root: Path, n: int = 30) -> Entry:
-    return load_or_build(root / "cache", "set", KEY, Builder(some_arrays(n=n)), silent)
-
-
-def fail(line: str) -> None:
-    pytest.fail(f"copied although a good copy is there: {line}")
+    return load_or_build(root / "cache", "set", KEY, Builder(some_arrays(n=n)))
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -41,19 +40,19 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
-def test_the_copy_is_equal_memory_mapped_and_made_once(tmp_path):
-    entry, lines = cached(tmp_path), []
+def test_the_copy_is_equal_memory_mapped_and_made_once(tmp_path, said):
+    entry = cached(tmp_path)
     place = tmp_path / "node"
-    first = staged(entry, place, lines.append)
+    first = staged(entry, place)
     size = sum(path.stat().st_size for path in entry.directory.iterdir())
-    assert lines == [f"staging {size / 1e6:.0f} MB to {first.directory}"]
-    second = staged(entry, place, fail)
+    second = staged(entry, place)
+    assert said == [f"staging {size / 1e6:.0f} MB to {first.directory}"]
     for copy in (first, second):
         assert_same(copy.arrays, some_arrays())
         assert isinstance(copy.arrays.train_images, np.memmap)
         assert Path(copy.arrays.train_images.filename).is_relative_to(place)
         assert not copy.arrays.train_images.flags.writeable
-        assert (copy.content_sha256, copy.mean, copy.std) == (entry.content_sha256, entry.mean, entry.std)
+        assert (copy.content_sha256, copy.stats) == (entry.content_sha256, entry.stats)
     assert [path.name for path in first.directory.parent.iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -68,7 +67,7 @@ def test_the_data_set_of_a_run_is_read_from_the_node(tmp_path, monkeypatch):
         assert Path(split.images.filename).is_relative_to(tmp_path / "node" / "data")
         assert np.array_equal(split.images, expected.images) and np.array_equal(split.labels, expected.labels)
     assert plain.directory.parent == tmp_path / "c" and here.directory.is_relative_to(tmp_path / "node" / "data")
-    facts = [(found.content_sha256, found.mean, found.std, found.classes) for found in (plain, here)]
+    facts = [(found.content_sha256, found.stats, found.classes) for found in (plain, here)]
     assert facts[0] == facts[1]
 
 
@@ -103,16 +102,16 @@ def by_structure(directory: Path, entry: Entry) -> Entry | None:
     return cache.read_entry(directory, entry.key)
 
 
-def check_replaced(root: Path, damage: Callable[[Path], None]) -> None:
+def check_replaced(root: Path, damage: Callable[[Path], None], said: list[str]) -> None:
     entry = cached(root)
-    directory = staged(entry, root / "node", silent).directory
+    directory = staged(entry, root / "node").directory
     damage(directory)
-    lines: list[str] = []
-    copy = staged(entry, root / "node", lines.append)
+    said.clear()
+    copy = staged(entry, root / "node")
     assert_same(copy.arrays, some_arrays())
-    assert (copy.content_sha256, copy.mean, copy.std) == (entry.content_sha256, entry.mean, entry.std)
-    staged(entry, root / "node", fail)
-    assert len(lines) == 1
+    assert (copy.content_sha256, copy.stats) == (entry.content_sha256, entry.stats)
+    staged(entry, root / "node")
+    assert len(said) == 1
 
 
 DAMAGE = {
@@ -125,24 +124,25 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_copy_is_replaced(tmp_path, name):
-    check_replaced(tmp_path, DAMAGE[name])
+def test_a_damaged_copy_is_replaced(tmp_path, name, said):
+    check_replaced(tmp_path, DAMAGE[name], said)
 
 
 @pytest.mark.parametrize("name", ["pixel", "label"])
-def test_a_copy_that_is_not_hashed_is_caught(tmp_path, name, monkeypatch):
+def test_a_copy_that_is_not_hashed_is_caught(tmp_path, name, monkeypatch, said):
     monkeypatch.setattr(node_staging, "_verified", by_structure)
     with pytest.raises(AssertionError):
-        check_replaced(tmp_path, DAMAGE[name])
+        check_replaced(tmp_path, DAMAGE[name], said)
 
 
-def test_statistics_are_those_of_the_cache(tmp_path):
+def test_statistics_are_those_of_the_cache(tmp_path, said):
     """They are not hashed, so those of the copy are not used."""
     entry = cached(tmp_path)
-    meta = staged(entry, tmp_path / "node", silent).directory / "meta.json"
-    meta.write_text(meta.read_text().replace(str(entry.mean[0]), "0.25"))
-    copy = staged(entry, tmp_path / "node", fail)
-    assert (copy.mean, copy.std) == (entry.mean, entry.std)
+    meta = staged(entry, tmp_path / "node").directory / "meta.json"
+    meta.write_text(meta.read_text().replace(str(entry.stats.mean[0]), "0.25"))
+    said.clear()
+    assert staged(entry, tmp_path / "node").stats == entry.stats
+    assert said == []  # the copy there is used
 
 
 def test_a_damaged_cache_is_not_staged(tmp_path):
@@ -150,7 +150,7 @@ def test_a_damaged_cache_is_not_staged(tmp_path):
     entry = cached(tmp_path)
     flip_bit(entry.directory / "train_images.npy")
     with pytest.raises(DataError, match=rf"SHA-256.*delete {entry.directory}") as caught:
-        staged(entry, tmp_path / "node", silent)
+        staged(entry, tmp_path / "node")
     assert "data.stage_dir" in str(caught.value)
 
 
@@ -170,7 +170,7 @@ def note(path: Path, line: str) -> None:
 
 
 def stage_together(root: Path, mutant: bool, processes: int, results: Any) -> None:
-    """A copy goes on only when every other process waits for the lock, or copies too."""
+    """A copy continues only when every other process waits for the lock, or copies too."""
 
     def counted(entry: Entry) -> None:
         note(root / "copies", "copy")
@@ -183,15 +183,16 @@ def stage_together(root: Path, mutant: bool, processes: int, results: Any) -> No
     if mutant:
         node_staging.exclusive = lambda *_, **__: contextlib.nullcontext()
     entry = cached(root)
-    said: list[str] = []
 
-    def say(line: str) -> None:
-        said.append(line)
+    def on_line(line: str) -> None:
         if line.startswith("waiting"):
             note(root / "arrived", "waits")
 
+    logger = logging.getLogger("dist_cifar")
+    logger.addHandler(LineHandler(on_line))
+    logger.setLevel(logging.INFO)
     with contextlib.suppress(DataError):
-        copy = staged(entry, root / "node", say)
+        copy = staged(entry, root / "node")
         results.put((int(copy.arrays.train_images.sum()), str(copy.directory)))
 
 
@@ -224,7 +225,7 @@ def in_place(entry: Entry) -> None:
     entry.directory.mkdir(parents=True)
     (entry.directory / "meta.json").write_bytes((cached_directory(entry) / "meta.json").read_bytes())
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        np.save(entry.directory / f"{name}.npy", getattr(entry.arrays, name))
+        cache._write_array(entry.directory / f"{name}.npy", getattr(entry.arrays, name))
 
 
 def cached_directory(entry: Entry) -> Path:
@@ -233,22 +234,22 @@ def cached_directory(entry: Entry) -> Path:
 
 def die_while_copying(root: Path, files_written: int, mutant: bool) -> None:
     """Ends, as by SIGKILL, when so many arrays are written and half of the next one."""
-    save, left = np.save, [files_written]
+    write, left = atomic_io.write_file, [files_written]
 
-    def dying(file: Any, array: Any, **options: Any) -> None:
+    def dying(path: Path, *parts: Any) -> None:
         if left[0] == 0:
-            save(file, array[: len(array) // 2], **options)
+            write(path, *parts[:-1], parts[-1][: len(parts[-1]) // 2])
             os._exit(9)
         left[0] -= 1
-        save(file, array, **options)
+        write(path, *parts)
 
-    np.save = dying
+    atomic_io.write_file = dying
     if mutant:
         node_staging.write_entry = in_place
-    staged(cached(root), root / "node", silent)
+    staged(cached(root), root / "node")
 
 
-def check_death(root: Path, files_written: int, mutant: bool = False) -> None:
+def check_death(root: Path, files_written: int, said: list[str], mutant: bool = False) -> None:
     entry = cached(root)
     arguments = (root, files_written, mutant)
     process = multiprocessing.get_context("spawn").Process(target=die_while_copying, args=arguments)
@@ -258,20 +259,20 @@ def check_death(root: Path, files_written: int, mutant: bool = False) -> None:
     names = {path.name for path in (root / "node").rglob("set-*")}
     assert entry.directory.name not in names  # whole or nothing
     assert f"{entry.directory.name}.tmp" in names
-    lines: list[str] = []
-    assert_same(staged(entry, root / "node", lines.append).arrays, some_arrays())
-    assert len(lines) == 1  # the lock of the dead process is free
+    said.clear()
+    assert_same(staged(entry, root / "node").arrays, some_arrays())
+    assert len(said) == 1  # the lock of the dead process is free
     assert not [path for path in (root / "node").rglob("*.tmp")]
 
 
 @pytest.mark.parametrize("files_written", range(4))
-def test_a_copier_that_is_killed_leaves_nothing_that_is_used(tmp_path, files_written):
-    check_death(tmp_path, files_written)
+def test_a_copier_that_is_killed_leaves_nothing_that_is_used(tmp_path, files_written, said):
+    check_death(tmp_path, files_written, said)
 
 
-def test_a_copy_in_place_is_caught(tmp_path):
+def test_a_copy_in_place_is_caught(tmp_path, said):
     with pytest.raises(AssertionError):
-        check_death(tmp_path, 1, mutant=True)
+        check_death(tmp_path, 1, said, mutant=True)
 
 
 # --- places that cannot be written --------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ REFUSED = (
 def refused(entry: Entry, place: Path, why: str) -> tuple[int, int]:
     """The bytes needed and free of the error; nothing but a lock is left."""
     with pytest.raises(DataError) as caught:
-        staged(entry, place, silent)
+        staged(entry, place)
     match = re.search(REFUSED.format(place=place, why=why), str(caught.value))
     assert match, str(caught.value)
     assert files(place) == {}
@@ -299,25 +300,27 @@ def test_a_full_place_is_an_error_with_what_is_needed_and_free(tmp_path):
         assert needed == sum(path.stat().st_size for path in entry.directory.iterdir())
         assert 0 < free <= 512 * 1024 < needed
     with small_disk(tmp_path / "large", "4m") as disk:  # the same, and it fits
-        assert_same(staged(entry, disk, silent).arrays, some_arrays(n=300))
+        assert_same(staged(entry, disk).arrays, some_arrays(n=300))
 
 
 def test_a_damaged_copy_makes_room_for_the_good_one(tmp_path):
     entry = cached(tmp_path, n=300)  # 1.2 MB
     with small_disk(tmp_path / "disk", "2m") as disk:
-        flip_bit(staged(entry, disk, silent).directory / "train_images.npy")
-        assert_same(staged(entry, disk, silent).arrays, some_arrays(n=300))
+        flip_bit(staged(entry, disk).directory / "train_images.npy")
+        assert_same(staged(entry, disk).arrays, some_arrays(n=300))
 
 
-def test_a_read_only_place_is_refused_and_serves_what_it_has(tmp_path):
+def test_a_read_only_place_is_refused_and_serves_what_it_has(tmp_path, said):
     entry = cached(tmp_path)
     with small_disk(tmp_path / "disk", "1m") as disk:
         remount(disk, "ro")
         refused(entry, disk, "Read-only file system")
         remount(disk, "rw")
-        staged(entry, disk, silent)
+        staged(entry, disk)
         remount(disk, "ro")
-        assert_same(staged(entry, disk, fail).arrays, some_arrays())
+        said.clear()
+        assert_same(staged(entry, disk).arrays, some_arrays())
+        assert said == []
 
 
 def test_a_disk_that_fills_up_is_an_error_without_a_disk_of_ones_own(tmp_path, monkeypatch):
@@ -327,11 +330,11 @@ def test_a_disk_that_fills_up_is_an_error_without_a_disk_of_ones_own(tmp_path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     entry = cached(tmp_path)
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(atomic_io, "write_file", full)
     refused(entry, tmp_path / "node", "No space left on device")
 
 
 def test_a_place_that_is_no_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"data\.stage_dir=.*/file/x: .*Not a directory.* bytes needed"):
-        staged(cached(tmp_path), tmp_path / "file" / "x", silent)
+        staged(cached(tmp_path), tmp_path / "file" / "x")

@@ -7,14 +7,15 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dist_cifar.config import BatchConfig, TrainConfig
+from dist_cifar.data.batching import plan_batches
 from dist_cifar.data.sampler import GlobalBatchSampler
-from dist_cifar.optim.lr_schedule import plan_batches
 
 SIZE, GLOBAL_SIZE, SEED = 203, 16, 7
 
 
 def sampler(rank: int, world_size: int) -> GlobalBatchSampler:
-    plan = plan_batches(BatchConfig(global_size=GLOBAL_SIZE), TrainConfig(), world_size=world_size, train_size=SIZE)
+    batch = BatchConfig(global_size=GLOBAL_SIZE)
+    plan = plan_batches(batch, TrainConfig(), slices=8, world_size=world_size, train_size=SIZE)
     return GlobalBatchSampler(SIZE, plan, rank=rank, world_size=world_size, seed=SEED)
 
 

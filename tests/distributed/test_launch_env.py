@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from dist_cifar.distributed.launch_env import DistEnv, check_local_rank, first_host, read_env, refuse_lone_task
+from dist_cifar.distributed.launch_env import (
+    DistEnv,
+    check_local_rank,
+    first_host,
+    launcher_rank,
+    lone_environ,
+    rank_environ,
+    read_env,
+    refuse_lone_task,
+)
 from dist_cifar.errors import LaunchError
+from tests import REPOSITORY
 
 TORCHRUN = {
     "RANK": "3",
@@ -172,6 +184,7 @@ def test_the_shell_of_a_job_of_several_tasks_is_no_place_to_train(step):
     refuse_lone_task(without(shell, "SLURM_NTASKS"))
     refuse_lone_task(shell | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"})  # `srun -n 1`: it was asked for
     refuse_lone_task({"SLURM_NTASKS": "4"})
+    refuse_lone_task(shell | ONE_AGENT)  # torchrun in that shell
 
 
 @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
@@ -192,6 +205,61 @@ def test_several_nodes_cannot_meet_at_loopback(address, environ):
 
 def test_one_node_may_meet_at_loopback():
     assert read_env(ONE_AGENT | {"MASTER_ADDR": "127.0.0.1"}).master_addr == "127.0.0.1"
+
+
+# --- child processes, and who reports an error -------------------------------------------------------------------
+
+
+def test_a_rank_of_another_job_gets_nothing_of_this_launcher():
+    environ = {
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "RANK": "5",
+        "GROUP_RANK": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "true",
+        "SLURM_STEP_ID": "0",
+        "OMPI_COMM_WORLD_RANK": "1",
+        "PMIX_NAMESPACE": "7",
+        "MASTER_PORT": "29500",
+    }
+    env = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7, job="j")
+    assert rank_environ(environ, env) == {
+        "PATH": "/bin",
+        "CUDA_VISIBLE_DEVICES": "3",
+        "ACCELERATE_USE_CPU": "true",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "7",
+        "TORCHELASTIC_RUN_ID": "j",
+    }
+    kept = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "3", "ACCELERATE_USE_CPU": "true"}
+    assert lone_environ(environ) == kept and read_env(lone_environ(environ)) == DistEnv()
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, SLURM, OPEN_MPI, ONE_AGENT, {}])
+def test_the_rank_that_reports_is_the_rank_that_is_read(environ):
+    assert launcher_rank(environ) == str(read_env(environ).rank)
+
+
+def test_the_rank_that_reports_needs_no_sound_environment():
+    assert launcher_rank({"RANK": "x", "WORLD_SIZE": "2"}) == "x"
+    assert launcher_rank({"RANK": "", "SLURM_PROCID": "3"}) == "3"
+
+
+def test_one_package_knows_the_launchers_variables():
+    """`SLURM_JOB_END_TIME` and `SLURM_TMPDIR` are about time and disks; a SLURM template is of `tools/slurm`."""
+    known = re.compile(
+        r'["\'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_(ADDR|PORT)|GROUP_\w+|TORCHELASTIC_\w+|ACCELERATE_\w+'
+        r"|OMPI_\w+|PMIX?_\w+|SLURM_(?!JOB_END_TIME|TMPDIR)\w+)[\"']"
+    )
+    package = REPOSITORY / "dist_cifar"
+    found = {str(path.relative_to(package)) for path in package.rglob("*.py") if known.search(path.read_text())}
+    assert found == {"distributed/launch_env.py", "distributed/accelerate_env.py"}
 
 
 # --- partial and contradictory variables -------------------------------------------------------------------------

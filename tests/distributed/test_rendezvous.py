@@ -1,4 +1,4 @@
-"""Where ranks meet: whatever else is at the ports, ranks of one start of one job find one another, and nobody else."""
+"""The rendezvous: whatever else is at the ports, ranks of one start of one job find one another, and nobody else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import pytest
 from dist_cifar import stopping
 from dist_cifar.distributed import rendezvous
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports, read_env
+from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import LaunchError
 
-SECONDS = 20.0
-"""How long ranks wait that are to meet."""
+SECONDS = 60.0
+"""How long ranks wait that are to connect."""
 
 
 def job(name: str, world_size: int, port: int) -> list[DistEnv]:
@@ -53,17 +54,24 @@ def port() -> int:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Future[Any]]]:
-    """`start(env, seconds)`: the future store of a rank that begins to meet the others now."""
-    with ThreadPoolExecutor(16) as pool:
-        yield lambda env, seconds=SECONDS: pool.submit(rendezvous.open_store, env, seconds)
+def times() -> dict[str, float]:
+    """What `start` changes of the `Timeouts`."""
+    return {}
 
 
 @pytest.fixture
-def quick(monkeypatch) -> None:
-    """Who is silent is given up sooner."""
-    monkeypatch.setattr(rendezvous, "_HOLD_SECONDS", 0.1)
-    monkeypatch.setattr(rendezvous, "_SILENCE_SECONDS", 0.6)
+def start(times: dict[str, float]) -> Iterator[Callable[..., Future[Any]]]:
+    """`start(env, seconds)`: the future store of a rank that begins to connect to the others now."""
+    with ThreadPoolExecutor(16) as pool:
+        yield lambda env, seconds=SECONDS: pool.submit(
+            rendezvous.open_store, env, Timeouts(run_seconds=seconds, **times)
+        )
+
+
+@pytest.fixture
+def quick(times: dict[str, float]) -> None:
+    """Silent peers are given up sooner."""
+    times.update(hold_seconds=0.1, connect_seconds=0.5, silence_seconds=0.6)
 
 
 def listener(port: int) -> socket.socket:
@@ -107,13 +115,13 @@ def test_candidates_are_distinct_below_the_ephemeral_ports_and_never_the_agents_
     assert len({tuple(candidate_ports(port)) for port in range(29500, 29600)}) == 100
 
 
-def test_ranks_meet_in_any_order(start, port):
+def test_ranks_connect_in_any_order(start, port):
     ranks = job("a", 4, port)
     late = [start(env) for env in ranks[1:]]
     require_one_store([start(ranks[0]), *late])
 
 
-def test_every_meeting_has_a_store_of_its_own(start, port):
+def test_every_rendezvous_has_a_store_of_its_own(start, port):
     ranks = job("a", 2, port)
     first = [start(env) for env in ranks]
     require_one_store(first)  # it lives on, as that of a rank 0 which is still dying
@@ -122,7 +130,7 @@ def test_every_meeting_has_a_store_of_its_own(start, port):
 
 
 def test_torchruns_own_store_is_left_alone(start, port):
-    """The agent holds MASTER_PORT, and its store has the notes of the start before."""
+    """The agent holds MASTER_PORT, and its store has the values of the start before."""
     with socket.create_server(("", port)) as agent:
         require_one_store([start(env) for env in job("a", 2, port)])
         agent.settimeout(0)
@@ -139,11 +147,11 @@ def test_taken_ports_cost_nothing(start, port, count, quick):
         require_one_store([start(env) for env in job("a", 3, port)])
 
 
-def test_a_client_that_waits_for_a_silent_listener_is_caught(start, port, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_SILENCE_SECONDS", 1e9)
+def test_a_client_that_waits_for_a_silent_listener_is_caught(start, port, times):
+    times["silence_seconds"] = 1e9
     with listener(candidate_ports(port)[0]):
         zero, one = (start(env, 2) for env in job("a", 2, port))
-        assert "ranks that have not come: 1;" in refused(zero) and "for rank 0 at 127.0.0.1" in refused(one)
+        assert "ranks that have not connected: 1;" in refused(zero) and "for rank 0 at 127.0.0.1" in refused(one)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +219,11 @@ def test_no_free_port_is_an_error(start, port):
 
 
 def two_jobs(start: Callable[..., Future[Any]], ones: list[DistEnv], others: list[DistEnv]) -> None:
-    """Two jobs with the same ports. The second one's ranks come first to the door of the first one's rank 0."""
+    """Two jobs with the same ports. The second one's ranks connect first to the first one's rank 0."""
     zero = start(ones[0])
     wait_until_taken(candidate_ports(ones[0].master_port)[0])
     second = [start(env) for env in others]
-    time.sleep(0.5)  # for the mutants: a moment in which ranks may go through the wrong door
+    time.sleep(0.5)  # for the mutants: a moment in which ranks may connect to the wrong server
     require_one_store([zero, *(start(env) for env in ones[1:])])
     require_one_store(second)
 
@@ -241,23 +249,23 @@ def attempt(port: int, **change: str) -> list[DistEnv]:
 
 @pytest.mark.parametrize("change", [{"TORCHELASTIC_RUN_ID": "y"}, {"TORCHELASTIC_RESTART_COUNT": "1"}])
 def test_two_jobs_and_two_starts_with_the_same_ports_do_not_mix(start, port, change):
-    """The second is the start after one whose rank 0 still waits at its door, for ranks that were killed."""
+    """The second is the start after one whose rank 0 still waits, for ranks that were killed."""
     two_jobs(start, attempt(port), attempt(port, **change))
 
 
-def test_a_door_that_does_not_look_at_the_key_is_caught(start, port, monkeypatch):
+def test_a_server_that_does_not_look_at_the_key_is_caught(start, port, monkeypatch):
     monkeypatch.setattr(rendezvous.RendezvousServer, "_rank_of", lambda self, line: json.loads(line)[3])
     with pytest.raises((AssertionError, LaunchError, RuntimeError)):
         two_jobs(lambda env: start(env, 2), attempt(port), attempt(port, TORCHELASTIC_RUN_ID="y"))
 
 
-def test_a_rank_0_of_the_start_before_that_dies_at_its_door_lets_nobody_in(start, port):
-    """Not even where the two starts have the same key: its door closes when it dies, and the others go on."""
+def test_a_rank_0_of_the_start_before_that_dies_while_it_waits_admits_nobody(start, port):
+    """Not even where the two starts have the same key: its server closes when it dies, and the others keep looking."""
     ranks = job("a", 3, port)
     dying = start(ranks[0], 1)
     wait_until_taken(candidate_ports(port)[0])
     one = start(ranks[1])
-    assert "have not come: 2;" in refused(dying)
+    assert "have not connected: 2;" in refused(dying)
     require_one_store([start(ranks[0]), one, start(ranks[2])])
 
 
@@ -277,7 +285,7 @@ def test_a_rank_0_of_the_start_before_that_dies_at_its_door_lets_nobody_in(start
         b"[" * 900 + b"\n",
     ],
 )
-def test_strangers_at_the_door_get_no_answer(start, port, greeting, quick):
+def test_strangers_get_no_answer(start, port, greeting, quick):
     ranks = job("a", 3, port)
     zero, (first, *_) = start(ranks[0]), candidate_ports(port)
     wait_until_taken(first)
@@ -288,8 +296,8 @@ def test_strangers_at_the_door_get_no_answer(start, port, greeting, quick):
     require_one_store([zero, *(start(env) for env in ranks[1:])])
 
 
-def test_a_rank_comes_once(start, port):
-    """A second process that takes itself for rank 1 is sent away, and the first one stays."""
+def test_a_rank_connects_once(start, port):
+    """A second process that takes itself for rank 1 is refused, and the first one stays."""
     ranks = job("a", 3, port)
     zero, one = start(ranks[0]), start(ranks[1])
     assert zero.running() and one.running()
@@ -300,9 +308,9 @@ def test_a_rank_comes_once(start, port):
 
 
 def wait_until_held(zero: DistEnv) -> None:
-    """Until rank 1 is at the door: another one is sent away."""
+    """Returns when rank 1 is connected: another rank 1 is refused then."""
     deadline = time.monotonic() + SECONDS
-    greeting = json.dumps(rendezvous._greeting(replace(zero, rank=1, local_rank=1))).encode() + b"\n"
+    greeting = json.dumps(rendezvous._introduction(replace(zero, rank=1, local_rank=1))).encode() + b"\n"
     while time.monotonic() < deadline:
         with (
             contextlib.suppress(OSError),
@@ -312,21 +320,23 @@ def wait_until_held(zero: DistEnv) -> None:
             if connection.recv(100) == b"":
                 return
         time.sleep(0.05)
-    raise AssertionError("rank 1 has not come")
+    raise AssertionError("rank 1 has not connected")
 
 
-# --- who has not come --------------------------------------------------------------------------------------------
+# --- which ranks are missing -------------------------------------------------------------------------------------
 
 
-def test_absent_ranks_are_named(start, port):
+def test_missing_ranks_are_named(start, port):
     ranks = job("a", 7, port)
     futures = {rank: start(ranks[rank], 2) for rank in (0, 2, 3)}
     message = refused(futures[0])
-    assert message.startswith("launch: rank 0 of 7 has waited 2 s for ranks that have not come: 1, 4-6; it listens on ")
+    assert message.startswith(
+        "launch: rank 0 of 7 has waited 2 s for ranks that have not connected: 1, 4-6; it listens on "
+    )
     for rank in (2, 3):
         message = refused(futures[rank])
         assert message.startswith(f"launch: rank {rank} of 7 has waited 2 s for rank 0 at 127.0.0.1, ports ")
-        assert f"it is there, at port {candidate_ports(port)[0]}, and waits for other ranks" in message
+        assert f"it listens on port {candidate_ports(port)[0]} and waits for other ranks" in message
 
 
 def test_without_rank_0_the_others_say_where_they_looked(start, port):
@@ -334,22 +344,22 @@ def test_without_rank_0_the_others_say_where_they_looked(start, port):
     assert "nobody who knows this job answers" in message and str(max(candidate_ports(port))) in message
 
 
-def test_a_rank_that_came_and_died_has_not_come(start, port):
+def test_a_rank_that_connected_and_died_is_missing(start, port):
     ranks = job("a", 3, port)
     zero = start(ranks[0], 3)
     wait_until_taken(candidate_ports(port)[0])
     with socket.create_connection(("127.0.0.1", candidate_ports(port)[0]), timeout=SECONDS) as one:
-        one.sendall(json.dumps(rendezvous._greeting(ranks[1])).encode() + b"\n")
+        one.sendall(json.dumps(rendezvous._introduction(ranks[1])).encode() + b"\n")
         assert one.recv(100) == rendezvous._HOLD
     two = start(ranks[2], 3)
-    assert "have not come: 1;" in refused(zero) and "for rank 0 at" in refused(two)
+    assert "have not connected: 1;" in refused(zero) and "for rank 0 at" in refused(two)
 
 
 def test_a_signal_ends_the_wait(port, monkeypatch):
     monkeypatch.setattr(stopping, "_received", [signal.SIGTERM])
     for env in job("a", 2, port):
         with pytest.raises(LaunchError, match=rf"rank {env.rank} of 2 was stopped by SIGTERM before") as caught:
-            rendezvous.open_store(env, SECONDS)
+            rendezvous.open_store(env, Timeouts(run_seconds=SECONDS))
         assert caught.value.exit_code == 75
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torchvision
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import MODELS, build_model
+from dist_cifar.models.resnet import ZeroPadded
 
 # He et al. 2016, table 6, gives the CIFAR ResNets in millions; these are the exact counts with BatchNorm.
 PARAMETERS = {
@@ -21,6 +23,10 @@ PARAMETERS = {
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
 }
+
+
+def test_every_name_of_the_config_has_a_builder():
+    assert set(MODELS) == set(typing.get_args(typing.get_type_hints(ModelConfig)["name"])) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
@@ -84,7 +90,7 @@ def test_the_shortcut_takes_every_second_pixel_and_its_gradient_keeps_the_memory
     (shortcut,) = (
         module
         for module in build_model(ModelConfig(name="resnet20"), num_classes=10, seed=0).layer2.modules()
-        if type(module).__name__ == "_ZeroPadded"
+        if isinstance(module, ZeroPadded)
     )
     hidden = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     out = shortcut(hidden)

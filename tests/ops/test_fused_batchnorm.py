@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import BatchNormReLU, build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops import fused_batchnorm, numba_jit
-from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu
+from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu, fuse_layer
 
 SHAPES = [(33, 16, 8, 8), (6, 64, 4, 4), (3, 5, 7, 2), (4, 3, 1, 1), (1, 2, 3, 130)]
 NAMES = ["out", "images", "shortcut", "weight", "bias", "running_mean", "running_var"]
@@ -47,9 +47,46 @@ def fused(monkeypatch) -> list[tuple[int, ...]]:
     return seen
 
 
-def make_layer(channels: int) -> BatchNormReLU:
+class TorchNormReLU(nn.BatchNorm2d):
+    """What a fused layer computes, by torch's operations one after the other."""
+
+    def forward(self, images: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = super().forward(images)
+        if shortcut is not None:
+            hidden += shortcut
+        return torch.relu(hidden)
+
+
+class Residual(nn.Module):
+    """A block of one layer, as `fuse_batchnorm_relu` recognises it."""
+
+    residual_layers = (("conv", "norm"),)
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.downsample = nn.Identity(), norm, nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        shortcut = self.downsample(images)
+        return torch.relu(self.norm(self.conv(images)) + shortcut)
+
+
+class NormReLU(nn.Module):
+    """A norm and a ReLU, as `fuse_batchnorm_relu` recognises them."""
+
+    norm_relu_pairs = (("norm", "relu"),)
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.relu = norm, nn.ReLU(inplace=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.norm(images))
+
+
+def make_layer(channels: int) -> TorchNormReLU:
     generator = torch.Generator().manual_seed(0)
-    layer = BatchNormReLU(channels)
+    layer = TorchNormReLU(channels)
     for tensor in (layer.weight, layer.bias, layer.running_mean):
         tensor.data.normal_(generator=generator)
     return layer
@@ -81,7 +118,7 @@ def three(images: torch.Tensor, shortcut: torch.Tensor | None, kernels: types.Si
     """What torch computes in float64, torch, and the fused layer."""
     layer = make_layer(images.shape[1])
     ours = copy.deepcopy(layer)
-    (kernels or normalization).fuse_batchnorm_relu(ours)
+    (kernels or fused_batchnorm).fuse_layer(ours)
     wide = [tensor if tensor is None else tensor.double() for tensor in (images, shortcut)]
     return (
         passes(copy.deepcopy(layer).double(), *wide),
@@ -125,7 +162,7 @@ def test_a_small_variance_beside_a_large_mean(fused):
 def test_what_is_not_finite_stays_so(fused, dtype, bad):
     """The step that would use it is left out, so it has to be seen."""
     layer = make_layer(4)
-    fuse_batchnorm_relu(layer)
+    fuse_layer(layer)
     images = draw((3, 4, 2, 2), 1, dtype)
     images[1, 2, 0, 1] = bad
     found = passes(layer, images, None)
@@ -165,22 +202,39 @@ def test_numbers_are_rounded_as_torch_does():
 def test_other_inputs_are_left_to_torch(fused, images, shortcut):
     layer = make_layer(4).to(images.dtype)
     ours = copy.deepcopy(layer)
-    fuse_batchnorm_relu(ours)
+    fuse_layer(ours)
     assert torch.equal(ours(images, shortcut), layer(images, shortcut))
     assert fused == []
 
 
+@pytest.mark.parametrize("form", [Residual, NormReLU])
 @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
-def test_other_layers_are_left_alone(fused, options):
-    layer = BatchNormReLU(4, **options)
-    ours = copy.deepcopy(layer)
+def test_other_layers_are_left_alone(fused, form, options):
+    module = form(nn.BatchNorm2d(4, **options))
+    ours = copy.deepcopy(module)
     fuse_batchnorm_relu(ours)
-    assert torch.equal(ours(draw((3, 4, 2, 2), 1)), layer(draw((3, 4, 2, 2), 1))) and fused == []
+    assert torch.equal(ours(draw((3, 4, 2, 2), 1)), module(draw((3, 4, 2, 2), 1))) and fused == []
+
+
+@pytest.mark.parametrize("form", [Residual, NormReLU])
+def test_what_states_its_form_is_fused_and_what_inherits_it_is_not(fused, form):
+    class Other(form):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.norm(images)
+
+    images = draw((3, 4, 2, 2), 1)
+    for kind, calls in ((form, 1), (Other, 0)):
+        fused.clear()
+        module = kind(nn.BatchNorm2d(4))
+        ours = copy.deepcopy(module)
+        fuse_batchnorm_relu(ours)
+        torch.testing.assert_close(ours(images), module(images))
+        assert len(fused) == calls
 
 
 def test_evaluation_and_more_threads_are_left_to_torch(fused):
     images, layer = draw((3, 4, 2, 2), 1), make_layer(4)
-    fuse_batchnorm_relu(layer)
+    fuse_layer(layer)
     layer.eval()(images)
     layer.train()
     torch.set_num_threads(2)
@@ -193,7 +247,7 @@ def test_evaluation_and_more_threads_are_left_to_torch(fused):
 
 def test_one_value_for_each_channel_is_torchs_error():
     layer = make_layer(4)
-    fuse_batchnorm_relu(layer)
+    fuse_layer(layer)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         layer(draw((1, 4, 1, 1), 1))
 
@@ -207,6 +261,33 @@ def test_all_that_ends_with_relu_is_fused(fused, name, count):
     assert len(fused) == count
     assert list(network.state_dict()) == names
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+def test_where_a_kernel_does_not_fit_the_bits_are_those_of_the_plain_network(fused, name):
+    """Two threads: what the network was recognised as is computed by torch's operations, in their order."""
+    network = build_model(ModelConfig(name=name), num_classes=10, seed=0).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(network)
+    fuse_batchnorm_relu(ours)
+    torch.set_num_threads(2)
+    images = draw((2, 3, 32, 32), 1)
+    for module in (network, ours):
+        module(images).square().sum().backward()
+    for parameter, twin in zip(network.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(parameter.grad, twin.grad)
+    assert all(torch.equal(one, other) for one, other in zip(network.buffers(), ours.buffers(), strict=True))
+    assert fused == []
+
+
+def test_a_network_that_is_fused_computes_the_same_function(fused):
+    """In float64 by torch, and in float32 by the kernels, which sum in another order."""
+    network = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=0).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(network)
+    fuse_batchnorm_relu(ours)
+    images = draw((4, 3, 32, 32), 1)
+    logits, expected = ours(images), network.double()(images.double())
+    assert len(fused) == 19
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_group_norm_is_left_alone(fused):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_cifar.config import ModelConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops import gemm_conv
 from dist_cifar.ops.gemm_conv import replace_small_convs
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 
-from dist_cifar.config import ModelConfig, TrainConfig
-from dist_cifar.models.resnet import build_model
+from dist_cifar.config import ComputeConfig, ModelConfig
+from dist_cifar.models import build_model
 from dist_cifar.ops import precision
 from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward
 
@@ -44,7 +44,7 @@ def test_a_module_computes_in_bf16_and_answers_in_float32():
     images = torch.randn(4, 3, 32, 32)
     modules = {name: build_model(ModelConfig(name="resnet20"), num_classes=10, seed=0) for name in ("fp32", "bf16")}
     for name, module in modules.items():
-        prepare_forward(module, TrainConfig(precision=name), CPU)
+        prepare_forward(module, ComputeConfig(precision=name), CPU, auto_compile=True, bitwise=False)
     logits = {name: module(images) for name, module in modules.items()}
     assert logits["bf16"].dtype == logits["fp32"].dtype == torch.float32
     assert torch.equal(logits["bf16"], logits["bf16"].bfloat16().float())
@@ -55,11 +55,11 @@ def test_a_module_computes_in_bf16_and_answers_in_float32():
 
 def test_what_is_compiled():
     cuda = torch.device("cuda")
-    for strategy, expected in (("ddp", True), ("exact", False)):
-        assert compiles(TrainConfig(strategy=strategy), cuda) is expected  # triton comes with torch's wheels
-    assert not compiles(TrainConfig(strategy="ddp"), CPU)
-    assert compiles(TrainConfig(strategy="exact", compile="on"), CPU)
-    assert not compiles(TrainConfig(strategy="ddp", compile="off"), cuda)
+    for allowed in (True, False):
+        assert compiles(ComputeConfig(), cuda, auto_compile=allowed) is allowed  # triton comes with torch's wheels
+    assert not compiles(ComputeConfig(), CPU, auto_compile=True)
+    assert compiles(ComputeConfig(compile="on"), CPU, auto_compile=False)
+    assert not compiles(ComputeConfig(compile="off"), cuda, auto_compile=True)
 
 
 @pytest.mark.slow
@@ -70,7 +70,9 @@ def test_a_compiled_module_gives_the_same_gradients():
     gradients = []
     for compiled in ("off", "on"):
         module = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0).double()
-        prepare_forward(module, TrainConfig(precision="fp32", compile=compiled), CPU)
+        prepare_forward(
+            module, ComputeConfig(precision="fp32", compile=compiled), CPU, auto_compile=True, bitwise=False
+        )
         module(images).square().mean().backward()
         gradients.append(module.conv1.weight.grad)
         assert list(module.state_dict()) == list(

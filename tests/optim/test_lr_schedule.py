@@ -1,24 +1,21 @@
-"""Plans, scaling, warm-up and the plateau, against torch's scheduler."""
+"""Scaling, warm-up and the plateau, against torch's scheduler."""
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_cifar.config import BatchConfig, OptimizerConfig, PlateauConfig, TrainConfig
-from dist_cifar.errors import ConfigError
-from dist_cifar.optim.lr_schedule import (
-    evaluation_due,
-    plan_batches,
-    scaled_lr,
-    start_plateau,
-    step_plateau,
-    warmup_factor,
-)
+from dist_cifar.config import OptimizerConfig, PlateauConfig
+from dist_cifar.optim.lr_scaling import scaled_lr
+from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule, warmup_factor
+from dist_cifar.optim.plateau import start_plateau, step_plateau
+from dist_cifar.state import Evaluation
 
 
 def torch_lrs(config: PlateauConfig, lr: float, metrics: list[float]) -> list[float]:
@@ -65,57 +62,13 @@ def test_plateau_equals_torch(metrics, metric, factor, patience, cooldown, thres
     assert lrs == torch_lrs(config, 0.1, metrics)
 
 
-def test_plateau_that_never_improves_cuts_after_its_patience():
+def test_plateau_that_never_improves_reduces_after_its_patience():
     config = PlateauConfig(patience_evaluations=2, factor=0.1)
-    state, cuts = start_plateau(config, 1.0), []
+    state, reductions = start_plateau(config, 1.0), []
     for _ in range(8):
         state = step_plateau(config, state, 5.0)
-        cuts.append(state.cuts)
-    assert cuts == [0, 0, 0, 1, 1, 1, 2, 2]  # the first value is an improvement on none
-
-
-@pytest.mark.parametrize(
-    ("batch", "world_size", "expected"),
-    [
-        (BatchConfig(global_size=128), 4, (128, 32, 1, 32)),
-        (BatchConfig(global_size=128, max_micro_batch=16), 2, (128, 64, 4, 16)),
-        (BatchConfig(global_size=96, max_micro_batch=20), 3, (96, 32, 2, 16)),
-        (BatchConfig(global_size=None, per_rank_size=50), 3, (150, 50, 1, 50)),
-        (BatchConfig(global_size=128, max_micro_batch=1000), 1, (128, 128, 1, 128)),
-    ],
-)
-def test_plan(batch, world_size, expected):
-    plan = plan_batches(batch, TrainConfig(epochs=3, strategy="ddp"), world_size=world_size, train_size=1000)
-    assert (plan.global_size, plan.per_rank_size, plan.micro_batches, plan.micro_size) == expected
-    assert plan.steps_per_epoch == 1000 // plan.global_size
-    assert plan.total_steps == 3 * plan.steps_per_epoch
-
-
-@pytest.mark.parametrize(
-    ("limit", "world_size", "expected"),
-    [
-        (None, 1, (128, 8, 1, 16)),
-        (None, 4, (32, 2, 1, 16)),
-        (None, 8, (16, 1, 1, 16)),
-        (100, 1, (128, 8, 1, 16)),
-        (8, 2, (64, 8, 2, 8)),
-        (5, 8, (16, 4, 4, 4)),
-    ],
-)
-def test_micro_batches_of_a_virtual_rank_do_not_depend_on_the_world_size(limit, world_size, expected):
-    """(samples of a rank, its passes, passes of a virtual rank, samples of a pass)"""
-    batch = BatchConfig(global_size=128, virtual_ranks=8, max_micro_batch=limit)
-    plan = plan_batches(batch, TrainConfig(strategy="exact"), world_size=world_size, train_size=1000)
-    assert (plan.per_rank_size, plan.micro_batches, plan.passes, plan.micro_size) == expected
-
-
-def test_plan_errors_name_what_would_work():
-    with pytest.raises(ConfigError, match=r"8 virtual ranks .* 3 ranks; start 1, 2, 4, 8 ranks"):
-        plan_batches(BatchConfig(), TrainConfig(strategy="exact"), world_size=3, train_size=1000)
-    with pytest.raises(ConfigError, match=r"128 samples .* 3 ranks; set batch.global_size=126 or 129"):
-        plan_batches(BatchConfig(global_size=128), TrainConfig(strategy="ddp"), world_size=3, train_size=1000)
-    with pytest.raises(ConfigError, match=r"one global batch is 128 samples, the training split has 100"):
-        plan_batches(BatchConfig(global_size=128), TrainConfig(strategy="ddp"), world_size=2, train_size=100)
+        reductions.append(state.reductions)
+    assert reductions == [0, 0, 0, 1, 1, 1, 2, 2]  # the first value is an improvement on none
 
 
 @pytest.mark.parametrize(("rule", "lr"), [("sqrt", 0.02), ("linear", 0.04), ("none", 0.01)])
@@ -126,14 +79,50 @@ def test_lr_rule(rule, lr):
 
 
 def test_warmup_reaches_the_full_rate_and_stays():
-    plan = plan_batches(BatchConfig(global_size=10), TrainConfig(strategy="ddp"), world_size=1, train_size=100)
-    config = OptimizerConfig(warmup_epochs=0.5)
-    assert [warmup_factor(config, plan, step) for step in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
-    assert warmup_factor(OptimizerConfig(warmup_epochs=0), plan, 0) == 1.0
+    assert [warmup_factor(5, step) for step in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
+    assert warmup_factor(0, 0) == 1.0
 
 
-def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
-    plan = plan_batches(
-        BatchConfig(global_size=10), TrainConfig(epochs=5, max_steps=43, strategy="ddp"), world_size=1, train_size=100
-    )
-    assert [step for step in range(1, 44) if evaluation_due(plan, 2, step)] == [20, 40, 43]
+def evaluation(loss: float, correct: int = 5) -> Evaluation:
+    """The result on ten samples of two classes."""
+    confusion = np.array([[correct, 10 - correct], [0, 0]])
+    return Evaluation(loss=loss, confusion=confusion, logits=np.zeros((10, 2), np.float32))
+
+
+def schedule(plateau: PlateauConfig) -> LRSchedule:
+    optimizer = OptimizerConfig(lr=0.1, lr_rule="none", warmup_epochs=0.5)
+    return build_lr_schedule(optimizer, plateau, global_size=10, steps_per_epoch=10)
+
+
+def test_a_schedule_is_its_warm_up_times_its_plateau():
+    plateau = PlateauConfig(patience_evaluations=0, factor=0.5)
+    ours = schedule(plateau)
+    assert [ours.lr(step) for step in (0, 3, 4, 20)] == pytest.approx([0.02, 0.08, 0.1, 0.1])
+    assert ours.observe(evaluation(1.0)) is None
+    line = ours.observe(evaluation(1.5))
+    assert line == "plateau: no better loss for 1 evaluations; lr 0.05"
+    assert [ours.lr(step) for step in (0, 20)] == pytest.approx([0.01, 0.05])
+    assert "warm-up 0.5 epochs" in ours.describe() and "plateau on loss" in ours.describe()
+
+
+def test_a_schedule_watches_the_metric_of_its_config():
+    ours = schedule(PlateauConfig(metric="accuracy", patience_evaluations=0))
+    ours.observe(evaluation(1.0, correct=5))
+    assert ours.observe(evaluation(9.0, correct=6)) is None
+    assert "accuracy" in str(ours.observe(evaluation(0.1, correct=6)))
+
+
+def test_a_schedule_continues_from_what_json_kept_of_it():
+    plateau = PlateauConfig(patience_evaluations=1, cooldown_evaluations=1)
+    losses = [3.0, 2.0, 2.5, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5, 1.5]
+    whole, before = schedule(plateau), schedule(plateau)
+    for loss in losses:
+        whole.observe(evaluation(loss))
+    for loss in losses[:4]:
+        before.observe(evaluation(loss))
+    after = schedule(plateau)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.lr(9) == before.lr(9) == 0.05
+    for loss in losses[4:]:
+        after.observe(evaluation(loss))
+    assert after.state_dict() == whole.state_dict() and after.lr(9) == whole.lr(9) < 0.05

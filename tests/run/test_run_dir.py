@@ -15,40 +15,38 @@ from dist_cifar.errors import LaunchError
 from dist_cifar.run.run_dir import RunDir
 
 
-def test_one_job_at_a_time(tmp_path):
+def test_one_job_at_a_time(tmp_path, said):
     """Two locks in one process are as those of two: each belongs to its own open file."""
-    said = []
-    with RunDir(tmp_path).lock(said.append):
+    with RunDir(tmp_path).lock():
         with (
             pytest.raises(LaunchError, match=rf"another job \(host .*, pid {os.getpid()}, since .*\) is using it"),
-            RunDir(tmp_path).lock(said.append, wait_seconds=0.2),
+            RunDir(tmp_path).lock(wait_seconds=0.2),
         ):
             pass
         assert len(said) == 1 and said[0].startswith("waiting up to 0.2 s for another job (host ")
-    with RunDir(tmp_path).lock(said.append, wait_seconds=0):
+    with RunDir(tmp_path).lock(wait_seconds=0):
         pass
     assert len(said) == 1
 
 
-def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, said):
     def flock(descriptor: int, operation: int) -> NoReturn:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    said = []
-    with RunDir(tmp_path).lock(said.append):
+    with RunDir(tmp_path).lock():
         pass
     assert len(said) == 1 and "cannot be locked (No locks available)" in said[0]
 
 
-def test_a_job_that_died_without_a_word_is_lost(tmp_path):
+def test_a_job_that_died_without_a_final_status_is_lost(tmp_path):
     run_dir = RunDir(tmp_path)
-    with run_dir.lock(print):
+    with run_dir.lock():
         assert not run_dir.is_lost()  # nothing has begun
         run_dir.write_status("running")
         assert not run_dir.is_lost()
     assert run_dir.is_lost()
-    with run_dir.lock(print, wait_seconds=0):  # looking left no lock behind
+    with run_dir.lock(wait_seconds=0):  # looking left no lock behind
         assert not run_dir.is_lost()
     run_dir.write_status("saved")
     assert not run_dir.is_lost()
@@ -70,7 +68,7 @@ def test_a_job_that_ends_while_one_looks_is_not_lost(tmp_path, monkeypatch):
 def test_of_another_host_it_is_lost_after_a_silence(tmp_path):
     """Its lock may not be seen here."""
     run_dir = RunDir(tmp_path)
-    with run_dir.lock(print):
+    with run_dir.lock():
         run_dir.write_status("running")
     status = run_dir.status() | {"host": "another"}
     (tmp_path / "status.json").write_text(json.dumps(status))
@@ -84,7 +82,7 @@ def test_of_another_host_it_is_lost_after_a_silence(tmp_path):
 
 def test_where_locks_cannot_be_seen_nothing_is_lost(tmp_path, monkeypatch):
     run_dir = RunDir(tmp_path)
-    with run_dir.lock(print):
+    with run_dir.lock():
         run_dir.write_status("running")
 
     def flock(file: object, operation: int) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_cifar import trainer as train_module
+from dist_cifar import trainer
 from dist_cifar.config import Config
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.run import step_profiler
@@ -26,7 +26,7 @@ LONG = (f"train.max_steps={STEPS + 2}", "train.epochs=20", "eval.every_epochs=20
 def train(communicator: Communicator, config: Config) -> str:
     """What the run prints."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert train_module.train(config, communicator)
+        assert trainer.train(config, communicator)
     return out.getvalue()
 
 
@@ -66,24 +66,25 @@ def test_two_ranks_write_a_summary_and_traces_and_train_to_the_same_weights(rank
 def train_without_a_vote_under_way(communicator: Communicator, config: Config) -> int:
     """The steps that began; fails if one does while the ranks vote."""
     patch, votes, steps = pytest.MonkeyPatch(), [0], [0]
-    cast, result, begin = AsyncAnyReduce.cast, AsyncAnyReduce.result, Profile._begin_step
+    start, result, enter = AsyncAnyReduce.start, AsyncAnyReduce.result, Profile.enter
 
-    def cast_one(vote: AsyncAnyReduce, *arguments: Any) -> None:
+    def start_one(vote: AsyncAnyReduce, *arguments: Any) -> None:
         votes[0] += 1
-        cast(vote, *arguments)
+        start(vote, *arguments)
 
     def end_one(vote: AsyncAnyReduce) -> list[bool]:
         votes[0] -= 1
         return result(vote)
 
-    def begin_one(opened: Profile) -> None:
-        steps[0] += 1
-        assert votes == [0]
-        begin(opened)
+    def enter_one(opened: Profile, name: str) -> None:
+        if name == "data":  # a step begins
+            steps[0] += 1
+            assert votes == [0]
+        enter(opened, name)
 
-    patch.setattr(AsyncAnyReduce, "cast", cast_one)
+    patch.setattr(AsyncAnyReduce, "start", start_one)
     patch.setattr(AsyncAnyReduce, "result", end_one)
-    patch.setattr(Profile, "_begin_step", begin_one)
+    patch.setattr(Profile, "enter", enter_one)
     try:
         train(communicator, config)
     finally:

@@ -1,4 +1,4 @@
-"""Every strategy against a hand-written loop, and against each other where a run goes on in another one."""
+"""Every strategy against a hand-written loop, and against each other where a run is resumed in another one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cifar.config import BatchConfig, Config, ModelConfig, OptimizerConfig, PlateauConfig, TrainConfig
+from dist_cifar.config import (
+    BatchConfig,
+    ComputeConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    StrategyConfig,
+)
+from dist_cifar.data.batching import BatchPlan, plan_batches
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.models.resnet import build_model
-from dist_cifar.optim.lr_schedule import BatchPlan, plan_batches, start_plateau, step_plateau
-from dist_cifar.strategy import Strategy, build_strategy
+from dist_cifar.models import build_model
+from dist_cifar.optim.plateau import start_plateau, step_plateau
+from dist_cifar.strategy import build_strategy, slice_count
+from dist_cifar.strategy.base import Strategy
 
 STEPS, BATCH, LR, EVERY = 20, 8, 1e-4, 4
 EPS = 1e-2
@@ -33,10 +43,11 @@ def config(
     name, _, stage = strategy.partition(" ")
     return Config(
         model=ModelConfig(name=model, norm=norm),
-        batch=BatchConfig(global_size=BATCH, virtual_ranks=4, max_micro_batch=micro),
+        batch=BatchConfig(global_size=BATCH, max_micro_batch=micro),
         optimizer=OptimizerConfig(eps=EPS, weight_decay=1e-2, max_grad_norm=max_grad_norm),
         plateau=PLATEAU,
-        train=TrainConfig(strategy=name, zero_stage=int(stage or 1), precision="fp32"),
+        strategy=StrategyConfig(name=name, virtual_ranks=4, zero_stage=int(stage or 1)),
+        compute=ComputeConfig(precision="fp32"),
     )
 
 
@@ -49,7 +60,9 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch.float32) -> tuple[Strategy, BatchPlan]:
-    plan = plan_batches(config.batch, config.train, world_size=communicator.world_size, train_size=BATCH)
+    world_size = communicator.world_size
+    slices = slice_count(config.batch, config.strategy, world_size=world_size)
+    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=BATCH)
     model = build_model(config.model, num_classes=10, seed=1).to(dtype)
     return build_strategy(model, config, communicator=communicator, plan=plan), plan
 
@@ -146,7 +159,7 @@ def by_hand_of_resnet18() -> Curve:
     return by_hand(model_name="resnet18", steps=3)
 
 
-# --- going on with what another one has saved ----------------------------------------------------------------------
+# --- resuming what another one has saved ----------------------------------------------------------------------
 
 Saved = tuple[Curve, dict[str, dict[str, torch.Tensor]]]
 SAVED_STEP, RESUMED_STEPS = 6, 4
@@ -199,7 +212,7 @@ def require_same(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     [(name, name, world_size) for name in STRATEGIES for world_size in (1, 4)]
     + [(name, STRATEGIES[i - 1], 2) for i, name in enumerate(STRATEGIES)],
 )
-def test_a_run_goes_on_at_another_world_size_and_in_another_strategy(ranks, first, second, world_size):
+def test_a_run_resumes_at_another_world_size_and_in_another_strategy(ranks, first, second, world_size):
     expected = by_hand_at_one_rate()
     curve, tensors = ranks.run(2, saved, config(first))[0]
     require_parity(curve, expected[:SAVED_STEP])
@@ -216,7 +229,7 @@ def by_hand_at_one_rate() -> Curve:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(ranks, strategy):
-    """Weights, moments and BatchNorm's statistics; and the training goes on."""
+    """Weights, moments and BatchNorm's statistics; and the training continues."""
     for curve, _ in ranks.run(2, saved, config(strategy, norm="batch"), 1):
         assert np.isfinite(curve[-1][:2]).all()
 

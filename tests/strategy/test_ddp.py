@@ -7,17 +7,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dist_cifar.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from dist_cifar.config import ComputeConfig, Config, ModelConfig, OptimizerConfig, StrategyConfig
+from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import LaunchError
-from dist_cifar.models.resnet import build_model
-from dist_cifar.optim.lr_schedule import BatchPlan
+from dist_cifar.models import build_model
+from dist_cifar.optim import optimizer_factory
 from dist_cifar.strategy.ddp import DdpStrategy
 
 STEPS, BATCH, LR = 5, 8, 3e-4
 # With Adam's usual epsilon the first steps are the signs of the gradients, and a sign turns rounding into a step.
 OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, max_grad_norm=0.5)
-CONFIG = Config(optimizer=OPTIMIZER, train=TrainConfig(strategy="ddp", precision="fp32"))
+CONFIG = Config(optimizer=OPTIMIZER, strategy=StrategyConfig(name="ddp"), compute=ComputeConfig(precision="fp32"))
 
 
 def data(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,12 +39,22 @@ def plan(world_size: int, micro_batches: int) -> BatchPlan:
     )
 
 
+def ddp(model: torch.nn.Module, communicator: Communicator, micro_batches: int = 1) -> DdpStrategy:
+    return DdpStrategy(
+        model,
+        CONFIG,
+        communicator=communicator,
+        plan=plan(communicator.world_size, micro_batches),
+        make_optimizer=optimizer_factory(OPTIMIZER),
+    )
+
+
 def by_strategy(
     communicator: Communicator, norm: str, micro_batches: int, steps: int, dtype: torch.dtype
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Parameters and buffers after `steps`, and the gradient norms."""
     model = build_model(ModelConfig(name="resnet20", norm=norm), num_classes=10, seed=1).to(dtype)
-    strategy = DdpStrategy(model, CONFIG, communicator=communicator, plan=plan(communicator.world_size, micro_batches))
+    strategy = ddp(model, communicator, micro_batches)
     assert communicator.world_size == 1 or not strategy._replica.broadcast_buffers
     norms = []
     for step in range(steps):
@@ -101,7 +112,7 @@ def test_ranks_hold_the_same_weights_bit_for_bit(ranks):
 def buffers(communicator: Communicator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A running mean as it was, as it is saved, and as it is after saving."""
     model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1)
-    strategy = DdpStrategy(model, CONFIG, communicator=communicator, plan=plan(communicator.world_size, 1))
+    strategy = ddp(model, communicator)
     images = data(0, torch.float32)[0].chunk(communicator.world_size)[communicator.rank]
     strategy.forward(images)
     before = model.bn1.running_mean.numpy().copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cifar.config import BatchConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from dist_cifar.config import BatchConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, StrategyConfig
+from dist_cifar.data.batching import plan_batches
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
-from dist_cifar.models.resnet import build_model
-from dist_cifar.optim.lr_schedule import plan_batches
-from dist_cifar.run.provenance import pin
-from dist_cifar.strategy import exact, tree_reduce
+from dist_cifar.models import build_model
+from dist_cifar.run.provenance import make_deterministic
+from dist_cifar.strategy import build_strategy, exact, reduction_queue, tree_reduce
 from dist_cifar.strategy.exact import ExactStrategy
 
 BATCH, VIRTUAL, LR, STEPS = 16, 4, 3e-4, 3
@@ -29,15 +30,11 @@ def config(**changes: Any) -> Config:
         model=ModelConfig(name=changes.get("model", "resnet20"), norm=changes.get("norm", "batch")),
         batch=BatchConfig(
             global_size=BATCH,
-            virtual_ranks=changes.get("virtual_ranks", VIRTUAL),
             max_micro_batch=changes.get("max_micro_batch"),
         ),
-        optimizer=OPTIMIZER,
-        train=TrainConfig(
-            strategy="exact",
-            precision=changes.get("precision", "fp32"),
-            non_finite=changes.get("non_finite", "raise"),
-        ),
+        optimizer=dataclasses.replace(OPTIMIZER, non_finite=changes.get("non_finite", "raise")),
+        strategy=StrategyConfig(name="exact", virtual_ranks=changes.get("virtual_ranks", VIRTUAL)),
+        compute=ComputeConfig(precision=changes.get("precision", "fp32")),
     )
 
 
@@ -48,9 +45,12 @@ def data(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, t
 
 
 def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch.float32) -> tuple[ExactStrategy, Any]:
-    plan = plan_batches(config.batch, config.train, world_size=communicator.world_size, train_size=BATCH)
+    slices, world_size = config.strategy.virtual_ranks, communicator.world_size
+    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=BATCH)
     model = build_model(config.model, num_classes=10, seed=1).to(dtype)
-    return ExactStrategy(model, config, communicator=communicator, plan=plan), plan
+    strategy = build_strategy(model, config, communicator=communicator, plan=plan)
+    assert isinstance(strategy, ExactStrategy)
+    return strategy, plan
 
 
 def train_step(strategy: ExactStrategy, plan: Any, communicator: Communicator, step: int, poison: int = -1) -> float:
@@ -102,11 +102,11 @@ def test_every_resnet_gives_the_same_bits(ranks, model):
 
 
 def small_buckets(communicator: Communicator, config: Config) -> tuple[dict[str, str], list[float]]:
-    original, exact._BUCKET_BYTES = exact._BUCKET_BYTES, 10_000
+    original, reduction_queue.BUCKET_BYTES = reduction_queue.BUCKET_BYTES, 10_000
     try:
         return trained(communicator, config)
     finally:
-        exact._BUCKET_BYTES = original
+        reduction_queue.BUCKET_BYTES = original
 
 
 def test_buckets_do_not_change_the_bits(ranks):
@@ -190,15 +190,15 @@ def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
     return _STEP(self, lr)
 
 
-def one_leaf_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
+def one_slice_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
     _INIT(self, *arguments, **keywords)
-    self._leaf_passes = self._local_passes
+    self._slice_passes = self._local_passes
 
 
 _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a left fold of the local leaves": (tree_reduce.TreeAccumulator, "add", left_fold),
-    "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_leaf_a_rank),
+    "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_slice_a_rank),
     "a left fold over the ranks": (tree_reduce, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
     "batches counted for each pass": (ExactStrategy, "step", a_batch_for_each_pass),
@@ -222,11 +222,11 @@ def test_a_mutant_is_caught(ranks, name):
 
 
 def running_statistics_from_pass_to_pass(communicator: Communicator) -> dict[str, str]:
-    rewind, exact.BatchNormStats.rewind = exact.BatchNormStats.rewind, lambda self: None
+    restore, exact.BatchNormStats.restore = exact.BatchNormStats.restore, lambda self: None
     try:
         return trained(communicator, config())[0]
     finally:
-        exact.BatchNormStats.rewind = rewind
+        exact.BatchNormStats.restore = restore
 
 
 def test_statistics_that_run_from_pass_to_pass_are_caught(ranks):
@@ -265,11 +265,11 @@ def test_a_step_that_is_not_finite_on_one_virtual_rank_is_skipped_on_all(ranks, 
 def test_a_gpu_gives_the_same_bits_every_time_and_with_every_bucket_size(precision, monkeypatch):
     """The reduction on a stream of its own must wait for the gradients, and the step for the reduction."""
     device = torch.device("cuda", 0)
-    pin(device)
+    make_deterministic(device)
     communicator = Communicator(DistEnv(), device=device, timeout_seconds=60)
     results = []
-    for bucket_bytes in (10_000, 10_000, exact._BUCKET_BYTES):
-        monkeypatch.setattr(exact, "_BUCKET_BYTES", bucket_bytes)
+    for bucket_bytes in (10_000, 10_000, reduction_queue.BUCKET_BYTES):
+        monkeypatch.setattr(reduction_queue, "BUCKET_BYTES", bucket_bytes)
         strategy, plan = build(communicator, config(precision=precision))
         norms = [train_step(strategy, plan, communicator, step) for step in range(STEPS)]
         results.append((state(strategy), norms))

@@ -1,5 +1,4 @@
-"""`dist-cifar bench` and `benchmarks/suite/strategy.py`: their figures are consistent; only running them imports
-torch."""
+"""`dist-cifar bench` and `benchmarks/suite/strategy.py`: their figures are right; only running them imports torch."""
 
 from __future__ import annotations
 
@@ -9,12 +8,11 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, augment_report, bench_augment
 from tests import REPOSITORY
 
@@ -27,15 +25,15 @@ def figures(report: str) -> dict[str, tuple[float, ...]]:
     return {name: tuple(float(number.replace(",", "")) for number in numbers) for name, *numbers in found}
 
 
-def test_augment_measures_both_output_types():
-    said: list[str] = []
-    bench_augment(window_seconds=0.01, say=said.append)
-    found = figures(said[-1])
+def test_augment_measures_both_output_types(capsys):
+    bench_augment(window_seconds=0.01)
+    report = capsys.readouterr().out
+    found = figures(report)
     assert found.keys() == {"float32", "bfloat16"}
     for median, low, high, gpus in found.values():
         assert 100 < low <= median <= high
         assert gpus == pytest.approx(median / GPU_IMAGES_PER_SECOND, abs=0.051)
-    assert "windows of 0.01 s" in said[-1]
+    assert "windows of 0.01 s" in report
 
 
 def test_augment_report_says_the_median_and_names_the_assumption():
@@ -51,7 +49,7 @@ def test_augment_report_says_the_median_and_names_the_assumption():
 def test_help_imports_no_torch(arguments):
     code = f"""
 import sys
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 try:
     main({arguments})
 finally:
@@ -66,7 +64,7 @@ def test_bench_names_its_entries_when_none_is_given(capsys):
     assert "BENCHMARK" in capsys.readouterr().err
 
 
-# --- benchmarks/suite/strategy.py --------------------------------------------------------------------------------------
+# --- benchmarks/suite/strategy.py --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.config import load_config
-from dist_cifar.data import dataset
+from dist_cifar.data.sources import SOURCES
+from dist_cifar.data.sources.cifar import CifarArchive
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import DataError
-from dist_cifar.tools import doctor
-from dist_cifar.tools.doctor import Finding, attempt, graded, worst
+from dist_cifar.run.checkpoint import CheckpointStore
+from dist_cifar.tools.doctor import data, disk, exactness, machine, network
+from dist_cifar.tools.doctor.findings import Finding, attempt, failed, graded, ok, worst
 from tests import REPOSITORY
 from tests.data.sources.test_cifar import put
 
@@ -40,7 +42,7 @@ def config_of(*overrides: str):
 @pytest.fixture
 def no_exactness(monkeypatch):
     """It is a check of its own, and takes long."""
-    monkeypatch.setattr(doctor, "check_exactness", lambda config: doctor.ok("exactness", "not asked"))
+    monkeypatch.setattr(exactness, "check_exactness", lambda config: ok("exactness", "not asked"))
 
 
 def examine(tmp_path: Path, *overrides: str, code: int) -> dict[str, dict]:
@@ -85,7 +87,7 @@ def test_ranks_of_torchrun_are_examined_together(tmp_path):
     command += [*SMALL, f"run.dir={tmp_path / 'run'}", "--json", str(tmp_path / "found.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("failed") == 1, "one rank is_main_process"
+    assert done.stdout.count("failed") == 1, "one rank prints"
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert "GB/s" in found["all-reduce"]["found"] and "gloo" in found["backend"]["found"]
     assert "2 rank(s)" in found["run directory shared"]["found"]
@@ -113,25 +115,25 @@ def test_a_run_directory_that_was_there_stays(tmp_path, no_exactness):
 def test_a_full_disk_fails(tmp_path, monkeypatch):
     for free, state in ((2**33, "ok"), (2**30, "warning"), (2**20, "failed")):
         usage = shutil._ntuple_diskusage(2**40, 2**40 - free, free)
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, usage=usage: usage)
-        assert doctor.check_run_directory(tmp_path).state == state
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert disk.check_run_directory(tmp_path).state == state
 
 
 def test_a_checkpoint_that_reads_back_otherwise_fails(tmp_path, monkeypatch):
-    assert doctor.check_checkpoint(tmp_path).state == "ok"
-    read = doctor.CheckpointStore.load_newest
+    assert disk.check_checkpoint(tmp_path).state == "ok"
+    read = CheckpointStore.load_newest
 
     def flipped(store):
         found = read(store)
         found.tensors["model"]["weight"][7] += 1
         return found
 
-    monkeypatch.setattr(doctor.CheckpointStore, "load_newest", flipped)
-    assert doctor.check_checkpoint(tmp_path).state == "failed"
+    monkeypatch.setattr(CheckpointStore, "load_newest", flipped)
+    assert disk.check_checkpoint(tmp_path).state == "failed"
 
 
 def _shared(communicator, paths):
-    return dataclasses.asdict(doctor.check_shared(communicator, Path(paths[communicator.rank])))
+    return dataclasses.asdict(disk.check_shared(communicator, Path(paths[communicator.rank])))
 
 
 def test_a_run_directory_that_is_not_shared_fails(ranks, tmp_path):
@@ -155,9 +157,9 @@ def test_corrupt_data_fails(tmp_path, no_exactness):
     run = f"run.dir={tmp_path / 'run'}"
     assert examine(tmp_path, run, cache, code=0)["data"]["state"] == "ok"
     (file,) = (tmp_path / "cache").rglob("test_images.npy")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
     found = examine(tmp_path, run, cache, code=1)["data"]
     assert found["state"] == "failed" and "not the bytes that were decoded" in found["found"]
     assert str(file.parent) in found["found"]
@@ -165,7 +167,7 @@ def test_corrupt_data_fails(tmp_path, no_exactness):
 
 def test_a_damaged_archive_fails(tmp_path, monkeypatch, no_exactness):
     (tmp_path / "data").mkdir()
-    monkeypatch.setitem(dataset.ARCHIVES, "cifar10", put(tmp_path / "data"))
+    monkeypatch.setitem(SOURCES, "cifar10", CifarArchive(put(tmp_path / "data")))
     (archive,) = (tmp_path / "data").glob("*.gz")
     places = [f"data.root={tmp_path / 'data'}", f"data.cache_dir={tmp_path / 'cache'}", f"run.dir={tmp_path / 'run'}"]
     whole = archive.read_bytes()
@@ -185,11 +187,11 @@ def closed_port() -> int:
 def test_no_network_fails_where_the_data_must_be_fetched(tmp_path):
     places = [f"data.root={tmp_path}", f"data.cache_dir={tmp_path}", "data.source=cifar10"]
     config = config_of(*places, f"data.url=http://127.0.0.1:{closed_port()}/x.tar.gz")
-    found = doctor.check_data(config)
+    found = data.check_data(config)
     assert found.state == "failed" and "out of reach (" in found.found and "Connection refused" in found.found
     with socket.create_server(("127.0.0.1", 0)) as server:
         config = config_of(*places, f"data.url=http://127.0.0.1:{server.getsockname()[1]}/x.tar.gz")
-        found = doctor.check_data(config)
+        found = data.check_data(config)
     assert found.state == "warning" and "dist-cifar data" in found.hint
 
 
@@ -197,8 +199,8 @@ def test_no_network_fails_where_the_data_must_be_fetched(tmp_path):
 def test_no_network_at_all(tmp_path):
     """In a network namespace without an interface."""
     places = [f"data.root={tmp_path}", f"data.cache_dir={tmp_path}", "data.source=cifar10"]
-    code = "import sys; from dist_cifar import doctor; from dist_cifar.config import load_config;"
-    code += "print(doctor.check_data(load_config(None, sys.argv[1:])))"
+    code = "import sys; from dist_cifar.tools.doctor import data; from dist_cifar.config import load_config;"
+    code += "print(data.check_data(load_config(None, sys.argv[1:])))"
     command = ["unshare", "--net", sys.executable, "-c", code, *places]
     out = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "state='failed'" in out and "out of reach" in out
@@ -206,12 +208,12 @@ def test_no_network_at_all(tmp_path):
 
 def test_wandb_out_of_reach_is_a_warning():
     environ = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{closed_port()}"}
-    found = doctor.check_tracking(config_of("tracking.wandb=online"), environ)
-    assert found.state == "warning" and "goes on offline" in found.hint
-    assert doctor.check_tracking(config_of("tracking.wandb=disabled"), environ).state == "ok"
+    found = data.check_tracking(config_of("tracking.wandb=online"), environ)
+    assert found.state == "warning" and "continues offline" in found.hint
+    assert data.check_tracking(config_of("tracking.wandb=disabled"), environ).state == "ok"
     with socket.create_server(("127.0.0.1", 0)) as server:
         environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert doctor.check_tracking(config_of("tracking.wandb=online"), environ).state == "ok"
+        assert data.check_tracking(config_of("tracking.wandb=online"), environ).state == "ok"
 
 
 # --- limits ------------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def test_wandb_out_of_reach_is_a_warning():
 
 @namespaces
 def test_a_small_shared_memory_fails(tmp_path):
-    code = "from dist_cifar import doctor; print(doctor.check_shared_memory())"
+    code = "from dist_cifar.tools.doctor import machine; print(machine.check_shared_memory())"
     for size, state in (("64m", "failed"), ("200m", "warning"), ("600m", "ok")):
         script = f'mount -t tmpfs -o size={size} none /dev/shm && exec {sys.executable} -c "{code}"'
         command = ["unshare", "--mount", "sh", "-c", script]
@@ -229,13 +231,13 @@ def test_a_small_shared_memory_fails(tmp_path):
 
 def test_few_open_files_are_found(monkeypatch):
     for limit, state in ((65536, "ok"), (512, "warning"), (64, "failed")):
-        monkeypatch.setattr(doctor.resource, "getrlimit", lambda which, limit=limit: (limit, limit))
-        assert doctor.check_open_files().state == state
+        monkeypatch.setattr(machine.resource, "getrlimit", lambda which, limit=limit: (limit, limit))
+        assert machine.check_open_files().state == state
 
 
 def test_a_blocked_signal_fails():
     """As a process inherits it from one that has blocked it."""
-    code = "from dist_cifar import doctor; print(doctor.check_signals())"
+    code = "from dist_cifar.tools.doctor import machine; print(machine.check_signals())"
     for blocked, state in (([signal.SIGUSR1], "failed"), ([], "ok")):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -249,24 +251,24 @@ def test_a_blocked_signal_fails():
 
 
 def test_old_and_missing_packages_fail(monkeypatch):
-    assert doctor.check_versions().state == "ok"
-    monkeypatch.setitem(doctor.OLDEST, "torch", (99, 0))
-    monkeypatch.setitem(doctor.OLDEST, "no-such-package", (1,))
-    found = doctor.check_versions()
+    assert machine.check_versions().state == "ok"
+    monkeypatch.setitem(machine.OLDEST, "torch", (99, 0))
+    monkeypatch.setitem(machine.OLDEST, "no-such-package", (1,))
+    found = machine.check_versions()
     assert found.state == "failed" and "older than 99.0" in found.found and "no-such-package is missing" in found.found
 
 
 def test_an_optional_package_is_missed_where_the_config_needs_it(monkeypatch):
-    monkeypatch.setattr(doctor, "_OPTIONAL", ("no-such-extra",))
-    found = doctor.check_versions()
+    monkeypatch.setattr(machine, "OPTIONAL", ("no-such-extra",))
+    found = machine.check_versions()
     assert found.state == "ok" and "not needed: no-such-extra" in found.found
-    found = doctor.check_versions(["no-such-extra"])
+    found = machine.check_versions(["no-such-extra"])
     assert found.state == "failed" and found.hint == "pip install -U -e '.[no-such-extra]'"
-    assert doctor.needed_extras(config_of("strategy.name=deepspeed", "tracking.wandb=online")) == [
+    assert machine.needed_extras(config_of("strategy.name=deepspeed", "tracking.wandb=online")) == [
         "deepspeed",
         "wandb",
     ]
-    assert doctor.needed_extras(config_of()) == []
+    assert machine.needed_extras(config_of()) == []
 
 
 # --- between ranks -----------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stdout + done.stderr
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
-    assert found["ranks"]["state"] == "failed" and "ranks that have not come: 1;" in found["ranks"]["found"]
+    assert found["ranks"]["state"] == "failed" and "ranks that have not connected: 1;" in found["ranks"]["found"]
     assert found["versions"]["state"] == "ok"
 
 
@@ -296,8 +298,8 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path):
 def test_a_rank_that_stops_in_the_middle_is_named(tmp_path):
     port = closed_port()
     hangs = (
-        "import sys, os, signal; from dist_cifar import doctor; from dist_cifar.cli import main;"
-        "doctor.check_backend = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); main(sys.argv[1:])"
+        "import sys, os, signal; from dist_cifar.tools.doctor import network; from dist_cifar.cli.main import main;"
+        "network.check_backend = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); main(sys.argv[1:])"
     )
     command, environ = command_of_rank(1, port, tmp_path)
     silent = subprocess.Popen([sys.executable, "-c", hangs, *command[3:]], cwd=REPOSITORY, env=environ)
@@ -319,7 +321,9 @@ def test_the_slower_a_link_the_worse(ranks):
 
 def _sums_at(communicator, seconds_of_a_megabyte: float) -> str:
     communicator.time_all_reduces = lambda nbytes, repeats: [seconds_of_a_megabyte * nbytes / 2**20] * repeats
-    return doctor.check_sums(communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)).state
+    return network.check_all_reduce(
+        communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)
+    ).state
 
 
 def test_the_later_a_sum_the_worse(ranks):
@@ -329,7 +333,9 @@ def test_the_later_a_sum_the_worse(ranks):
 
 def _sums_after(communicator, seconds_of_four_bytes: float) -> str:
     communicator.time_all_reduces = lambda nbytes, repeats: [seconds_of_four_bytes if nbytes == 4 else 0.001] * repeats
-    return doctor.check_sums(communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)).state
+    return network.check_all_reduce(
+        communicator, DistEnv(rank=communicator.rank, world_size=2, local_world_size=2)
+    ).state
 
 
 @namespaces
@@ -357,8 +363,9 @@ def test_a_slow_link_fails(tmp_path):
             port, running = closed_port(), []
             for rank, name in enumerate(names):
                 command, environ = command_of_rank(rank, port, tmp_path, address="10.99.7.1")
-                hook = "from dist_cifar import doctor; doctor.check_exactness = lambda c: doctor.ok('exactness', '');"
-                hook += "import sys; from dist_cifar.cli import main; sys.exit(main(sys.argv[1:]))"
+                hook = "from dist_cifar.tools.doctor import exactness, findings;"
+                hook += "exactness.check_exactness = lambda config: findings.ok('exactness', '');"
+                hook += "import sys; from dist_cifar.cli.main import main; sys.exit(main(sys.argv[1:]))"
                 words = ["ip", "netns", "exec", name, sys.executable, "-c", hook, *command[3:]]
                 running.append(subprocess.Popen(words, cwd=REPOSITORY, env=environ, stdout=subprocess.DEVNULL))
             codes = [process.wait(timeout=90) for process in running]
@@ -390,9 +397,9 @@ def test_an_error_for_users_is_cut_into_what_was_found_and_what_to_do():
 
 
 def test_the_worst_of_the_ranks_counts():
-    fine, bad = doctor.ok("x", "fine"), doctor.failed("x", "bad", "mend")
+    fine, bad = ok("x", "fine"), failed("x", "bad", "fix")
     assert worst([fine, fine]) == fine
-    assert worst([fine, bad, bad]) == Finding(check="x", state="failed", found="rank 1, 2: bad", hint="mend")
+    assert worst([fine, bad, bad]) == Finding(check="x", state="failed", found="rank 1, 2: bad", hint="fix")
     assert [graded("x", "", "", value, 10, 5).state for value in (10, 9, 5, 4)] == [
         "ok",
         "warning",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.errors import ConfigError
+from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.slurm import REPOSITORY, Request, render, template
 
 HOSTILE = "it's $(touch hacked) `touch hacked` \"#\\ %j; touch hacked"
@@ -42,8 +44,8 @@ GOLDEN = """\
 ##SBATCH --constraint=h100
 
 ranks_per_node=4
-max_requeues=1000 # times that the run goes on after it saved itself
-max_restarts=3    # times that it goes on after a crash
+max_requeues=1000 # times that the run resumes after it saved itself
+max_restarts=3    # times that it resumes after a crash
 srun_options=()   # e.g. (--container-image=/shared/torch.sqsh --container-mounts=/shared)
 container=()      # e.g. (apptainer exec --nv /shared/torch.sif)
 # module load cuda
@@ -165,3 +167,47 @@ def test_what_sbatch_says_is_passed_on(sbatch, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert main(["submit"]) == 2
     assert "there is no sbatch on this machine" in capsys.readouterr().err
+
+
+# --- slurm/job.sh ------------------------------------------------------------------------------------------------
+
+
+def status_fields(directory: Path, *names: str) -> list[str]:
+    """What the function of the batch scripts reads in `status.json`."""
+    script = 'source slurm/job.sh; run_dir=$1; shift; for name; do printf "%s\\0" "$(status "$name")"; done'
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", directory, *names], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "ValueError: x",
+        "exit code 74, see log",
+        "ends with a comma,",
+        'it says "no", twice: "no"',
+        "C:\\temp\\",
+        'a line: "status": "done"',
+        "$(touch hacked) `touch hacked` %s *",
+        "Grüße",
+        'first\n  "status": "done"\nlast',
+    ],
+)
+def test_the_batch_scripts_read_the_status_of_a_run(tmp_path, reason):
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status("running", step=7, world_size=2)
+    assert status_fields(tmp_path, "status", "step", "rank", "reason") == ["running", "7", "", ""]
+    status = run_dir.status()
+    run_dir.write_failure((status["host"], status["pid"]), 1, reason)
+    assert run_dir.status()["reason"] == reason
+    *others, text = status_fields(tmp_path, "status", "step", "rank", "host", "reason")
+    assert others == ["failed", "7", "1", status["host"]]
+    assert json.loads(f'"{text}"') == reason  # as JSON escapes it: a line for the log
+    assert not (REPOSITORY / "hacked").exists()
+
+
+def test_without_a_status_the_batch_scripts_read_nothing(tmp_path):
+    assert status_fields(tmp_path, "status", "step") == ["", ""]

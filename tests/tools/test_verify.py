@@ -22,18 +22,10 @@ from dist_cifar.config import to_yaml
 from dist_cifar.distributed.kv_store import KeyValueStore
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError, LaunchError, TrainingError
-from dist_cifar.tools import verify
-from dist_cifar.tools.verify import (
-    Difference,
-    Part,
-    Phase,
-    Place,
-    Row,
-    Slot,
-    first_difference,
-    place_ranks,
-    plan_phases,
-)
+from dist_cifar.tools.verify import compare, plan, verify
+from dist_cifar.tools.verify.compare import Difference, Row, first_difference
+from dist_cifar.tools.verify.plan import Agent, Placement, Segment, Trial, place_ranks, plan_trials
+from dist_cifar.tools.verify.ranks import Tail, log_path, segment_failure
 
 BIN = Path(sys.executable).parent
 TIMEOUT_SECONDS = 300
@@ -42,8 +34,8 @@ TIMEOUT_SECONDS = 300
 
 
 def test_world_sizes_are_read():
-    assert verify.parse_world_sizes("1,2,4", 8) == [1, 2, 4]
-    assert verify.parse_world_sizes("8, 1", 8) == [8, 1]
+    assert plan.parse_world_sizes("1,2,4", 8) == [1, 2, 4]
+    assert plan.parse_world_sizes("8, 1", 8) == [8, 1]
 
 
 @pytest.mark.parametrize(
@@ -61,32 +53,32 @@ def test_world_sizes_are_read():
 )
 def test_bad_world_sizes_are_refused(text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        verify.parse_world_sizes(text, 8)
+        plan.parse_world_sizes(text, 8)
 
 
-def test_phases_of_the_default():
-    *single, chain = plan_phases([1, 2, 4], 20)
-    assert [phase.name for phase in single] == ["world size 1", "world size 2", "world size 4"]
-    assert [phase.parts for phase in single] == [(Part(world_size=size, until_step=20),) for size in (1, 2, 4)]
+def test_trials_of_the_default():
+    *single, chain = plan_trials([1, 2, 4], 20)
+    assert [trial.name for trial in single] == ["world size 1", "world size 2", "world size 4"]
+    assert [trial.segments for trial in single] == [(Segment(world_size=size, until_step=20),) for size in (1, 2, 4)]
     assert chain.name == "chain 4 -> 2 -> 1 -> 4"
-    assert verify.checkpoint_every_steps(3, 20) == 4
-    assert [part.until_step for part in chain.parts] == [5, 10, 15, 20]
-    assert len({phase.directory for phase in [*single, chain]}) == 4
+    assert plan.checkpoint_every_steps(3, 20) == 4
+    assert [segment.until_step for segment in chain.segments] == [5, 10, 15, 20]
+    assert len({trial.directory for trial in [*single, chain]}) == 4
 
 
 @given(
     sizes=st.lists(st.sampled_from([1, 2, 4, 8, 16]), min_size=1, unique=True),
     steps=st.integers(min_value=1, max_value=400),
 )
-def test_every_part_of_a_chain_finds_a_checkpoint_that_the_one_before_it_has_left(sizes, steps):
+def test_every_segment_of_a_chain_finds_a_checkpoint_that_the_one_before_it_has_left(sizes, steps):
     if steps < 2 * (len(sizes) + 1):
         with pytest.raises(ConfigError, match=rf"--steps: {steps} steps are too few"):
-            plan_phases(sizes, steps)
+            plan_trials(sizes, steps)
         return
-    parts = plan_phases(sizes, steps)[-1].parts
-    every = verify.checkpoint_every_steps(len(sizes), steps)
-    stops = [part.until_step for part in parts]
-    assert [part.world_size for part in parts] == [*sorted(sizes, reverse=True), max(sizes)]
+    segments = plan_trials(sizes, steps)[-1].segments
+    every = plan.checkpoint_every_steps(len(sizes), steps)
+    stops = [segment.until_step for segment in segments]
+    assert [segment.world_size for segment in segments] == [*sorted(sizes, reverse=True), max(sizes)]
     assert stops == sorted(set(stops)) and stops[-1] == steps
     found = 0
     for stop in stops:
@@ -97,7 +89,7 @@ def test_every_part_of_a_chain_finds_a_checkpoint_that_the_one_before_it_has_lef
 
 
 def test_config_is_made_exact(tiny):
-    config = verify.verified_config(tiny("strategy.name=ddp", "train.max_steps=3", "run.seed=5", "tracking.wandb=auto"))
+    config = plan.verified_config(tiny("strategy.name=ddp", "train.max_steps=3", "run.seed=5", "tracking.wandb=auto"))
     assert config.strategy.name == "exact" and config.train.max_steps is None and config.run.log_digests
     assert config.tracking.wandb == "disabled"
     assert config.run.seed == 5 and config.batch.global_size == 16  # the user's
@@ -118,92 +110,63 @@ def test_config_is_made_exact(tiny):
 def test_bad_input_is_refused_before_anything_runs(overrides, options, message, tiny):
     config = tiny(*overrides)
     with pytest.raises(ConfigError, match=re.escape(message)):
-        verify.verify(config, DistEnv(), **{"world_sizes": "1,2", "steps": 20} | options)
+        verify(config, DistEnv(), **{"world_sizes": "1,2", "steps": 20} | options)
 
 
 # --- where it is run ---------------------------------------------------------------------------------------------
 
-CPU = Slot(pool="a", gpus=0)
+CPU = Agent(pool="a", gpus=0)
 
 
 def test_one_process_takes_all_ranks():
-    assert place_ranks(4, [CPU]) == [Place(slot=0, local_rank=rank, local_world_size=4) for rank in range(4)]
+    assert place_ranks(4, [CPU]) == [Placement(agent=0, local_rank=rank, local_world_size=4) for rank in range(4)]
 
 
 def test_ranks_have_processes_of_their_own_while_there_are_enough():
-    slots = [Slot(pool=pool, gpus=2) for pool in "aabb"]
-    assert [place.slot for place in place_ranks(2, slots)] == [0, 1]
-    assert place_ranks(4, slots) == [
-        Place(slot=slot, local_rank=local, local_world_size=2) for slot, local in enumerate([0, 1, 0, 1])
+    agents = [Agent(pool=pool, gpus=2) for pool in "aabb"]
+    assert [place.agent for place in place_ranks(2, agents)] == [0, 1]
+    assert place_ranks(4, agents) == [
+        Placement(agent=agent, local_rank=local, local_world_size=2) for agent, local in enumerate([0, 1, 0, 1])
     ]
 
 
 def test_processes_share_more_ranks_than_there_are_processes():
-    places = place_ranks(8, [Slot(pool=pool, gpus=0) for pool in "ab"])
-    assert [place.slot for place in places] == [0, 0, 0, 0, 1, 1, 1, 1]
+    places = place_ranks(8, [Agent(pool=pool, gpus=0) for pool in "ab"])
+    assert [place.agent for place in places] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [place.local_rank for place in places] == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_nodes_may_take_turns():
-    places = place_ranks(4, [Slot(pool=pool, gpus=2) for pool in "abab"])
+    places = place_ranks(4, [Agent(pool=pool, gpus=2) for pool in "abab"])
     assert [place.local_rank for place in places] == [0, 0, 1, 1]
 
 
 def test_too_few_gpus_are_an_error_that_says_what_to_start():
-    alone = [Slot(pool="node7", gpus=2)]
+    alone = [Agent(pool="node7", gpus=2)]
     assert [place.local_rank for place in place_ranks(2, alone)] == [0, 1]
     with pytest.raises(LaunchError, match=r"world size 4 has 4 ranks on node7, which has 2 GPUs; start .*torchrun"):
         place_ranks(4, alone)
-    own = [Slot(pool=f"node7 (task {task})", gpus=1) for task in range(2)]
+    own = [Agent(pool=f"node7 (task {task})", gpus=1) for task in range(2)]
     assert [place.local_rank for place in place_ranks(2, own)] == [0, 0]
     with pytest.raises(LaunchError, match=r"2 ranks on node7 \(task 0\), which has 1 GPUs"):
         place_ranks(4, own)
 
 
 def test_default_world_sizes():
-    assert verify.default_world_sizes(8, [CPU]) == [1, 2, 4]
-    assert verify.default_world_sizes(2, [CPU]) == [1, 2]
-    assert verify.default_world_sizes(16, [Slot(pool=pool, gpus=4) for pool in "aaaabbbb"]) == [1, 2, 4, 8]
-    assert verify.default_world_sizes(8, [Slot(pool="a", gpus=2)]) == [1, 2]
+    assert plan.default_world_sizes(8, [CPU]) == [1, 2, 4]
+    assert plan.default_world_sizes(2, [CPU]) == [1, 2]
+    assert plan.default_world_sizes(16, [Agent(pool=pool, gpus=4) for pool in "aaaabbbb"]) == [1, 2, 4, 8]
+    assert plan.default_world_sizes(8, [Agent(pool="a", gpus=2)]) == [1, 2]
 
 
-def test_ranks_get_nothing_of_the_launcher_but_their_place():
-    environ = {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "RANK": "5",
-        "GROUP_RANK": "1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "ACCELERATE_MIXED_PRECISION": "no",
-        "ACCELERATE_USE_CPU": "true",
-        "SLURM_STEP_ID": "0",
-        "OMPI_COMM_WORLD_RANK": "1",
-        "PMIX_NAMESPACE": "7",
-        "MASTER_PORT": "29500",
-    }
-    place = DistEnv(rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="h", master_port=7, job="j")
-    assert verify.rank_environ(environ, place) == {
-        "PATH": "/bin",
-        "CUDA_VISIBLE_DEVICES": "3",
-        "ACCELERATE_USE_CPU": "true",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "h",
-        "MASTER_PORT": "7",
-        "TORCHELASTIC_RUN_ID": "j",
-    }
-
-
-def test_board_carries_notes_between_processes_that_have_no_process_group():
+def test_the_store_carries_values_between_processes_that_have_no_process_group():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    boards: dict[int, KeyValueStore] = {}
+    stores: dict[int, KeyValueStore] = {}
 
     def join(rank: int) -> None:
-        boards[rank] = KeyValueStore(
+        stores[rank] = KeyValueStore(
             DistEnv(rank=rank, world_size=2, local_rank=rank, local_world_size=2, master_port=port)
         )
 
@@ -212,11 +175,11 @@ def test_board_carries_notes_between_processes_that_have_no_process_group():
         thread.start()
     for thread in threads:
         thread.join()
-    assert boards[1].read("word") is None
-    boards[0].post("word", "go")
-    assert boards[1].read("word") == "go"
-    boards[1].post("word", "")
-    assert boards[0].read("word") == ""
+    assert stores[1].get("word") is None
+    stores[0].set("word", "go")
+    assert stores[1].get("word") == "go"
+    stores[1].set("word", "")
+    assert stores[0].get("word") == ""
 
 
 # --- what is compared --------------------------------------------------------------------------------------------
@@ -240,7 +203,7 @@ def test_the_first_step_and_tensor_that_differ_are_named():
     late = rows(ONE, TWO, {"w": "4", "b": "x"})
     found = first_difference({"first": GOLDEN, "late": late, "wrong": wrong}, 3)
     assert found == Difference(step=2, names={"wrong": ["b"]})
-    assert verify.describe(found, "first") == "step 2: wrong differs from first in b"
+    assert compare.describe(found, "first") == "step 2: wrong differs from first in b"
     found = first_difference({"first": GOLDEN, "late": late}, 3)
     assert found == Difference(step=3, names={"late": ["w"]})
 
@@ -256,7 +219,7 @@ def test_a_missing_step_is_a_difference(missing):
     assert first_difference({"first": GOLDEN, "a": others}, 3) == Difference(step=missing, names={"a": []})
     found = first_difference({"first": others, "a": GOLDEN}, 3)
     assert found == Difference(step=missing, names={"first": []})
-    assert verify.describe(found, "first") == f"step {missing}: first has no digests of it"
+    assert compare.describe(found, "first") == f"step {missing}: first has no digests of it"
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -272,45 +235,47 @@ def test_a_tensor_that_only_one_of_them_has_differs():
 
 
 def test_many_names_are_cut():
-    text = verify.describe(Difference(step=1, names={"a": [f"t{i}" for i in range(9)]}), "first")
+    text = compare.describe(Difference(step=1, names={"a": [f"t{i}" for i in range(9)]}), "first")
     assert text == "step 1: a differs from first in t0, t1, t2, t3, t4 and 4 more"
 
 
-def test_sums_are_compared_to_the_last_bit_and_a_nan_equals_itself():
-    line = {"step": 1, "sums": [0.1, 1.0, 2.0, float("nan"), 1.0, 0.0], "digests": {"w": "1"}}
-    row = verify.parse_row(json.dumps(line))
-    assert row == verify.parse_row(json.dumps(line))
-    line["sums"][0] += 2**-56
-    other = verify.parse_row(json.dumps(line))
-    assert first_difference({"first": [row], "a": [other]}, 1) == Difference(step=1, names={"a": ["sum of loss"]})
+def test_totals_are_compared_to_the_last_bit_and_a_nan_equals_itself():
+    line = {"step": 1, "totals": {"loss_sum": 0.1, "samples": 2.0, "norm_sum": float("nan")}, "digests": {"w": "1"}}
+    row = compare.parse_row(json.dumps(line))
+    assert row == compare.parse_row(json.dumps(line))
+    line["totals"]["loss_sum"] += 2**-56
+    other = compare.parse_row(json.dumps(line))
+    assert first_difference({"first": [row], "a": [other]}, 1) == Difference(step=1, names={"a": ["total loss_sum"]})
 
 
 def test_outcome_counts_what_was_compared_and_done_again():
-    phase = Phase(name="chain 2 -> 2", parts=(Part(world_size=2, until_step=2), Part(world_size=2, until_step=3)))
+    trial = Trial(
+        name="chain 2 -> 2", segments=(Segment(world_size=2, until_step=2), Segment(world_size=2, until_step=3))
+    )
     again = [*rows(ONE, TWO), *rows(TWO, THREE, THREE, start=2)]
-    good = verify.outcome(phase, again, GOLDEN, steps=3, seconds=1.0)
+    good = compare.outcome(trial, again, GOLDEN, steps=3, seconds=1.0)
     assert (good.steps, good.replayed_steps, good.equal) == (3, 1, True)
-    assert good.world_sizes == [2, 2] and good.digest == verify.state_digest(GOLDEN, 3)
-    bad = verify.outcome(phase, rows(ONE, TWO, TWO), GOLDEN, steps=3, seconds=1.0)
+    assert good.world_sizes == [2, 2] and good.digest == compare.state_digest(GOLDEN, 3)
+    bad = compare.outcome(trial, rows(ONE, TWO, TWO), GOLDEN, steps=3, seconds=1.0)
     assert not bad.equal and bad.digest not in ("", good.digest)
     assert re.search(
-        r"chain 2 -> 2 +3 +1 +1\.0 +[0-9a-f]{16}  yes\nchain 2 -> 2 +3 .* NO\n", verify.report([good, bad])
+        r"chain 2 -> 2 +3 +1 +1\.0 +[0-9a-f]{16}  yes\nchain 2 -> 2 +3 .* NO\n", compare.table([good, bad])
     )
 
 
 def test_a_chain_that_does_not_resume_is_found_out():
-    phase = plan_phases([2], 4)[-1]
-    verify.require_resumed(phase, [GOLDEN, GOLDEN[1:]], 3)
+    trial = plan_trials([2], 4)[-1]
+    compare.require_resumed(trial, [GOLDEN, GOLDEN[1:]], 3)
     with pytest.raises(TrainingError, match="2 ranks began at step 1"):
-        verify.require_resumed(phase, [GOLDEN, list(GOLDEN)], 3)
+        compare.require_resumed(trial, [GOLDEN, list(GOLDEN)], 3)
     with pytest.raises(TrainingError, match="began at step 3, after the 2 steps"):
-        verify.require_resumed(phase, [GOLDEN, GOLDEN[2:]], 2)
+        compare.require_resumed(trial, [GOLDEN, GOLDEN[2:]], 2)
 
 
 def test_a_line_counts_when_it_is_whole(tmp_path):
     path = tmp_path / "digests.jsonl"
-    line = json.dumps({"step": 1, "sums": [0.0] * 6, "digests": {}}) + "\n"
-    tail = verify._Tail(path)
+    line = json.dumps({"step": 1, "totals": {"loss_sum": 0.0}, "digests": {}}) + "\n"
+    tail = Tail(path)
     assert tail.read() == []
     for text, count in ((line[:9], 0), (line[9:], 1), (line + line[:-1], 2), ("\n", 3), ("", 3)):
         with open(path, "a") as file:
@@ -332,11 +297,11 @@ def test_a_line_counts_when_it_is_whole(tmp_path):
         (["train step 1\n", ""], {0: -9}, "rank 0 of 2 was killed by SIGKILL .* no rank says why", 70),
     ],
 )
-def test_a_part_that_fails_says_which_rank_was_first_and_why(logs, ended, message, code, tmp_path):
-    phase = plan_phases([2], 4)[0]
+def test_a_segment_that_fails_says_which_rank_was_first_and_why(logs, ended, message, code, tmp_path):
+    trial = plan_trials([2], 4)[0]
     for rank, text in enumerate(logs):
-        verify._log(tmp_path, phase, 0, rank).write_text(text)
-    error = verify._failure(tmp_path, phase, 0, ended)
+        log_path(tmp_path, trial, 0, rank).write_text(text)
+    error = segment_failure(tmp_path, trial, 0, ended)
     assert re.search(f"^verify: world size 2: {message}", str(error)) and error.exit_code == code
 
 
@@ -400,15 +365,15 @@ def test_all_is_equal(config, tmp_path):
     code, out, err = finish(start("python -m " + command(config, tmp_path, "--world-sizes 1,2 --steps 6")))
     assert code == 0, out + err
     assert "strategy exact (the config says ddp)" in out
-    for phase in ("world size 1", "world size 2", "chain 2 -> 1 -> 2"):
-        assert re.search(rf"(?m)^{phase} +6 .* yes$", out)
+    for trial in ("world size 1", "world size 2", "chain 2 -> 1 -> 2"):
+        assert re.search(rf"(?m)^{trial} +6 .* yes$", out)
     digest = re.search(r"(?m)^all equal: ([0-9a-f]{16})$", out)[1]
     assert "torch=" in out and "threads=1" in out and "device=cpu" in out
     assert not directory.exists() and ranks_below(directory) == []
     facts = json.loads(result.read_text())
     assert facts["equal"] and facts["digest"] == digest and facts["difference"] is None
-    assert [phase["digest"] for phase in facts["phases"]] == [digest] * 3
-    assert facts["phases"][2]["world_sizes"] == [2, 1, 2] and facts["phases"][2]["replayed_steps"] > 0
+    assert [trial["digest"] for trial in facts["trials"]] == [digest] * 3
+    assert facts["trials"][2]["world_sizes"] == [2, 1, 2] and facts["trials"][2]["replayed_steps"] > 0
 
 
 @pytest.mark.slow
@@ -420,7 +385,7 @@ def test_processes_of_torchrun_share_the_ranks(config, tmp_path):
     )
     assert code == 0, out + err
     assert out.count("all equal: ") == 1 and "processes  2, " in out
-    assert [phase["world_sizes"] for phase in json.loads(result.read_text())["phases"]] == [[1], [4], [4, 1, 4]]
+    assert [trial["world_sizes"] for trial in json.loads(result.read_text())["trials"]] == [[1], [4], [4, 1, 4]]
     assert not directory.exists() and ranks_below(directory) == []
 
 
@@ -470,7 +435,7 @@ def test_the_shell_of_a_job_of_several_tasks_starts_its_own_ranks(config, tmp_pa
     assert code == 0 and "all equal: " in out, out + err
 
 
-def test_a_phase_that_cannot_run_shows_the_error_of_its_rank_0(config, tmp_path):
+def test_a_trial_that_cannot_run_shows_the_error_of_its_rank_0(config, tmp_path):
     code, out, err = finish(
         start("python -m " + command(config, tmp_path, "--world-sizes 1 data.source=folder data.root=/nowhere"))
     )

@@ -1,8 +1,8 @@
 """The official python archives of CIFAR-10 and CIFAR-100: found or downloaded, verified, decoded.
 
 Contract: `read_archive` returns the arrays of a verified archive or raises `DataError`. Nothing is opened before its
-size and hashes match, nothing is unpacked to disk, and the pickles inside are read by an unpickler that can make numpy
-arrays and nothing else.
+hash matches, nothing is unpacked to disk, and the pickles inside are read by an unpickler that can make numpy arrays
+and nothing else.
 
 Source: A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009,
 https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -21,31 +21,33 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedIOBase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import IMAGE_SIZE
+from dist_cifar.config import DataConfig
 from dist_cifar.data.arrays import Arrays
 from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.sources.base import Source, root_path
 from dist_cifar.errors import ConfigError, DataError
+from dist_cifar.run import atomic_io
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_SECONDS = 30.0
-_PIXELS = 3 * 32 * 32
 _md5 = functools.partial(hashlib.md5, usedforsecurity=False)  # or a FIPS build refuses it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchiveSpec:
-    """What an official archive is known to be."""
+    """The known facts of an official archive."""
 
     name: str
     url: str
@@ -62,10 +64,14 @@ class ArchiveSpec:
     meta_md5: Mapping[str, str]
     """The file with the class names, likewise."""
     label_key: str
+    """The key of the labels in the pickles."""
     classes_key: str
-    train_size: int
-    test_size: int
-    class_count: int
+    """The key of the class names, likewise."""
+
+    @property
+    def file_md5(self) -> dict[str, str]:
+        """All files that are needed, and their MD5."""
+        return {**self.train_md5, **self.test_md5, **self.meta_md5}
 
 
 CIFAR10 = ArchiveSpec(
@@ -87,9 +93,6 @@ CIFAR10 = ArchiveSpec(
     meta_md5={"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"},
     label_key="labels",
     classes_key="label_names",
-    train_size=50000,
-    test_size=10000,
-    class_count=10,
 )
 
 CIFAR100 = ArchiveSpec(
@@ -105,10 +108,25 @@ CIFAR100 = ArchiveSpec(
     meta_md5={"meta": "7973b15100ade9c7d40fb424638fde48"},
     label_key="fine_labels",
     classes_key="fine_label_names",
-    train_size=50000,
-    test_size=10000,
-    class_count=100,
 )
+
+
+class CifarArchive(Source):
+    """An official archive at or in `data.root`, or downloaded to it."""
+
+    def __init__(self, spec: ArchiveSpec) -> None:
+        self.spec = spec
+
+    def key(self, config: DataConfig, cache_dir: Path) -> str:
+        return self.spec.sha256
+
+    def read(self, config: DataConfig) -> Arrays:
+        return read_archive(self.spec, root_path(config), config.url)
+
+    def missing_download(self, config: DataConfig) -> str | None:
+        root, spec = root_path(config), self.spec
+        is_here = root.is_file() or (root / spec.filename).exists() or (root / spec.folder).is_dir()
+        return None if is_here else config.url or spec.url
 
 
 def read_archive(spec: ArchiveSpec, root: Path, url: str | None) -> Arrays:
@@ -138,14 +156,14 @@ def _download(spec: ArchiveSpec, url: str, target: Path) -> None:
     logger.info(f"{spec.name}: downloading {url} ({spec.size_bytes / 1e6:.0f} MB) to {target}")
     try:
         with partial.open("w+b") as file:
-            received, told = 0, 0
+            received = reported_quarters = 0
             for chunk in _receive(url, target):
                 file.write(chunk)
                 received += len(chunk)
                 if received > spec.size_bytes:
-                    break  # whatever this is, it shall not fill the disk
-                if received * 4 // spec.size_bytes > told and received < spec.size_bytes:
-                    told = received * 4 // spec.size_bytes
+                    break  # whatever this is, it must not fill the disk
+                if received * 4 // spec.size_bytes > reported_quarters and received < spec.size_bytes:
+                    reported_quarters = received * 4 // spec.size_bytes
                     logger.info(f"{spec.name}: {received / 1e6:.0f} of {spec.size_bytes / 1e6:.0f} MB")
             difference = _difference(spec, file)
             if difference:
@@ -154,7 +172,7 @@ def _download(spec: ArchiveSpec, url: str, target: Path) -> None:
                 )
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(target)
+        atomic_io.move(partial, target)
     except OSError as error:
         raise DataError(
             f"{target}: cannot be written ({error}); make room, or set data.root to another folder"
@@ -194,11 +212,11 @@ def _receive(url: str, target: Path) -> Iterator[bytes]:
 
 
 def _difference(spec: ArchiveSpec, file: BufferedIOBase) -> str | None:
-    """How the file differs from the archive that it should be, or None."""
+    """How the file differs from the archive that it should be; None if it does not."""
     size = file.seek(0, io.SEEK_END)
     if size != spec.size_bytes:
         return f"has {size} bytes, {spec.name} has {spec.size_bytes}"
-    # The official page publishes the MD5; SHA-256 is what cannot be forged.
+    # The official page publishes the MD5; the SHA-256 cannot be forged.
     for name, new, expected in (("md5", _md5, spec.md5), ("sha256", hashlib.sha256, spec.sha256)):
         file.seek(0)
         found = hashlib.file_digest(file, new).hexdigest()
@@ -208,6 +226,7 @@ def _difference(spec: ArchiveSpec, file: BufferedIOBase) -> str | None:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
+# What is read below has the hash of its specification, so it is known to the last byte: nothing else is checked.
 
 
 def _read_verified(spec: ArchiveSpec, path: Path) -> Arrays:
@@ -220,40 +239,28 @@ def _read_verified(spec: ArchiveSpec, path: Path) -> Arrays:
                     " folder"
                 )
             file.seek(0)
-            files = _members(spec, path, file)
+            return _decode(spec, _members(spec, file))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); set data.root to where {spec.filename} is") from None
-    return _decode(spec, path, files)
 
 
-def _members(spec: ArchiveSpec, path: Path, file: BinaryIO) -> dict[str, bytes]:
+def _members(spec: ArchiveSpec, file: BinaryIO) -> dict[str, bytes]:
     """The contents of the files that are needed, by name without the folder. Nothing touches the disk."""
-    wanted = {f"{spec.folder}/{name}": name for name in (*spec.train_md5, *spec.test_md5, *spec.meta_md5)}
+    wanted = {f"{spec.folder}/{name}": name for name in spec.file_md5}
     files = {}
-    try:
-        with tarfile.open(fileobj=file, mode="r:gz") as archive:
-            for member in archive:
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
-                    raise DataError(
-                        f"{path}: its member {member.name!r} is a link or points outside; use the official archive"
-                    )
-                if str(name) in wanted and member.isreg():
-                    content = archive.extractfile(member)
-                    assert content is not None  # it is a regular file
-                    files[wanted[str(name)]] = content.read()
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be unpacked ({error}); use the official archive") from None
-    missing = sorted(set(wanted.values()) - set(files))
-    if missing:
-        raise DataError(f"{path}: {', '.join(missing)} missing; use the official archive")
+    with tarfile.open(fileobj=file, mode="r:gz") as archive:
+        for member in archive:  # in their order: going back would decompress everything again
+            if member.name in wanted:
+                content = archive.extractfile(member)
+                assert content is not None  # it is a regular file
+                files[wanted[member.name]] = content.read()
     return files
 
 
 def _read_unpacked(spec: ArchiveSpec, folder: Path) -> Arrays:
     """The arrays of an archive that something else has unpacked, verified file by file."""
     files = {}
-    for name, expected in {**spec.train_md5, **spec.test_md5, **spec.meta_md5}.items():
+    for name, expected in spec.file_md5.items():
         path = folder / name
         advice = f"move {folder} away to have {spec.name} downloaded, or set data.root to another folder"
         try:
@@ -262,57 +269,29 @@ def _read_unpacked(spec: ArchiveSpec, folder: Path) -> Arrays:
             raise DataError(f"{path}: cannot be read ({error}); {advice}") from None
         found = _md5(files[name]).hexdigest()
         if found != expected:
-            raise DataError(f"{path}: has the md5 {found}, that of {spec.name} has {expected}; {advice}")
-    return _decode(spec, folder, files)
+            raise DataError(f"{path}: has the md5 {found}, {spec.name} has {expected}; {advice}")
+    return _decode(spec, files)
 
 
-def _decode(spec: ArchiveSpec, path: Path, files: Mapping[str, bytes]) -> Arrays:
-    """`path` is for messages; `files` holds the pickles by name."""
-    (meta_name,) = spec.meta_md5
-    classes = _unpickle(path, meta_name, files[meta_name]).get(spec.classes_key)
-    if (
-        not isinstance(classes, list)
-        or len(classes) != spec.class_count
-        or not all(isinstance(name, str) for name in classes)
-    ):
-        raise DataError(f"{path}: {meta_name} does not hold {spec.class_count} class names; use the official archive")
-    train_images, train_labels = _decode_split(spec, path, files, tuple(spec.train_md5), spec.train_size)
-    test_images, test_labels = _decode_split(spec, path, files, tuple(spec.test_md5), spec.test_size)
+def _decode(spec: ArchiveSpec, files: Mapping[str, bytes]) -> Arrays:
+    """The arrays in the pickles `files`, by name."""
+    trees = {name: _Unpickler(io.BytesIO(data), encoding="latin1").load() for name, data in files.items()}
+
+    def images(names: Iterable[str]) -> npt.NDArray[np.uint8]:
+        planes = np.concatenate([trees[name]["data"] for name in names]).reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+
+    def labels(names: Iterable[str]) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.array(trees[name][spec.label_key], np.int64) for name in names])
+
+    (meta,) = spec.meta_md5
     return Arrays(
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-        classes=tuple(classes),
+        train_images=images(spec.train_md5),
+        train_labels=labels(spec.train_md5),
+        test_images=images(spec.test_md5),
+        test_labels=labels(spec.test_md5),
+        classes=tuple(trees[meta][spec.classes_key]),
     )
-
-
-def _decode_split(
-    spec: ArchiveSpec, path: Path, files: Mapping[str, bytes], names: tuple[str, ...], size: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    batches, labels = [], []
-    for name in names:
-        tree = _unpickle(path, name, files[name])
-        batch, batch_labels = tree.get("data"), tree.get(spec.label_key)
-        if not (
-            isinstance(batch, np.ndarray)
-            and batch.dtype == np.uint8
-            and batch.ndim == 2
-            and batch.shape[1] == _PIXELS
-            and isinstance(batch_labels, list)
-            and len(batch_labels) == len(batch)
-            and all(type(label) is int and 0 <= label < spec.class_count for label in batch_labels)
-        ):
-            raise DataError(
-                f"{path}: {name} does not hold uint8 images [n, {_PIXELS}] and as many labels below"
-                f" {spec.class_count}; use the official archive"
-            )
-        batches.append(batch)
-        labels += batch_labels
-    if len(labels) != size:
-        raise DataError(f"{path}: {', '.join(names)} hold {len(labels)} images, not {size}; use the official archive")
-    planes = np.concatenate(batches).reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -338,13 +317,3 @@ class _Unpickler(pickle.Unpickler):
         if (module_name, global_name) not in self._allowed:
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
         return self._allowed[module_name, global_name]
-
-
-def _unpickle(path: Path, name: str, data: bytes) -> dict[str, Any]:
-    try:
-        tree = _Unpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # bytes that are no pickle can raise anything
-        raise DataError(f"{path}: {name} is not a pickle of arrays ({error}); use the official archive") from None
-    if not isinstance(tree, dict):
-        raise DataError(f"{path}: {name} holds no dictionary; use the official archive")
-    return tree

@@ -1,10 +1,8 @@
-"""A folder or zip of pictures: `train/<class>/<image>` and `test/<class>/<image>`, or one top folder with these two.
+"""A folder or zip of images: `train/<class>/<image>` and `test/<class>/<image>`, or one top folder with these two.
 
-Contract: `read_folder` returns the arrays, images sorted by class name, then by file name, in code-point order. Any
-format that Pillow reads will do. A picture is converted to RGB (transparency and orientation tags dropped, the first
-frame of an animation) and, if it is not 32x32, resized to that by `Image.resize` with the antialiased bilinear filter,
-aspect ratio not kept. Of 16 bits a channel, the upper 8 are kept.
-Hidden files, `__MACOSX` and files outside the class folders are ignored; whatever else is wrong is a `DataError`.
+Contract: `read_folder` returns the arrays, images sorted by class name, then by file name, in code-point order, decoded
+by `dist_cifar.data.decode`. Hidden files, `__MACOSX` and files outside the class folders are ignored; whatever else is
+wrong is a `DataError`.
 
 Nothing is unpacked to disk, so a name in a zip can lead nowhere; one that tries is refused all the same.
 """
@@ -12,12 +10,10 @@ Nothing is unpacked to disk, so a name in a zip can lead nowhere; one that tries
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import os
 import re
 import stat
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,16 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dist_cifar.augment.image import IMAGE_SHAPE
+from dist_cifar.config import DataConfig
+from dist_cifar.data import cache
 from dist_cifar.data.arrays import Arrays
+from dist_cifar.data.decode import decode_image
+from dist_cifar.data.sources.base import Source, root_path
 from dist_cifar.errors import DataError, nearest_path
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
-_MAX_PIXELS = 64_000_000
-"""Of one picture: more is a mistake or a decompression bomb."""
 _MAX_FILE_BYTES = 256_000_000
 _LAYOUT = "data.root must hold train/<class>/<image> and test/<class>/<image>"
 
@@ -43,8 +41,19 @@ Layout = dict[str, dict[str, list[str]]]
 """File names by split and class, all sorted."""
 
 
+class ImageFolder(Source):
+    """The folder or zip `data.root`."""
+
+    def key(self, config: DataConfig, cache_dir: Path) -> str:
+        root = root_path(config)
+        return cache.memoized(cache_dir, root, signature(root), lambda: content_key(root))
+
+    def read(self, config: DataConfig) -> Arrays:
+        return read_folder(root_path(config))
+
+
 def signature(root: Path) -> str:
-    """What changes when the content does, from the files' status alone: names, sizes and modification times."""
+    """A text that changes when the content does, from names, sizes and modification times alone."""
     return _digest(root, _file_status)
 
 
@@ -54,7 +63,7 @@ def content_key(root: Path) -> str:
 
 
 def read_folder(root: Path) -> Arrays:
-    """Decodes the folder or zip `root`. Raises `DataError`, which names the file at fault."""
+    """Decodes the folder or zip `root`. Raises `DataError`, which names the file that is wrong."""
     with _opened(root) as (names, read):
         layout = find_layout(root, names)
         train, test = ([name for files in layout[split].values() for name in files] for split in SPLITS)
@@ -130,7 +139,7 @@ def _opened(root: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
     with archive:
         for name in archive.namelist():
             if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match("[A-Za-z]:", name):
-                raise DataError(f"{root}: its member {name!r} points outside; make the zip anew")
+                raise DataError(f"{root}: its member {name!r} points outside; make a new zip")
         yield archive.namelist(), lambda name: _read_member(archive, name)
 
 
@@ -182,7 +191,7 @@ def _digest(root: Path, of_file: Callable[[str], str]) -> str:
 
 def _file_status(path: str) -> str:
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # to read a pipe would be to wait for ever
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
         raise DataError(f"{path}: neither a file nor a folder; remove it")
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -192,40 +201,14 @@ def _file_sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 def _decode_all(root: Path, names: Sequence[str], read: Callable[[str], bytes]) -> npt.NDArray[np.uint8]:
-    images = np.empty((len(names), 32, 32, 3), np.uint8)
+    images = np.empty((len(names), *IMAGE_SHAPE), np.uint8)
     for image, name in zip(images, names, strict=True):
         try:
-            image[:] = decode(read(name))
-        except Exception as error:  # bytes that are no picture make the decoders raise anything
-            reason = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise DataError(f"{root}: {name} is not a readable picture ({reason}); mend or remove it") from None
+            image[:] = decode_image(read(name))
+        except Exception as error:  # a damaged zip makes its reader raise anything
+            raise DataError(f"{root}: {name} is not a readable image ({error}); repair or remove it") from None
     return images
-
-
-def decode(data: bytes, *, upright: bool = False) -> npt.NDArray[np.uint8]:
-    """The picture as uint8 [32, 32, 3]; `upright` turns it as its orientation tag says.
-
-    Bytes that are no picture make the decoders raise anything.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below
-        opened = Image.open(io.BytesIO(data))
-    with opened as image:
-        if image.width * image.height > _MAX_PIXELS:  # known from the header, before anything is decoded
-            raise ValueError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS:,}; make it smaller")
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
-        if image.mode == "P":
-            image = image.convert("RGBA")  # straight to RGB, Pillow warns of a palette with transparency
-        image = image.convert("RGB")
-        if image.size != (32, 32):
-            image = image.resize((32, 32), Image.Resampling.BILINEAR)
-        return np.asarray(image)

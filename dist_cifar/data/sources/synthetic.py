@@ -1,7 +1,7 @@
-"""The synthetic data set: ten classes of 32x32 pictures of shapes and patterns, generated in a second or two.
+"""The synthetic data set: ten classes of 32x32 images of shapes and patterns, generated in a second or two.
 
 Contract: image `i` of a split is a function of (split, i) alone and its class is `i % 10`, so a larger split begins
-with the smaller one and any split is balanced as evenly as its size allows. The splits are disjoint draws.
+with the smaller one and any split is balanced as evenly as its size allows. The splits are sampled independently.
 
 Only form tells the classes apart. Foreground and background colour come from one distribution, exchangeable, for all
 classes; position, size, rotation, line width, shading, a faint texture and noise vary within each. So mean colour says
@@ -13,49 +13,73 @@ cosines are taken in double precision and rounded to float32. So the bytes are t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from dist_cifar.augment.image import IMAGE_SHAPE, IMAGE_SIZE
+from dist_cifar.config import DataConfig
+from dist_cifar.data.arrays import Arrays
+from dist_cifar.data.sources.base import Source
 from dist_cifar.ops import philox
 
 CLASSES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "stripes", "checkerboard", "dots")
 
 GENERATOR_VERSION = 1
-"""To be raised with every change that changes a byte."""
+"""Increase it with every change that changes a byte."""
 
-SIZE = 32
 _SEED = 0
 _PARAMETERS = 20
 _CHUNK = 50 * len(CLASSES)
-"""Images drawn at a time: bounds the memory."""
+"""Images generated at a time: bounds the memory."""
 
 _Field = npt.NDArray[np.float32]
 _Inside = Callable[[_Field, _Field, _Field, _Field], _Field]
 
 
+class Synthetic(Source):
+    """Generated images, as many as the config asks for."""
+
+    def key(self, config: DataConfig, cache_dir: Path) -> str:
+        sizes = (config.synthetic_train_size, config.synthetic_test_size)
+        return hashlib.sha256(f"synthetic {GENERATOR_VERSION} {sizes}".encode()).hexdigest()
+
+    def read(self, config: DataConfig) -> Arrays:
+        train_images, train_labels = synthetic_split(0, config.synthetic_train_size)
+        test_images, test_labels = synthetic_split(1, config.synthetic_test_size)
+        return Arrays(
+            train_images=train_images,
+            train_labels=train_labels,
+            test_images=test_images,
+            test_labels=test_labels,
+            classes=CLASSES,
+        )
+
+
 def synthetic_split(split: int, size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """The first `size` images of a split (0: training, 1: test): uint8 [size, 32, 32, 3] and labels int64 [size]."""
-    images = np.empty((size, SIZE, SIZE, 3), np.uint8)
+    images = np.empty((size, *IMAGE_SHAPE), np.uint8)
     for start in range(0, size, _CHUNK):
         indices = np.arange(start, min(start + _CHUNK, size))
-        images[indices] = _draw(split, indices)
+        images[indices] = _generate(split, indices)
     return images, np.arange(size, dtype=np.int64) % len(CLASSES)
 
 
-def _draw(split: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+def _generate(split: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """The images of `indices`: uint8 [len(indices), 32, 32, 3]."""
-    words = philox.random_words(_SEED, philox.STREAM_SYNTHETIC, split, indices, _PARAMETERS + SIZE * SIZE)
+    words = philox.random_words(_SEED, philox.STREAM_SYNTHETIC, split, indices, _PARAMETERS + IMAGE_SIZE * IMAGE_SIZE)
     draws = words[:, :_PARAMETERS, None, None] * 2.0**-32
-    noise = words[:, _PARAMETERS:].view(np.uint8).reshape(len(indices), SIZE, SIZE, 4)[..., :3]
+    noise = words[:, _PARAMETERS:].view(np.uint8).reshape(len(indices), IMAGE_SIZE, IMAGE_SIZE, 4)[..., :3]
 
     radius = 9.0 + 4.0 * draws[:, 0]
     shift_x, shift_y = ((2 * draws[:, i] - 1) * (16.0 - radius) for i in (1, 2))
-    grid = np.arange(SIZE, dtype=np.float32) - (SIZE - 1) / 2
+    grid = np.arange(IMAGE_SIZE, dtype=np.float32) - (IMAGE_SIZE - 1) / 2
     x, y = _float32(grid[None, None, :] - shift_x), _float32(grid[None, :, None] - shift_y)
     u, v = _rotated(x, y, draws[:, 3])
-    form = np.empty((len(indices), SIZE, SIZE), np.float32)
+    form = np.empty((len(indices), IMAGE_SIZE, IMAGE_SIZE), np.float32)
     radius, width = _float32(radius), _float32(draws[:, 4])
     for label, inside in enumerate(_FORMS):
         rows = indices % len(CLASSES) == label
@@ -67,7 +91,7 @@ def _draw(split: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     shading = _float32(0.3 * draws[:, 11] - 0.15) * (x / 16) + _float32(0.3 * draws[:, 12] - 0.15) * (y / 16)
     along, _ = _rotated(x, y, draws[:, 13])
     texture = _float32(0.1 * draws[:, 14]) * _triangle_wave(along / _float32(3.0 + 5.0 * draws[:, 15]))
-    # Which of the two grounds bears the texture is drawn, so that texture does not mark the foreground.
+    # Chance decides which of the two grounds bears the texture, so that texture does not mark the foreground.
     textured = np.where(draws[:, 16] < 0.5, form, 1 - form)
     shade = shading + textured * texture
 
@@ -89,7 +113,7 @@ def _rotated(x: _Field, y: _Field, turn: npt.NDArray[np.floating]) -> tuple[_Fie
 
 
 def _triangle_wave(phase: _Field) -> _Field:
-    """Period 1, range [-1, 1], slope 4 but for the sign; -1 at whole numbers."""
+    """A wave of period 1, range [-1, 1] and slope 4 or -4, which is -1 at whole numbers."""
     return 4 * np.abs(phase - np.floor(phase + np.float32(0.5))) - 1
 
 
@@ -139,7 +163,7 @@ def _cross(u: _Field, v: _Field, radius: _Field, width: _Field) -> _Field:
 
 
 def _period(radius: _Field) -> _Field:
-    """Of the patterns: 6 to 10 pixels."""
+    """The period of the patterns: 6 to 10 pixels."""
     return radius - 3
 
 

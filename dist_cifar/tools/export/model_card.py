@@ -28,7 +28,11 @@ def model_metadata(classifier: Classifier) -> dict[str, Any]:
         "classes": list(classifier.classes),
         "input": "images: uint8 [batch, 32, 32, 3], RGB; other sizes are resized to 32x32 by an antialiased bilinear"
         " filter",
-        "normalisation": {"inside the graph": True, "mean": list(classifier.mean), "std": list(classifier.std)},
+        "normalisation": {
+            "inside the graph": True,
+            "mean": list(classifier.stats.mean),
+            "std": list(classifier.stats.std),
+        },
         "output": "logits: float32 [batch, classes]; softmax gives probabilities",
         "step": str(classifier.step),
         "weights_sha256": classifier.sha256,

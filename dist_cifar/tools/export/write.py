@@ -9,7 +9,7 @@ import torch
 
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.inference import Classifier, WithPreprocessing
-from dist_cifar.models.resnet import build_model
+from dist_cifar.models import build_model
 from dist_cifar.run.atomic_io import make_dirs, write_atomic
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.export.graph import CHECKED_IMAGES, largest_difference, to_onnx, to_torch
@@ -25,7 +25,7 @@ def export(classifier: Classifier, kind: str, directory: Path) -> tuple[Path, fl
     """
     module = build_model(classifier.config.model, num_classes=len(classifier.classes), seed=0)
     module.load_state_dict(classifier.module.state_dict())
-    graph = WithPreprocessing(module, classifier.mean, classifier.std).eval()
+    graph = WithPreprocessing(module, classifier.stats).eval()
     metadata = model_metadata(classifier)
     images = torch.from_numpy(synthetic_split(1, CHECKED_IMAGES)[0])
     data, compute = (to_torch if kind == "torch" else to_onnx)(graph, images[:2], metadata)

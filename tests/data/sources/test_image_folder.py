@@ -19,10 +19,6 @@ from dist_cifar.errors import DataError
 generator = np.random.default_rng(0)
 
 
-def silent(line):
-    pass
-
-
 def picture(kind="PNG", mode="RGB", size=(32, 32), **options):
     buffer = io.BytesIO()
     pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -80,7 +76,7 @@ def as_pillow_reads(data):
 @both
 def test_pixels_labels_and_order(tmp_path, kind):
     files = small_set()
-    arrays = read_folder(write(kind, tmp_path, files), silent)
+    arrays = read_folder(write(kind, tmp_path, files))
     train = ["train/cat/10.png", "train/cat/2.bmp", "train/cat/Z.png", "train/dog/a.gif", "train/dog/b.jpg"]
     test = ["test/cat/t.png", "test/cat/w.tif", "test/cat/y.webp", "test/dog/x.png"]
     assert np.array_equal(arrays.train_images, [as_pillow_reads(files[name]) for name in train])
@@ -104,18 +100,17 @@ def test_one_top_folder_hidden_files_and_strays(tmp_path, kind):
         "set of 2026/LICENSE": b"free",
         "README": b"read me",
     }
-    found = read_folder(write(kind, tmp_path, wrapped), silent)
-    plain = read_folder(write_folder(tmp_path / "plain", files), silent)
+    found = read_folder(write(kind, tmp_path, wrapped))
+    plain = read_folder(write_folder(tmp_path / "plain", files))
     assert np.array_equal(found.train_images, plain.train_images)
     assert np.array_equal(found.test_images, plain.test_images)
     assert found.classes == plain.classes
 
 
 @both
-def test_decoding_is_announced(tmp_path, kind):
-    lines = []
-    read_folder(write(kind, tmp_path, small_set()), lines.append)
-    assert len(lines) == 1 and "decoding 9 images of 2 classes" in lines[0]
+def test_decoding_is_announced(tmp_path, kind, said):
+    read_folder(write(kind, tmp_path, small_set()))
+    assert len(said) == 1 and "decoding 9 images of 2 classes" in said[0]
 
 
 @both
@@ -124,7 +119,7 @@ def test_zip_and_folder_say_what_is_wrong(tmp_path, kind):
         target = tmp_path / str(len(list(tmp_path.iterdir())))
         target.mkdir()
         with pytest.raises(DataError) as caught:
-            read_folder(write(kind, target, files), silent)
+            read_folder(write(kind, target, files))
         return str(caught.value)
 
     good = small_set()
@@ -135,32 +130,32 @@ def test_zip_and_folder_say_what_is_wrong(tmp_path, kind):
     assert "fox in test/ but not in train/" in error(good | {"test/fox/1.png": picture()})
     assert "lies below a class folder" in error(good | {"train/cat/more/1.png": picture()})
     unknown = error(good | {"test/cat/1.png": b"notes"})
-    assert "test/cat/1.png is not a readable picture (no format that Pillow knows)" in unknown
+    assert "test/cat/1.png is not a readable image (no format that Pillow knows)" in unknown
     cut = good["train/dog/b.jpg"]
-    assert "train/dog/b.jpg is not a readable picture" in error(good | {"train/dog/b.jpg": cut[: len(cut) // 2]})
+    assert "train/dog/b.jpg is not a readable image" in error(good | {"train/dog/b.jpg": cut[: len(cut) // 2]})
 
 
 def test_an_empty_class_is_named(tmp_path):
     root = write_folder(tmp_path / "set", small_set())
     (root / "train" / "fox").mkdir()
     with pytest.raises(DataError, match="train/fox/ is empty"):
-        read_folder(root, silent)
+        read_folder(root)
     path = write_zip(tmp_path / "set.zip", small_set() | {"train/fox/": b""})
     with pytest.raises(DataError, match="train/fox/ is empty"):
-        read_folder(path, silent)
+        read_folder(path)
 
 
 @pytest.mark.parametrize("name", ["../escaped.png", "train/../../x", "/etc/passwd", "..\\x", "C:\\x", "\\\\host\\x"])
 def test_zip_members_that_point_outside_are_refused(tmp_path, name):
     with pytest.raises(DataError, match="points outside"):
-        read_folder(write_zip(tmp_path / "set.zip", small_set() | {name: picture()}), silent)
+        read_folder(write_zip(tmp_path / "set.zip", small_set() | {name: picture()}))
 
 
 def test_what_is_neither_folder_nor_zip(tmp_path):
     path = tmp_path / "set.zip"
     path.write_bytes(b"no zip")
     with pytest.raises(DataError, match="neither a folder nor a zip"):
-        read_folder(path, silent)
+        read_folder(path)
     with pytest.raises(DataError, match="no such file or folder"):
         signature(tmp_path / "missing")
 
@@ -171,8 +166,8 @@ def test_a_damaged_zip_member_is_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(files["train/cat/10.png"]) + 60] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"train/cat/10.png is not a readable picture .*CRC"):
-        read_folder(path, silent)
+    with pytest.raises(DataError, match=r"train/cat/10.png is not a readable image .*CRC"):
+        read_folder(path)
 
 
 def png_of(width, height):
@@ -189,35 +184,35 @@ def png_of(width, height):
 @pytest.mark.parametrize("side", [8_100, 10_000, 20_000], ids=["above ours", "Pillow warns", "Pillow refuses"])
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch, side):
     monkeypatch.setattr(Image.Image, "convert", lambda *args: pytest.fail("decoded"))
-    with pytest.raises(DataError, match=r"cat/0\.png is not a readable picture .*pixels"):
-        read_folder(write_folder(tmp_path, {"train/cat/0.png": png_of(side, side), "test/cat/0.png": b""}), silent)
+    with pytest.raises(DataError, match=r"cat/0\.png is not a readable image .*pixels"):
+        read_folder(write_folder(tmp_path, {"train/cat/0.png": png_of(side, side), "test/cat/0.png": b""}))
 
 
 @both
 def test_files_that_unpack_to_too_much_are_not_read(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(image_folder, "_MAX_FILE_BYTES", 10_000)
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable picture .*10000 bytes"):
-        read_folder(write(kind, tmp_path, small_set() | {"train/cat/0.png": bytes(10_001)}), silent)
+    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image .*10000 bytes"):
+        read_folder(write(kind, tmp_path, small_set() | {"train/cat/0.png": bytes(10_001)}))
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
     root = write_folder(tmp_path, small_set())
     os.mkfifo(root / "train" / "cat" / "0.png")
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable picture"):
-        read_folder(root, silent)
+    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image"):
+        read_folder(root)
     with pytest.raises(DataError, match=r"train/cat/0\.png: neither a file nor a folder"):
         signature(root)
     (root / "train" / "cat" / "0.png").unlink()
     (root / "train" / "cat" / "0.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable picture"):
-        read_folder(root, silent)
+    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image"):
+        read_folder(root)
 
 
 def test_a_link_that_leads_back_up_ends(tmp_path):
     root = write_folder(tmp_path, small_set())
     (root / "train" / "loop").symlink_to(root)
     with pytest.raises(DataError, match="lies below a class folder"):
-        read_folder(root, silent)
+        read_folder(root)
 
 
 def test_layout_is_pure_and_ignores_order_and_repetition():

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dist_cifar.cli import main as cli
+from dist_cifar.cli.parser import parse
 from dist_cifar.config import load_config
 from dist_cifar.errors import ConfigError
 from tests import REPOSITORY
@@ -41,8 +41,8 @@ DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
     "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=72"
-    " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet20 batch.global_size=16 compute.precision=fp32"
-    " train.epochs=1"
+    " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet20 batch.global_size=16"
+    " compute.precision=fp32 train.epochs=1"
 )
 """Goes to every training command, but for the fields that it sets itself."""
 
@@ -152,7 +152,7 @@ def test_blocks_run(page, folder_of):
 
 
 def test_pages_have_blocks_that_run():
-    assert {"README.md", "docs/tour.md", "docs/strategies.md"} <= set(map(name_of, RUNNING))
+    assert {"README.md", "docs/tour.md", "docs/strategies.md", "docs/tracking.md"} <= set(map(name_of, RUNNING))
 
 
 def wrong_marks(text: str) -> list[str]:
@@ -237,13 +237,13 @@ def test_training_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     launcher = re.search(r"--config_file (\S+)", line)
     assert launcher is None or (REPOSITORY / launcher[1]).is_file()
-    require_config(cli._parse(["train", *arguments_of(line, DOORS)]), line)
+    require_config(parse(["train", *arguments_of(line, DOORS)]), line)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if re.search(rf"dist[_-]cifar ({OTHERS})\b", line)])
 def test_other_commands_are_valid(line, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    options = cli._parse(arguments_of(line, "dist[_-]cifar"))
+    options = parse(arguments_of(line, "dist[_-]cifar"))
     if "overrides" in options:
         require_config(options, line)
 
@@ -294,12 +294,12 @@ def test_links_lead_somewhere(page):
     ("link", "is_right"),
     [
         ("../README.md", True),
-        ("../README.md#two-commands", True),
+        ("../README.md#how-it-compares", True),
         ("#whats-new-_here_-c", True),
         ("#twice-1", True),
         ("https://example.org/#none", True),
         ("trees.svg", False),
-        ("../README.md#three-commands", False),
+        ("../README.md#how-it-compare", False),
         ("#twice-2", False),
         ("#inside", False),
     ],

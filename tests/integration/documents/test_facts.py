@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from dist_cifar import state
-from dist_cifar.config import SECTIONS, Config, describe, load_config
+from dist_cifar.config import Config, describe, load_config
+from dist_cifar.config.schema import SECTIONS
 from dist_cifar.errors import ConfigError
-from dist_cifar.run.provenance import numerics
-from dist_cifar.strategy import exact
+from dist_cifar.run.provenance import numerics_fingerprint
+from dist_cifar.strategy import reduction_queue
 from dist_cifar.strategy.tree_reduce import TreeAccumulator
 from tests import REPOSITORY
-from tests.strategy.test_exact import MUTANTS
 
 DOCS = REPOSITORY / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 EXACTNESS = (DOCS / "exactness.md").read_text()
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 PACKAGE = "\n".join(path.read_text() for path in (REPOSITORY / "dist_cifar").rglob("*.py"))
@@ -29,6 +30,10 @@ WRITTEN = {"runs", "data", "wandb", "build", "dist"}
 FOLDERS = sorted(
     path.name for path in REPOSITORY.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in WRITTEN
 )
+
+
+OVERRIDES = re.compile(r"[a-z]+\.\w+=\S+( [a-z]+\.\w+=\S+)+")
+"""Several `key=value`s."""
 
 
 def quoted(page: str) -> list[str]:
@@ -40,14 +45,14 @@ def wrong_names(page: str) -> list[str]:
     """What a page names that does not exist: files, tests, config fields and their values, files of a run."""
     keys = {key for key, *_ in describe()}
     wrong = []
-    for name in quoted(page):
-        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.(?!onnx|pt2)\w+)(=.*)?", name)
+    for name in (name for words in quoted(page) for name in (words.split() if OVERRIDES.fullmatch(words) else [words])):
+        field = re.fullmatch(rf"((?:{'|'.join(SECTIONS)})\.(?!onnx|pt2|safetensors)\w+)(=.*)?", name)
         if re.match(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*$", name):
             exists = (REPOSITORY / name).exists()
         elif re.fullmatch(r"test_\w+", name):
             exists = f"def {name}(" in TESTS
         elif re.fullmatch(r"\w+\.(jsonl?|yaml)", name):
-            exists = f'"{name}"' in PACKAGE
+            exists = f'"{name}"' in PACKAGE or (REPOSITORY / "launch/accelerate" / name).exists()
         elif field:
             exists = field[1] in keys and (field[2] is None or is_accepted(name))
         else:
@@ -78,6 +83,8 @@ def test_names_exist(page):
         "`batch.virtual_rank`",
         "`strategy.name=exactly`",
         "`digest.jsonl`",
+        "`nine_gpus.yaml`",
+        "`data.source=folder data.roots=images.zip`",
     ],
 )
 def test_wrong_names_are_found(name):
@@ -87,25 +94,37 @@ def test_wrong_names_are_found(name):
 # --- docs/exactness.md -------------------------------------------------------------------------------------------
 
 
-def test_the_picture_is_what_its_script_draws():
-    specification = importlib.util.spec_from_file_location(
-        "tree_picture", REPOSITORY / "benchmarks/publish/tree_picture.py"
-    )
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/publish/ as a module."""
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / f"benchmarks/publish/{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert (DOCS / "tree.svg").read_text() == module.picture()
+    return module
+
+
+def test_the_picture_is_what_its_script_draws():
+    assert (DOCS / "tree.svg").read_text() == script("tree_picture").picture()
+
+
+def test_make_docs_calls_every_script():
+    scripts = {f"benchmarks/publish/{path.name}" for path in (REPOSITORY / "benchmarks/publish").glob("*.py")}
+    target = (REPOSITORY / "Makefile").read_text().partition("\ndocs:")[2].partition("\n\n")[0]
+    assert scripts == set(re.findall(r"benchmarks/publish/\w+\.py", target))
 
 
 def test_all_numerics_are_named_and_no_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    names = {name for device in ("cpu", "cuda") for name in numerics(torch.device(device))}
+    names = {name for device in ("cpu", "cuda") for name in numerics_fingerprint(torch.device(device))}
     rows = re.findall(r"(?m)^\|(?: numerics| on a CPU| on a GPU|) \|([^|:]*):", EXACTNESS)
     in_table = {name for row in rows for name in quoted(row) if "." not in name}
     assert in_table == names
 
 
 def test_all_mutants_are_named():
-    assert [name for name in MUTANTS if f'"{name}"' not in EXACTNESS] == []
+    tree = ast.parse((REPOSITORY / "tests/strategy/test_exact.py").read_text())
+    (mutants,) = (node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.target.id == "MUTANTS")
+    names = [key.value for key in mutants.keys]
+    assert len(names) >= 4 and [name for name in names if f'"{name}"' not in EXACTNESS] == []
 
 
 def test_the_sums_of_the_example_are_those_of_float32():
@@ -127,7 +146,7 @@ def test_the_partial_sums_of_a_rank_are_as_many_as_the_page_says():
 
 def test_constants_are_those_of_the_code():
     assert Config().strategy.virtual_ranks == 8 and "(8 by default: 1, 2, 4 or 8 ranks)" in EXACTNESS
-    assert f"at least {exact._BUCKET_BYTES // 2**20} MiB" in EXACTNESS
+    assert f"at least {reduction_queue.BUCKET_BYTES // 2**20} MiB" in EXACTNESS
     assert state._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
     assert 2**53 * state._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
 
@@ -175,10 +194,9 @@ def test_every_script_and_option_is_described():
 
 
 def test_the_reference_is_what_its_script_writes():
-    specification = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    assert (DOCS / "configuration.md").read_text() == module.page()
+    reference = script("config_reference")
+    assert (DOCS / "configuration.md") == reference.PAGE
+    assert reference.PAGE.read_text() == reference.page()
 
 
 # --- docs/troubleshooting.md --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import os
@@ -16,21 +17,30 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dist_cifar import trainer
+from dist_cifar.data import batching
+from dist_cifar.data.batching import TrainingBatches
+from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed import collectives
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
-from dist_cifar.distributed.failure_detector import Identity
+from dist_cifar.distributed.processes import Identity
+from dist_cifar.evaluate import Evaluator
+from dist_cifar.optim.lr_schedule import WarmupPlateau
 from dist_cifar.run import atomic_io, checkpoint
 from dist_cifar.run.checkpoint import CheckpointStore
+from dist_cifar.run.checkpointing import Restored, RunCheckpoints
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.strategy import exact
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.state import Evaluation
+from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.strategy.exact import ExactStrategy
+from dist_cifar.tracking.records import RunRecords
 
 
 def several(*injections: list[Any]) -> None:
@@ -41,24 +51,24 @@ def several(*injections: list[Any]) -> None:
 
 def raise_at(at_step: int) -> None:
     """A defect of the program."""
-    _after_vote(at_step, lambda: _raise(ValueError("injected")))
+    _in_step(at_step, lambda: _raise(ValueError("injected")))
 
 
 def hang_at(at_step: int) -> None:
     """The main thread never comes back from a file system, or from a GPU's collective; other threads live."""
-    _after_vote(at_step, _hang)
+    _in_step(at_step, _hang)
 
 
-def stop_before_vote(at_step: int) -> None:
-    """The rank stops itself (SIGSTOP) before it votes."""
-    original = AsyncAnyReduce.cast
+def stop_before_any_reduce(at_step: int) -> None:
+    """The rank stops itself (SIGSTOP) before it begins the any-reduce of a step."""
+    original = AsyncAnyReduce.start
 
-    def cast(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
+    def start(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
         if step == at_step:
             os.kill(os.getpid(), signal.SIGSTOP)
         original(self, step, *answers)
 
-    AsyncAnyReduce.cast = cast  # type: ignore[method-assign]
+    AsyncAnyReduce.start = start  # type: ignore[method-assign]
 
 
 def stop_before_joining() -> None:
@@ -76,30 +86,30 @@ def hang_while_joining() -> None:
     dist.new_group = lambda *arguments, **options: _hang()  # type: ignore[assignment]
 
 
-def skip_vote(at_step: int) -> None:
+def skip_any_reduce(at_step: int) -> None:
     """One collective is left out."""
-    original = AsyncAnyReduce.cast
+    original = AsyncAnyReduce.start
 
-    def cast(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
+    def start(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
         if step != at_step:
             original(self, step, *answers)
 
-    AsyncAnyReduce.cast = cast  # type: ignore[method-assign]
+    AsyncAnyReduce.start = start  # type: ignore[method-assign]
 
 
 def skip_gather(number: int) -> None:
-    """The gather of this number is left out: 0 is in the making of the communicator, n in the n-th save."""
-    original, calls = Communicator.gather, 0
+    """The gather of this number is left out: 0 is in the making of the communicator, the next ones are in the logs."""
+    original, calls = Communicator.all_gather_object, 0
 
-    def gather(self: Communicator, value: Any, name: str = "gather") -> list[Any]:
+    def all_gather_object(self: Communicator, value: Any, name: str = "gather") -> list[Any]:
         nonlocal calls
-        if name == "gather" and self._control is not None:
+        if name == "gather" and self.world_size > 1:
             calls += 1
             if calls == number + 1:
                 return [value] * self.world_size
         return original(self, value, name)
 
-    Communicator.gather = gather  # type: ignore[method-assign]
+    Communicator.all_gather_object = all_gather_object  # type: ignore[method-assign]
 
 
 def flip_bit(at_step: int, name: str) -> None:
@@ -121,12 +131,12 @@ def flip_bit(at_step: int, name: str) -> None:
 
 def signal_at(at_step: int, *names: str) -> None:
     """The rank is sent these signals."""
-    _after_vote(at_step, lambda: _signal(*names))
+    _in_step(at_step, lambda: _signal(*names))
 
 
 def slow_steps(seconds: float) -> None:
     """Every step takes so much longer."""
-    _after_vote(None, lambda: time.sleep(seconds))
+    _in_step(None, lambda: time.sleep(seconds))
 
 
 def clock_back(seconds: float, at_step: int | None = None) -> None:
@@ -139,45 +149,48 @@ def clock_back(seconds: float, at_step: int | None = None) -> None:
     if at_step is None:
         set_back()
     else:
-        _after_vote(at_step, set_back)
+        _in_step(at_step, set_back)
 
 
 def poison(at_step: int) -> None:
     """The images of this rank are NaN."""
-    original = trainer._Run.make_batch
+    original = TrainingBatches.make
 
-    def make_batch(self: trainer._Run, step: int) -> Any:
+    def make(self: TrainingBatches, step: int) -> Batch:
         batch = original(self, step)
         if step + 1 == at_step:
             batch.inputs.fill_(float("nan"))
         return batch
 
-    trainer._Run.make_batch = make_batch  # type: ignore[method-assign]
+    TrainingBatches.make = make  # type: ignore[method-assign]
 
 
 def change_data() -> None:
     """The data set's files hold something else than before."""
-    original = trainer.load_dataset
+    original = batching.load_dataset
 
     def load_dataset(*arguments: Any, **options: Any) -> Any:
         return dataclasses.replace(original(*arguments, **options), content_sha256="0" * 64)
 
-    trainer.load_dataset = load_dataset
+    batching.load_dataset = load_dataset
 
 
-def die_at_cut(when: str) -> None:
-    """SIGKILL around the first evaluation that cuts the learning rate: `before` it, or `after` the cut."""
-    original = trainer._Run._step_plateau
+def die_at_lr_reduction(when: str) -> None:
+    """SIGKILL around the first evaluation that reduces the learning rate: `before` the schedule learns of it, or
+    `after` the reduction is logged."""
+    observe, lr_reduced = WarmupPlateau.observe, RunRecords.lr_reduced
 
-    def step_plateau(self: trainer._Run, metric: float) -> None:
-        state = trainer.step_plateau(self.config.plateau, self.progress.plateau, metric)
-        if state.cuts > 0 and when == "before":
+    def observed(self: WarmupPlateau, evaluation: Evaluation) -> str | None:
+        if when == "before" and observe(copy.copy(self), evaluation) is not None:
             _signal("SIGKILL")
-        original(self, metric)
-        if state.cuts > 0:
+        return observe(self, evaluation)
+
+    def logged(self: RunRecords, *arguments: Any, **options: Any) -> None:
+        lr_reduced(self, *arguments, **options)
+        if when == "after":
             _signal("SIGKILL")
 
-    trainer._Run._step_plateau = step_plateau  # type: ignore[method-assign]
+    WarmupPlateau.observe, RunRecords.lr_reduced = observed, logged  # type: ignore[method-assign]
 
 
 def die_before_summary() -> None:
@@ -250,7 +263,7 @@ def hold_writes() -> None:
 
 def free_disk(at_step: int, path: str) -> None:
     """Somebody else deletes the file `path`."""
-    _after_vote(at_step, lambda: Path(path).unlink())
+    _in_step(at_step, lambda: Path(path).unlink())
 
 
 # --- mutants of the product --------------------------------------------------------------------------------------
@@ -273,32 +286,23 @@ def trust_checkpoints() -> None:
     def read(path: Path) -> checkpoint.Checkpoint:
         tensors = {file.stem: safetensors.torch.load(file.read_bytes()) for file in path.glob("*.safetensors")}
         state = checkpoint.json.loads((path / "state.json").read_text())
-        return checkpoint.Checkpoint(step=state["progress"]["step"], path=path, tensors=tensors, state=state)
+        return checkpoint.Checkpoint(step=state["train_state"]["step"], path=path, tensors=tensors, state=state)
 
     checkpoint.read_checkpoint = read
 
 
 def restore_locally() -> None:
     """A mutant: every rank loads what its own directory holds."""
-    original = trainer._Run._restore
+    original = RunCheckpoints.restore
 
-    def restore(self: trainer._Run, must_resume: bool, resume_anyway: bool) -> int | None:
-        shared = self.communicator
-        self.communicator = type(
-            "Local",
-            (),
-            {
-                "device": shared.device,
-                "world_size": shared.world_size,
-                "run_on_rank0": staticmethod(lambda function: function()),
-                "broadcast_tensors": staticmethod(dict),
-            },
-        )()
-        step = original(self, must_resume, resume_anyway)
-        self.communicator = shared
-        return step
+    def restore(self: RunCheckpoints, **options: bool) -> Restored | None:
+        with (
+            mock.patch.object(Communicator, "run_on_rank0", lambda self, function: function()),
+            mock.patch.object(Communicator, "broadcast_tensors", lambda self, tensors: dict(tensors or {})),
+        ):
+            return original(self, **options)
 
-    trainer._Run._restore = restore  # type: ignore[method-assign]
+    RunCheckpoints.restore = restore  # type: ignore[method-assign]
 
 
 def blame(whom: str) -> None:
@@ -351,70 +355,60 @@ def tell(path: str, *others: str) -> None:
 
         setattr(owner, name, told)
 
-    def cast(self: AsyncAnyReduce, number: int, *answers: bool) -> None:
+    def start(self: AsyncAnyReduce, number: int, *answers: bool) -> None:
         nonlocal step
         step = number
         say(f"step {step}")
-        original_cast(self, number, *answers)
+        original_start(self, number, *answers)
 
     def do_step(self: ExactStrategy, lr: float) -> torch.Tensor:
         norm = original_step(self, lr)
         say(f"advance {step}")
         return norm
 
-    original_cast, original_step = AsyncAnyReduce.cast, ExactStrategy.step
-    AsyncAnyReduce.cast, ExactStrategy.step = cast, do_step  # type: ignore[method-assign]
+    original_start, original_step = AsyncAnyReduce.start, ExactStrategy.step
+    AsyncAnyReduce.start, ExactStrategy.step = start, do_step  # type: ignore[method-assign]
     around(Communicator, "__init__", "joins", "joined")
     around(CheckpointStore, "load_newest", "restores")
     around(CheckpointStore, "_run", "writes", "written")
-    around(trainer, "evaluate", "evaluates", "evaluated")
+    around(Evaluator, "validate", "evaluates", "evaluated")
+    around(Evaluator, "test", "evaluates", "evaluated")
     for other in others:
         globals()[other]()
 
 
 def forget_adams_steps() -> None:
-    """A resume that begins to correct Adam's bias anew."""
-    original = exact.load_adam
+    """A mutant: a resume that begins to correct Adam's bias anew."""
+    original = ExactStrategy.load
 
-    def load(module: Any, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
-        forgotten = {name: value * 0 if name.endswith(".step") else value for name, value in tensors.items()}
-        original(module, optimizer, forgotten)
+    def load(self: ExactStrategy, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
+        assert any(name.endswith(".step") for name in optimizer)
+        forgotten = {name: value * 0 if name.endswith(".step") else value for name, value in optimizer.items()}
+        original(self, model, forgotten, ranks)
 
-    exact.load_adam = load
+    ExactStrategy.load = load  # type: ignore[method-assign]
 
 
 def repeat_batch() -> None:
-    """A resume whose first batch is the last one before it."""
-    original, resumed = trainer._Run.make_batch, _note_resumes()
+    """A mutant: a resume whose first batch is the last one before it."""
+    make, restore = TrainingBatches.make, RunCheckpoints.restore
+    resumed: list[int] = []
 
-    def make_batch(self: trainer._Run, step: int) -> Any:
-        return original(self, step - 1 if step > 0 and step in resumed else step)
+    def restored(self: RunCheckpoints, **options: bool) -> Restored | None:
+        found = restore(self, **options)
+        resumed.extend([] if found is None else [found.train_state.step])
+        return found
 
-    trainer._Run.make_batch = make_batch  # type: ignore[method-assign]
+    def made(self: TrainingBatches, step: int) -> Batch:
+        return make(self, step - 1 if step > 0 and step in resumed else step)
+
+    TrainingBatches.make, RunCheckpoints.restore = made, restored  # type: ignore[method-assign]
 
 
 def forget_sums() -> None:
-    """A resume that forgets what was summed up since the last log: the weights are right, a row is not."""
-    original = trainer._Run.__init__
-
-    def init(self: trainer._Run, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        self.sums.sums.zero_()
-
-    trainer._Run.__init__ = init  # type: ignore[method-assign]
-
-
-def _note_resumes() -> list[int]:
-    """Takes the step that a run goes on from."""
-    original, resumed = trainer._Run._restore, []
-
-    def restore(self: trainer._Run, *arguments: Any) -> int | None:
-        step = original(self, *arguments)
-        resumed.extend([] if step is None else [step])
-        return step
-
-    trainer._Run._restore = restore  # type: ignore[method-assign]
-    return resumed
+    """A mutant: a resume that forgets what was summed up since the last log: the weights are right, a row is not."""
+    original = TrainingSums.reset
+    TrainingSums.reset = lambda self, *totals: original(self)  # type: ignore[method-assign]
 
 
 def _raise(error: Exception) -> None:
@@ -426,13 +420,13 @@ def _hang() -> None:
         time.sleep(3600)
 
 
-def _after_vote(at_step: int | None, act: Callable[[], None]) -> None:
-    """`act` when this rank has cast its vote and the step is under way; None is every step."""
-    original = AsyncAnyReduce.cast
+def _in_step(at_step: int | None, act: Callable[[], None]) -> None:
+    """Calls `act` when this rank has begun the any-reduce and the step is under way; None is every step."""
+    original = AsyncAnyReduce.start
 
-    def cast(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
+    def start(self: AsyncAnyReduce, step: int, *answers: bool) -> None:
         original(self, step, *answers)
         if at_step is None or step == at_step:
             act()
 
-    AsyncAnyReduce.cast = cast  # type: ignore[method-assign]
+    AsyncAnyReduce.start = start  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A rank dies, hangs, fails or goes astray: the job ends in time, all name the right rank, and it can go on."""
+"""A rank dies, hangs, fails or goes astray: the job ends in time, all name the right rank, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from typing import Any
 import pytest
 
 from dist_cifar.config import Config, to_yaml
-from dist_cifar.distributed import failure_detector
-from dist_cifar.distributed.failure_detector import Answer, Failure, Identity, Position, conclude, odd_ranks
 from tests import REPOSITORY
-from tests.integration.faults.jobs import Job, Jobs
+from tests.integration.faults.jobs import START_SECONDS, Job, Jobs
 
 WORLD_SIZE, STEPS, AT_STEP = 3, 18, 8
-TIMEOUT_SECONDS = 5
-"""The jobs' `run.timeout_seconds`."""
+TIMEOUT_SECONDS, END_SECONDS = 120, 60
+"""The jobs' `run.timeout_seconds`, which no test but those of `STALL` waits for, and how long a job may take to end: as
+long as a busy machine needs, and too short for a rank that would wait for the timeout."""
+STALL_SECONDS = 8
+STALL = f"run.timeout_seconds={STALL_SECONDS}"
+"""For the faults that only the timeout finds."""
 
 
 @pytest.fixture
 def run(jobs: Jobs, tiny: Callable[..., Config], tmp_path: Path) -> Callable[..., Job]:
-    """`run(**options)`: starts the job of these tests in `tmp_path`, or goes on with it."""
+    """`run(**options)`: starts the job of these tests in `tmp_path`, or resumes it."""
     path = tmp_path / "config.yaml"
     path.write_text(
         to_yaml(
@@ -61,12 +63,12 @@ def require_resumes(run: Callable[..., Job], golden: dict[str, str]) -> None:
     """The same job again ends with the weights of a run that nothing disturbed."""
     if not golden:
         job = run(directory="golden")
-        assert job.wait(60) == [0] * WORLD_SIZE, job
+        assert job.wait(START_SECONDS) == [0] * WORLD_SIZE, job
         assert job.summary()["steps"] == STEPS
         golden["sha256"] = job.summary()["weights_sha256"]
     job = run()
     saved = list(job.run_dir.glob("checkpoints/step-*"))  # one that was being written when the job died is lost
-    assert job.wait(60) == [0] * WORLD_SIZE, job
+    assert job.wait(START_SECONDS) == [0] * WORLD_SIZE, job
     assert bool(saved) == bool(re.search(r"resume     from the checkpoint of step \d", job.stdout(0)))
     assert job.summary()["weights_sha256"] == golden["sha256"]
 
@@ -88,52 +90,51 @@ def require_named(job: Job, codes: list[int], culprit: int, what: str, *, own_co
 
 
 @pytest.mark.parametrize(("rank", "agent"), [(1, True), (0, True), (0, False), (2, False)])
-def test_a_killed_rank_is_named_and_the_run_goes_on(run, golden, rank, agent):
+def test_a_killed_rank_is_named_and_the_run_can_be_resumed(run, golden, rank, agent):
     job = run(agent=agent)
     job.wait_for_step(AT_STEP)
     job.kill(rank)
-    require_named(job, job.wait(5), rank, "was killed or lost at step ", own_code=-signal.SIGKILL)
+    require_named(job, job.wait(END_SECONDS), rank, "was killed or lost at step ", own_code=-signal.SIGKILL)
     require_resumes(run, golden)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "agent"), [(1, True), (0, False)])
 def test_a_stopped_rank_is_named_and_killed(run, golden, rank, agent):
-    job = run(agent=agent)
+    job = run(STALL, agent=agent)
     job.wait_for_step(AT_STEP)
     job.stop(rank)
-    codes = job.wait(TIMEOUT_SECONDS + 5)
+    codes = job.wait(STALL_SECONDS + END_SECONDS)
     require_named(job, codes, rank, "was killed or lost at step ", own_code=-signal.SIGKILL)
     require_resumes(run, golden)
 
 
 @pytest.mark.slow
 def test_a_main_thread_that_waits_for_ever_in_a_gpus_collective_is_ended_by_its_watch(run):
-    """Rank 0 sees no timeout itself: its vote, in the background, does."""
-    job = run(world_size=2, inject={0: ["hang_at", AT_STEP], 1: ["stop_before_vote", AT_STEP]})
-    codes = job.wait(TIMEOUT_SECONDS + 10)
+    """Rank 0 sees no timeout itself: its any-reduce, in the background, does."""
+    job = run(STALL, world_size=2, inject={0: ["hang_at", AT_STEP], 1: ["stop_before_any_reduce", AT_STEP]})
+    codes = job.wait(STALL_SECONDS + END_SECONDS)
     require_named(job, codes, 1, f"was killed or lost at step {AT_STEP}: its process is stopped", own_code=-9)
 
 
 @pytest.mark.slow
 def test_a_rank_that_stops_while_the_job_comes_together_ends_it(run):
-    job = run(inject={1: ["stop_before_joining"]}, agent=False)
-    with pytest.raises(AssertionError):
-        job.wait(TIMEOUT_SECONDS + 5)
+    job = run(STALL, inject={1: ["stop_before_joining"]}, agent=False)
+    deadline = time.monotonic() + STALL_SECONDS + END_SECONDS
+    while job.left_over() != [job.pids[1]] and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert job.left_over() == [job.pids[1]]  # nobody has learned its name: its launcher kills it
     job.kill(1)
-    assert job.wait(5) == [2, -9, 2]
-    waited = (
-        f"launch: rank 0 of 3 has waited {TIMEOUT_SECONDS} s (run.timeout_seconds) for ranks that have not come: 1;"
-    )
+    assert job.wait(END_SECONDS) == [2, -9, 2]
+    waited = f"rank 0 of 3 has waited {STALL_SECONDS} s (run.timeout_seconds) for ranks that have not connected: 1;"
     assert len(job.errors(0)) == 1 and waited in job.errors(0)[0], job
 
 
 def test_ranks_that_do_not_come_together_end_within_the_timeout(run):
     """Also one whose own wait has no end: it ends itself."""
-    job = run(inject={1: ["hang_while_joining"]})
-    assert job.wait(TIMEOUT_SECONDS + 5) == [2, 2, 2], job
-    waited = f"rank 1 of 3 on {socket.gethostname()} waited {TIMEOUT_SECONDS} s (run.timeout_seconds) for all ranks"
+    job = run(STALL, inject={1: ["hang_while_joining"]})
+    assert job.wait(STALL_SECONDS + END_SECONDS) == [2, 2, 2], job
+    waited = f"rank 1 of 3 on {socket.gethostname()} waited {STALL_SECONDS} s (run.timeout_seconds) for all ranks"
     assert len(job.errors(1)) == 1 and waited in job.errors(1)[0], job
 
 
@@ -143,7 +144,7 @@ def test_ranks_that_do_not_come_together_end_within_the_timeout(run):
 @pytest.mark.parametrize(("rank", "agent"), [(1, True), (0, False)])
 def test_an_exception_is_told_by_all_and_traced_by_one(run, golden, rank, agent):
     job = run(inject={rank: ["raise_at", AT_STEP]}, agent=agent)
-    codes = job.wait(30)
+    codes = job.wait(END_SECONDS)
     require_named(job, codes, rank, f"failed at step {AT_STEP}: ValueError: injected", own_code=70)
     assert job.stderr(rank).rstrip().endswith("ValueError: injected") and not job.errors(rank)
     require_resumes(run, golden)
@@ -151,17 +152,17 @@ def test_an_exception_is_told_by_all_and_traced_by_one(run, golden, rank, agent)
 
 @pytest.mark.slow
 def test_a_rank_whose_main_thread_hangs_is_named_with_its_place(run, golden):
-    job = run(inject={1: ["hang_at", AT_STEP]})
-    codes = job.wait(30)
-    require_named(job, codes, 1, f"hung at step {AT_STEP}: its main thread is in train.py:", own_code=70)
+    job = run(STALL, inject={1: ["hang_at", AT_STEP]})
+    codes = job.wait(END_SECONDS)
+    require_named(job, codes, 1, f"hung at step {AT_STEP}: its main thread is in trainer.py:", own_code=70)
     require_resumes(run, golden)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("injection", [["skip_vote", AT_STEP], ["skip_gather", 2]])
+@pytest.mark.parametrize("injection", [["skip_any_reduce", AT_STEP], ["skip_gather", 2]])
 def test_a_rank_that_skips_a_collective_is_named(run, golden, injection):
-    job = run(inject={1: injection})
-    assert job.wait(30) == [70, 70, 70], job
+    job = run(STALL, inject={1: injection})
+    assert job.wait(END_SECONDS) == [70, 70, 70], job
     status = job.status()
     assert (status["status"], status["rank"]) == ("failed", 1), status
     assert "the order of the collectives" in status["reason"], status
@@ -171,7 +172,7 @@ def test_a_rank_that_skips_a_collective_is_named(run, golden, injection):
 
 def test_a_flipped_bit_is_found_at_the_next_checkpoint(run, golden):
     job = run(inject={2: ["flip_bit", AT_STEP, "fc.weight"]})
-    assert job.wait(30) == [70, 70, 70], job
+    assert job.wait(END_SECONDS) == [70, 70, 70], job
     assert not (job.run_dir / "checkpoints/step-00000010").exists()
     lines = [line for rank in range(WORLD_SIZE) for line in job.errors(rank)]
     assert len(lines) == 1 and lines == job.errors(0)  # all know it, one says it
@@ -184,7 +185,7 @@ def test_a_flipped_bit_is_found_at_the_next_checkpoint(run, golden):
 def test_the_flipped_tensor_is_named(run):
     """Found in the step in which it flips, before it has spread to the others."""
     job = run("checkpoint.every_steps=1", inject={2: ["flip_bit", 1, "fc.weight"]})
-    assert job.wait(30) == [70, 70, 70], job
+    assert job.wait(END_SECONDS) == [70, 70, 70], job
     assert "the weights (fc.weight, by its SHA-256) differs between ranks: rank 2 has" in job.errors(0)[0]
 
 
@@ -194,7 +195,7 @@ def test_a_roll_call_that_blames_another_rank_is_caught(run, whom):
     job = run(inject={rank: ["blame", whom] for rank in range(WORLD_SIZE)})
     job.wait_for_step(AT_STEP)
     job.kill(1)
-    codes = job.wait(5)
+    codes = job.wait(END_SECONDS)
     assert codes[1] == -9
     with pytest.raises(AssertionError):
         require_named(job, codes, 1, "was killed or lost at step ", own_code=-signal.SIGKILL)
@@ -208,19 +209,19 @@ def test_torchrun_with_a_stopped_rank_leaves_nothing(run, tmp_path):
     directory = tmp_path / "run"
     command = (
         f"{Path(sys.executable).parent}/torchrun --standalone --nproc-per-node 2 dist_cifar/train.py"
-        f" --config {tmp_path}/config.yaml run.dir={directory} train.epochs=200"
+        f" --config {tmp_path}/config.yaml run.dir={directory} train.epochs=2000 {STALL}"
     )
     agent = subprocess.Popen(
         shlex.split(command), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + START_SECONDS
         while not (directory / "metrics.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.5)
         victim = next(pid for pid in ranks_in(directory) if "\0LOCAL_RANK=1\0" in environment(pid))
         os.kill(victim, signal.SIGSTOP)
-        _, err = agent.communicate(timeout=TIMEOUT_SECONDS + 5)
+        _, err = agent.communicate(timeout=STALL_SECONDS + END_SECONDS)
     finally:
         agent.kill()
         agent.communicate()
@@ -253,121 +254,26 @@ def test_a_second_job_in_the_run_directory_is_refused_and_disturbs_nothing(run, 
     first = run()
     first.wait_for_step(2)
     first.stop(0)  # it holds the lock and will not end
-    second = run("run.timeout_seconds=2")
-    assert second.wait(30) == [2, 2, 2], second
+    second = run(STALL)
+    assert second.wait(END_SECONDS) == [2, 2, 2], second
     assert f"pid {first.pids[0]}, since " in second.errors(0)[0] and "is using it" in second.errors(0)[0]
-    assert second.stdout(0).count("waiting up to 1 s for another job") == 1
+    assert second.stdout(0).count("waiting up to 4 s for another job") == 1
     assert not second.errors(1)
     first.go_on(0)
-    assert first.wait(60) == [0, 0, 0], first
+    assert first.wait(START_SECONDS) == [0, 0, 0], first
     if golden:
         assert first.summary()["weights_sha256"] == golden["sha256"]
 
 
 def test_a_job_waits_for_one_that_is_about_to_end(run, golden):
-    first = run("run.timeout_seconds=60")  # its other ranks must still be waiting for the one that stops
+    first = run()  # its other ranks must still be waiting for the one that stops
     first.wait_for_step(2)
     first.stop(0)
-    second = run("run.timeout_seconds=60")
-    deadline = time.monotonic() + 30
+    second = run()
+    deadline = time.monotonic() + START_SECONDS
     while "waiting up to" not in second.stdout(0) and time.monotonic() < deadline:
         time.sleep(0.05)
     for rank in range(WORLD_SIZE):
         first.kill(rank)
-    assert second.wait(60) == [0, 0, 0], second
-    assert first.wait(1) == [-9, -9, -9]
-
-
-# --- the decision ------------------------------------------------------------------------------------------------
-
-
-def answers(*positions: tuple[int, str] | None, stuck: tuple[int, ...] = ()) -> list[Answer | None]:
-    return [
-        None
-        if place is None
-        else Answer(
-            position=Position(count=place[0], name=place[1], step=7),
-            lost=None if rank in stuck else "gloo/ said so",
-            where="x.py:1",
-        )
-        for rank, place in enumerate(positions)
-    ]
-
-
-VOTE, SUM = (5, "vote"), (5, "sum")
-
-
-@pytest.mark.parametrize(
-    ("given", "unhealthy", "rank", "what"),
-    [
-        (answers(VOTE, None, VOTE), {1: "its process is gone"}, 1, "was killed or lost"),
-        (answers(VOTE, VOTE, None), {}, 2, "was killed or lost"),
-        (answers(VOTE, None, None), {2: "its process is stopped"}, 2, "was killed or lost"),
-        (answers(VOTE, VOTE, SUM), {}, 2, "left the order of the collectives"),
-        (answers(SUM, VOTE, VOTE), {}, 0, "left the order of the collectives"),
-        (answers(VOTE, (4, "vote"), VOTE, stuck=(1,)), {}, 1, "hung"),
-        (answers(VOTE, VOTE, VOTE, stuck=(2,)), {}, 2, "hung"),
-        (answers(VOTE, SUM, stuck=(1,)), {}, 1, "hung"),
-        (answers(VOTE, (4, "sum")), {}, 1, "or another one left the order of the collectives"),
-        (answers(VOTE, VOTE, VOTE), {}, None, "lost the network between its ranks"),
-        (answers(VOTE, VOTE, stuck=(0, 1)), {}, None, "lost the network between its ranks"),
-    ],
-)
-def test_the_decision(given, unhealthy, rank, what):
-    for by in (rank for rank, answer in enumerate(given) if answer is not None):
-        failure = conclude(given, unhealthy, by=by, expired=True)
-        assert failure is not None and (failure.rank, failure.what, failure.step) == (rank, what, 7)
-        assert set(unhealthy) <= set(failure.lost)
-        assert set(failure.lost) <= {rank for rank, answer in enumerate(given) if answer is None}
-
-
-def test_nobody_is_judged_before_the_time_is_over_unless_it_is_known_to_be_gone():
-    assert conclude(answers(VOTE, None, VOTE), {}, by=0, expired=False) is None
-    assert conclude(answers(VOTE, VOTE, VOTE, stuck=(1,)), {}, by=0, expired=False) is None
-    known = conclude(answers(VOTE, None, None), {2: "its process is gone"}, by=0, expired=False)
-    assert known is not None and (known.rank, known.lost) == (2, (2,))  # rank 1 may still answer
-
-
-def test_the_majority_is_right():
-    assert odd_ranks(["a", "a", "a"]) == []
-    assert odd_ranks(["b", "a", "a"]) == [0]
-    assert odd_ranks(["a", "b"]) == [0, 1]
-    assert odd_ranks(["a", "a", "b", "b"]) == [0, 1, 2, 3]
-
-
-def test_a_process_that_got_the_number_of_a_rank_is_not_killed():
-    process = subprocess.Popen(["sleep", "60"])
-    me = failure_detector.own_identity()
-    try:
-        start = failure_detector._stat(process.pid)[1]
-        child = Identity(host=me.host, pid=process.pid, boot=me.boot, pid_namespace=me.pid_namespace, start_ticks=start)
-        others = [
-            Identity(**vars(child) | change) for change in ({"start_ticks": start - 1}, {"boot": "x"}, {"boot": ""})
-        ]
-        for other in others:
-            failure_detector.kill(other, me)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
-        assert failure_detector.unhealthy_reason(child, me) is None
-        assert failure_detector.unhealthy_reason(others[0], me) == "its process is gone"
-        failure_detector.kill(child, me)
-        assert process.wait(5) == -9
-        assert failure_detector.unhealthy_reason(child, me) == "its process is gone"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_errors_of_other_ranks_are_told_from_own_ones():
-    assert failure_detector.is_lost_peer(
-        RuntimeError("[x/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed")
-    )
-    assert failure_detector.is_lost_peer(RuntimeError("Application timeout caused pair closure"))
-    assert not failure_detector.is_lost_peer(RuntimeError("CUDA error: out of memory"))
-    assert not failure_detector.is_lost_peer(ValueError("gloo/"))
-
-
-def test_a_failure_says_who_and_why():
-    identity = Identity(host="n1", pid=12, boot="", pid_namespace=0, start_ticks=0)
-    failure = Failure(rank=0, what="failed", reason="ValueError: x", by=0, step=None)
-    assert failure.sentence([identity]) == "rank 0 (n1, pid 12) failed at the start: ValueError: x"
+    assert second.wait(START_SECONDS) == [0, 0, 0], second
+    assert first.wait(END_SECONDS) == [-9, -9, -9]

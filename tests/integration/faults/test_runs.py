@@ -1,6 +1,6 @@
-"""Whole runs that are killed, stopped and damaged: each fails as it should, goes on, and ends as if nothing had been.
+"""Whole runs that are killed, stopped and damaged: each fails as it should, resumes, and ends as if nothing had been.
 
-Every run here is that of one config with strategy `exact`, so one golden run serves all, and a run may go on with
+Every run here is that of one config with strategy `exact`, so one golden run serves all, and a run may resume with
 another number of ranks than it was disturbed on. What happens is injected at a step (`injections.py`), not timed.
 """
 
@@ -21,11 +21,12 @@ import pytest
 
 from dist_cifar.config import Config, to_yaml
 from tests.integration.faults.disk import contents, flip_bit, remount, small_disk, truncate
-from tests.integration.faults.jobs import VOLATILE, Job, Jobs
+from tests.integration.faults.jobs import START_SECONDS, VOLATILE, Job, Jobs
 
-STEPS, CUT_AT_STEP = 8, 4
-TIMEOUT_SECONDS = 5
-"""The jobs' `run.timeout_seconds`."""
+STEPS, REDUCTION_AT_STEP = 8, 4
+TIMEOUT_SECONDS, END_SECONDS = 120, 60
+"""The jobs' `run.timeout_seconds`, which no test waits for, and how long after the first rank the last one may end: as
+long as a busy machine needs, and too short for a rank that would wait for the timeout."""
 CHECKPOINT_BYTES = 3_300_000
 
 Run = Callable[..., Job]
@@ -33,7 +34,7 @@ Run = Callable[..., Job]
 
 @pytest.fixture
 def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
-    """The config of all runs: two steps an epoch, a cut of the learning rate at steps 4 and 6, a save at each step."""
+    """The config of all runs: two steps an epoch, a reduced learning rate from steps 4 and 6, a save at each step."""
     path = tmp_path / "config.yaml"
     overrides = (
         "strategy.name=exact",
@@ -54,7 +55,7 @@ def config(tiny: Callable[..., Config], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(jobs: Jobs, config: Path, tmp_path: Path) -> Run:
-    """`run(world_size, *overrides, **options)`: starts the job in `tmp_path`, or goes on with it."""
+    """`run(world_size, *overrides, **options)`: starts the job in `tmp_path`, or resumes it."""
 
     def start(world_size: int, *arguments: str, directory: Path = tmp_path / "run", **options: Any) -> Job:
         return jobs.start(world_size, "train", "--config", config, f"run.dir={directory}", *arguments, **options)
@@ -73,7 +74,7 @@ def golden(run: Run, once: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """The result of a run that nothing disturbed."""
     if "golden" not in once:
         job = run(2, directory=tmp_path / "golden")
-        assert job.wait(60) == [0, 0], job
+        assert job.wait(START_SECONDS) == [0, 0], job
         once["golden"] = result(job)
         assert len({row["lr"] for row in once["golden"]["rows"] if row["kind"] == "train"}) == 3
     return once["golden"]
@@ -84,7 +85,7 @@ def stopped(run: Run, once: dict[str, Any], tmp_path: Path, tmp_path_factory: py
     """The run directory of a job that was stopped after step 5: checkpoints of steps 2 (the best), 4 and 5."""
     if "stopped" not in once:
         job = run(2, inject={0: ["signal_at", 4, "SIGTERM"]})
-        assert job.wait(60) == [75, 75], job
+        assert job.wait(START_SECONDS) == [75, 75], job
         once["stopped"] = tmp_path_factory.mktemp("stopped") / "run"
         shutil.move(job.run_dir, once["stopped"])
     return Path(shutil.copytree(once["stopped"], tmp_path / "run"))
@@ -102,7 +103,7 @@ def result(job: Job) -> dict[str, Any]:
 
 def require_done(job: Job, golden: dict[str, Any], *, from_step: int | None) -> None:
     """The job went on from the checkpoint of this step, and the run is what it was to be."""
-    assert set(job.wait(60)) == {0}, str(job)
+    assert set(job.wait(START_SECONDS)) == {0}, str(job)
     assert resumed_from(job) == from_step, str(job)
     for name, value in result(job).items():
         assert value == golden[name], name
@@ -134,15 +135,15 @@ def last_written(job: Job, began: int) -> int:
 def require_killed(job: Job, rank: int = 0) -> None:
     """This rank was killed by SIGKILL; the others said so and left in time."""
     world_size = len(job.pids)
-    assert job.wait(60) == [-9 if i == rank else 70 for i in range(world_size)], job
-    assert job.seconds_between_ends() < 5
+    assert job.wait(START_SECONDS) == [-9 if i == rank else 70 for i in range(world_size)], job
+    assert job.seconds_between_ends() < END_SECONDS
     if world_size > 1:
         assert (job.status()["status"], job.status()["rank"]) == ("failed", rank)
 
 
 def require_refused(job: Job, code: int, *messages: str) -> None:
     """All ranks ended with `code`, and rank 0 with one line that holds the messages."""
-    assert set(job.wait(30)) == {code}, job
+    assert set(job.wait(END_SECONDS)) == {code}, job
     assert len(job.errors(0)) == 1 and "Traceback" not in job.stderr(0), job
     assert all(message in job.errors(0)[0] for message in messages), job
 
@@ -190,8 +191,8 @@ STOPS = {
 def check_stop(run: Run, golden: dict[str, Any], inject: dict[int, list[Any]]) -> None:
     """A job that gets signals saves and ends with 75; what it says that it saved is there."""
     job = run(2, inject=inject)
-    assert job.wait(60) == [75, 75], job
-    assert job.seconds_between_ends() < 5
+    assert job.wait(START_SECONDS) == [75, 75], job
+    assert job.seconds_between_ends() < END_SECONDS
     assert job.status()["status"] == "saved"
     step = int(re.search(r"stopped at step (\d+) and saved", job.stdout(0))[1])
     assert step < STEPS and job.status()["step"] == step
@@ -221,7 +222,7 @@ def test_the_end_of_the_jobs_time_is_not_awaited(run, golden, by):
         job = run(2, inject=slow, env={by: str(int(started) + limit_seconds + 1)})
     else:
         job = run(2, f"{by}={limit_seconds}", inject=slow)
-    assert job.wait(60) == [75, 75], job
+    assert job.wait(START_SECONDS) == [75, 75], job
     assert time.time() - started < limit_seconds
     status = job.status()
     assert status["status"] == "saved" and status["step"] < STEPS
@@ -236,7 +237,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "ranks.safetensors", "sta
 def check_falls_back(run: Run, golden: dict[str, Any], directory: Path, trusted: bool = False) -> None:
     """The newest checkpoint, of step 5, is passed over and the one before it is loaded; both are said."""
     job = run(2, inject={0: ["trust_checkpoints"]} if trusted else None)
-    assert job.wait(60) == [0, 0], job
+    assert job.wait(START_SECONDS) == [0, 0], job
     assert job.summary()["weights_sha256"] == golden["weights_sha256"], "weights_sha256"
     require_done(job, golden, from_step=4)
     assert f"damaged checkpoint passed over: {directory}/checkpoints/step-00000005" in job.stdout(0)
@@ -281,7 +282,7 @@ def test_a_run_with_bad_checkpoints_only_is_not_started_over(run, stopped):
 def test_a_disk_that_fails_in_a_save_ends_the_run_and_loses_nothing(run, golden, error):
     job = run(4, inject={0: ["in_save", 4, "write", r"optimizer\..*", 1, error]})
     require_refused(job, 74, "cannot save step 4", "earlier checkpoints are kept")
-    assert job.seconds_between_ends() < 5
+    assert job.seconds_between_ends() < END_SECONDS
     status = job.status()
     assert (status["status"], status["rank"]) == ("failed", 0) and "cannot save step 4" in status["reason"]
     assert [path.name for path in checkpoints(job.run_dir)] == ["step-00000002", "step-00000003"]
@@ -301,7 +302,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_space(run, golden, disk):
     job = run(2, directory=disk / "run")
     require_refused(job, 74, "cannot save step 3 (3.3 MB needed, ", "No space left on device", "free space")
-    assert job.seconds_between_ends() < 5
+    assert job.seconds_between_ends() < END_SECONDS
     assert (job.status()["status"], job.status()["rank"]) == ("failed", 0)
     assert "No space left on device" in job.status()["reason"]
     assert [path.name for path in checkpoints(job.run_dir)] == ["step-00000001", "step-00000002"]
@@ -325,7 +326,7 @@ def test_a_full_disk_can_be_a_warning(run, golden, disk):
 def test_on_a_disk_without_a_free_byte_the_run_ends_and_leaves_no_litter(run, golden, disk):
     """Not even `status.json` can be written."""
     job = run(2, directory=disk / "run", inject={0: ["in_save", 2, "mkdir", r"\.tmp-step.*", 1, str(disk / "more")]})
-    codes = job.wait(60)
+    codes = job.wait(START_SECONDS)
     assert codes[0] == 74 and codes[1] in (70, 74), job
     assert "No space left on device" in job.errors(0)[0] and len(job.errors(0)) == 1
     assert job.status()["status"] == "running" and temporaries(job.run_dir) == []
@@ -355,7 +356,7 @@ def check_directories(run: Run, golden: dict[str, Any], tmp_path: Path, inject: 
     for place in places:
         place.mkdir()
     job = run(2, directory=Path("run"), cwd=places[:2], inject={0: ["signal_at", 3, "SIGTERM"]})
-    assert job.wait(60) == [75, 75] and job.run_dir == places[0] / "run", job
+    assert job.wait(START_SECONDS) == [75, 75] and job.run_dir == places[0] / "run", job
     job = run(4, directory=Path("run"), cwd=places, inject=inject)
     require_done(job, golden, from_step=4)
     assert all(os.listdir(place) == [] for place in places[1:])
@@ -376,7 +377,7 @@ def test_ranks_that_load_what_they_see_themselves_are_caught(run, golden, tmp_pa
 def test_a_nan_on_one_rank_ends_the_run_and_is_never_saved(run, golden):
     job = run(4, inject={2: ["poison", 5]})
     require_refused(job, 70, "the loss of rank 2 was not finite")
-    assert job.seconds_between_ends() < 5
+    assert job.seconds_between_ends() < END_SECONDS
     assert (job.status()["status"], job.status()["rank"]) == ("failed", 2)
     from_step = last_written(job, 4)
     require_done(run(2), golden, from_step=from_step)
@@ -385,7 +386,7 @@ def test_a_nan_on_one_rank_ends_the_run_and_is_never_saved(run, golden):
 def test_a_step_that_was_left_out_stays_left_out_through_a_resume(run, tmp_path):
     skip, poisoned = "optimizer.non_finite=skip", ["poison", 3]
     straight = run(2, skip, directory=tmp_path / "straight", inject={1: poisoned})
-    assert straight.wait(60) == [0, 0], straight
+    assert straight.wait(START_SECONDS) == [0, 0], straight
     killed = run(2, skip, inject={1: ["several", poisoned, ["signal_at", 6, "SIGKILL"]]})
     require_killed(killed, 1)
     from_step = last_written(killed, 5)
@@ -398,19 +399,19 @@ def test_a_step_that_was_left_out_stays_left_out_through_a_resume(run, tmp_path)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_death_around_a_cut_of_the_learning_rate(run, golden, when):
+def test_a_death_around_a_reduction_of_the_learning_rate(run, golden, when):
     """The result holds the learning rates."""
-    job = run(2, inject={0: ["die_at_cut", when]})
+    job = run(2, inject={0: ["die_at_lr_reduction", when]})
     require_killed(job)
     assert ("plateau: no better loss" in job.stdout(0)) == (when == "after")
-    from_step = last_written(job, CUT_AT_STEP - 1)
+    from_step = last_written(job, REDUCTION_AT_STEP - 1)
     require_done(run(4), golden, from_step=from_step)
 
 
 def test_a_death_at_the_very_end(run, golden):
     """All is trained, evaluated and saved; only the summary is missing. The other rank had nothing more to do."""
     job = run(2, inject={0: ["die_before_summary"]})
-    assert job.wait(60)[0] == -9 and job.status()["status"] == "running", job
+    assert job.wait(START_SECONDS)[0] == -9 and job.status()["status"] == "running", job
     assert not (job.run_dir / "summary.json").exists()
     require_done(run(4), golden, from_step=STEPS)
 
@@ -452,7 +453,7 @@ def test_what_would_change_the_result_is_refused_and_nothing_is_written(run, gol
 
 def test_resume_anyway_says_where_exactness_ends(run, stopped):
     job = run(2, "--resume-anyway", "run.seed=1")
-    assert job.wait(60) == [0, 0], job
+    assert job.wait(START_SECONDS) == [0, 0], job
     assert "exactness  ends at step 5; changed: run.seed: 0 -> 1" in job.stdout(0)
     assert resumed_from(job) == job.summary()["inexact_since_step"] == 5
 
@@ -473,7 +474,7 @@ def test_the_api_key_is_nowhere(run, golden, jobs, tmp_path):
                 with contextlib.suppress(OSError):
                     seen.add(path.read_text(errors="replace"))
             time.sleep(0.02)
-        assert job.wait(1)[0] == code, job
+        assert job.wait(END_SECONDS)[0] == code, job
         assert all(key not in job.stdout(rank) + job.stderr(rank) for rank in range(2))
     assert result(job) == golden
     assert any("wandb" in line for line in seen) and not any(key in line for line in seen)

@@ -1,5 +1,4 @@
-"""Ten random kill schedules, and mutants that they catch; `python tests/integration/faults/schedules.py` plays as many
-as asked."""
+"""Ten random kill schedules, and mutants that they catch; `schedules.py` plays as many as it is asked for."""
 
 from __future__ import annotations
 

@@ -16,18 +16,17 @@ import select
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command line sets them
 
-import accelerate  # noqa: E402, F401
-import torch  # noqa: E402
+import accelerate  # noqa: F401
+import torch
 
-from dist_cifar import stopping, trainer  # noqa: E402, F401
-from dist_cifar.augment import cpu  # noqa: E402
-from dist_cifar.cli import main as cli  # noqa: E402, F401
-from dist_cifar.ops import numba_jit  # noqa: E402
+from dist_cifar import stopping, trainer  # noqa: F401
+from dist_cifar.augment import cpu
+from dist_cifar.cli.main import main as run_command
+from dist_cifar.ops import numba_jit
 
 INJECTIONS = "tests.integration.faults.injections"
 
@@ -54,7 +53,7 @@ def start(request: dict[str, Any]) -> int:
         if request["inject"]:
             name, *arguments = request["inject"]
             getattr(importlib.import_module(INJECTIONS), name)(*arguments)
-        code = cli.main(request["argv"])
+        code = run_command(request["argv"])
     except SystemExit as error:
         code = int(error.code or 0)
     except BaseException:
@@ -69,7 +68,7 @@ def start(request: dict[str, Any]) -> int:
 def main() -> None:
     stopping.die_with_launcher()
     torch.set_num_threads(1)
-    numba_jit.warm_up(cpu.warm_up, lambda line: None)
+    numba_jit.warm_up(cpu.warm_up)
     wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.own_warnings import own_warnings
 
-from dist_cifar.cli import main
+from dist_cifar.cli.main import main
 from dist_cifar.config import Config, to_yaml
 from dist_cifar.run.run_dir import RunDir
 from tests import REPOSITORY
+from tests.own_warnings import own_warnings
 
 BIN = Path(sys.executable).parent
 TIMEOUT_SECONDS = 180
@@ -474,7 +474,7 @@ def test_deepspeeds_option_is_refused_where_it_contradicts_the_variables(config,
 def test_help_lists_every_field_and_imports_no_torch():
     code, out, err = run("python -X importtime -m dist_cifar train --help")
     assert code == 0
-    assert "optimizer.lr  (number > 0; 0.001)" in out and "What a cut multiplies the learning rate by" in out
+    assert "optimizer.lr  (number > 0; 0.001)" in out and "What a reduction multiplies the learning rate by" in out
     assert "local_rank" not in out and "torch" not in err and "numpy" not in err and "cli" in err
 
 

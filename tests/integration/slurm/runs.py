@@ -1,7 +1,7 @@
 """The run that every test of this folder trains, and what must be true of it afterwards.
 
 Contract: with `arguments` and `environment` a process trains it under the recorder (`recorder/sitecustomize.py`); a
-`Run` reads what it wrote. `Run.assert_equal_across_ranks` compares weights, metrics and trained samples with an
+`Run` reads what it wrote. `Run.require_equal` compares weights, metrics and trained samples with an
 undisturbed run on one rank: strategy `exact` gives the same bits on any number of ranks.
 """
 
@@ -101,7 +101,7 @@ class Run:
         path = self.dir / "requeues.log"
         return [line.split()[1] for line in path.read_text().splitlines()] if path.exists() else []
 
-    def assert_equal_across_ranks(self, golden: Run, *, once: bool = True) -> None:
+    def require_equal(self, golden: Run, *, once: bool = True) -> None:
         """The run has ended as `golden` did. `once`: no sample was trained on twice, as after a crash."""
         assert self.summary()["weights_sha256"] == golden.summary()["weights_sha256"]
         assert self.rows() == golden.rows()

@@ -67,7 +67,7 @@ def test_two_nodes_of_two_ranks(cluster, submit, golden, script):
     tasks = 1 if script == "train.sbatch" else 2
     job, run = submit(script, ["--nodes=2", f"--ntasks-per-node={tasks}", "--gpus-per-node=2"], seconds="0")
     assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
     assert "4 x cpu" in run.log() and "done" in run.log()
     logs = {path.name: path.read_text() for path in (run.dir / "logs" / f"{job}-0").iterdir()}
     assert sorted(logs) == [f"rank-{rank}.log" for rank in range(4)]
@@ -87,7 +87,7 @@ def test_preemption(cluster, submit, golden):
     assert run.requeues() == ["saved"]
     assert f"stopped and saved at step {stopped_at}; requeued" in run.log()
     assert f"from the checkpoint of step {stopped_at}" in run.log()
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
 
 
 def test_ten_preemptions(cluster, submit, golden):
@@ -99,7 +99,7 @@ def test_ten_preemptions(cluster, submit, golden):
         cluster.wait_until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, 30, f"requeue {cycle + 1}", job)
     assert cluster.wait(job, START_SECONDS)["Restarts"] == "10"
     assert run.requeues() == ["saved"] * 10
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
 
 
 def test_the_end_of_the_time(cluster, submit, golden):
@@ -117,7 +117,7 @@ def test_the_end_of_the_time(cluster, submit, golden):
     for job, run, kind in ((told, told_run, "saved"), (watching, watching_run, "saved"), (late, late_run, "stopped")):
         assert cluster.wait(job, 200)["JobState"] == "COMPLETED", run.log()
         assert run.requeues() == [kind] * int(cluster.job(job)["Restarts"]) != []
-        run.assert_equal_across_ranks(golden)
+        run.require_equal(golden)
     assert "death signal" in told_run.log() and "death signal" not in watching_run.log()
     assert "the time is over; requeued" in late_run.log()
 
@@ -128,7 +128,7 @@ def test_requeue_by_hand(cluster, submit, golden):
     cluster.run("scontrol", "requeue", str(job))
     assert cluster.wait(job, START_SECONDS)["Restarts"] == "1"
     assert run.requeues() == []  # SLURM does it
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
 
 
 def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
@@ -141,7 +141,7 @@ def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
     assert cluster.wait(job, 30)["JobState"] == "CANCELLED"
     for node in nodes:
         cluster.wait_until(lambda node=node: not cluster.processes(node, ours), 20, f"no process on {node}", job)
-    assert run.status()["status"] == "saved"  # and it can go on where it is submitted again
+    assert run.status()["status"] == "saved"  # and it can be resumed where it is submitted again
     assert run.requeues() == []
     assert cluster.job(job)["Restarts"] == "0"
 
@@ -156,7 +156,7 @@ def test_node_failure(cluster, submit, golden, how):
     job_after = cluster.wait(job, 240)
     assert job_after["JobState"] == "COMPLETED" and int(job_after["Restarts"]) >= 1, run.log()
     assert lost not in cluster.nodes_of(job)
-    run.assert_equal_across_ranks(golden, once=False)
+    run.require_equal(golden, once=False)
 
 
 def test_a_job_whose_first_attempt_crashes(cluster, submit, golden):
@@ -164,7 +164,7 @@ def test_a_job_whose_first_attempt_crashes(cluster, submit, golden):
     assert cluster.wait(job, 2 * START_SECONDS)["JobState"] == "COMPLETED", run.log()
     assert run.requeues() == ["crashed"]
     assert "rank 0 failed at step 8: RuntimeError: the recorder breaks this attempt; requeued" in run.log()
-    run.assert_equal_across_ranks(golden, once=False)
+    run.require_equal(golden, once=False)
 
 
 def test_a_job_that_always_crashes_is_given_up(cluster, submit, tmp_path):
@@ -190,7 +190,7 @@ def test_from_two_nodes_to_one(cluster, submit, golden):
     cluster.run("scontrol", "release", str(job))
     assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
     assert "2 x cpu" in run.log() and "1 x cpu" in run.log()
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
 
 
 def test_run_directory_that_one_node_cannot_write(cluster, submit, golden):
@@ -206,7 +206,7 @@ def test_run_directory_that_one_node_cannot_write(cluster, submit, golden):
         cluster.run_on(node, "umount", str(run.dir))
         if lost == 1:  # only rank 0 writes, and the log of the other rank is not worth a run
             assert state == "COMPLETED", run.log()
-            run.assert_equal_across_ranks(golden)
+            run.require_equal(golden)
         else:
             assert state == "FAILED" and run.requeues() == []
             assert re.search(rf"run\.dir={run.dir}: cannot be written \(Read-only file system\)", run.log())
@@ -221,7 +221,7 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
         seconds="0",
     )
     assert cluster.wait(job, START_SECONDS)["JobState"] == "COMPLETED", run.log()
-    run.assert_equal_across_ranks(golden)
+    run.require_equal(golden)
     for node in cluster.nodes_of(job):
         files = cluster.run_on(node, "find", "/dev/shm/staged", "-name", "train_images.npy").stdout.split()
         assert len(files) == 1
@@ -231,7 +231,7 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
 def test_array_of_four_with_two_at_a_time(cluster, tmp_path):
     sweep = [f"run.seed={seed} train.epochs=2" for seed in range(1, 5)]
     commands = [arguments(tmp_path / f"golden-{task}", *line.split()) for task, line in enumerate(sweep, start=1)]
-    program = f"from dist_cifar.cli import main\nassert not any(main(['train', *c]) for c in {commands!r})"
+    program = f"from dist_cifar.cli.main import main\nassert not any(main(['train', *c]) for c in {commands!r})"
     subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
 
     shared = [value for value in arguments(tmp_path) if not value.startswith(("run.dir=", "train.epochs="))]

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
-from dist_cifar import state
-from dist_cifar.state import StepTotals, TrainingSums
+from dist_cifar.run import training_sums
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.state import StepTotals
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_sums_do_not_depend_on_the_split_or_the_order():
 
 def test_sums_of_numbers_that_are_not_rounded_do(monkeypatch):
     """The mutant."""
-    monkeypatch.setattr(state, "_QUANTUM", 2.0**-1000)
+    monkeypatch.setattr(training_sums, "_QUANTUM", 2.0**-1000)
     first, *others = [total(split) for split in splits()]
     assert any(other != first for other in others)
 

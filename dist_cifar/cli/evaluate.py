@@ -1,0 +1,127 @@
+"""`evaluate`: measures the accuracy of a run's model, on the ranks of a launcher if there is one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_cifar.cli.arguments import Commands, add_local_rank, new_file
+from dist_cifar.errors import EXIT_DONE
+
+if TYPE_CHECKING:
+    from dist_cifar.data.dataset import Split
+    from dist_cifar.distributed.collectives import Communicator
+    from dist_cifar.inference import Classifier
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="the accuracy of a run's model, on its test split or on other data",
+        description="Evaluate the best model of a run (or one of its checkpoints) on the run's test split or on --data:"
+        " a folder or zip as for data.source=folder, or the files of CIFAR-10.1 or CIFAR-10-C as published. Under a"
+        " launcher the ranks share the work, with the same result.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="default: the test split that the run names")
+    parser.add_argument("--tta", action="store_true", help="average each image with its mirror image")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the result for programs")
+    add_local_rank(parser)
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluates as one rank and prints the result on rank 0. Returns the exit code."""
+    from dist_cifar.config import Config
+    from dist_cifar.distributed.launch_env import available_cores, check_local_rank, read_env
+
+    env = read_env(os.environ)
+    check_local_rank(os.environ, options.local_rank)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // env.local_world_size)))
+
+    from dist_cifar.cli.job import connect
+    from dist_cifar.distributed.device import choose_device
+    from dist_cifar.inference import load_classifier
+    from dist_cifar.tracking.console import log_to_stream, table
+
+    if env.rank == 0:
+        log_to_stream(sys.stderr, "dist_cifar: ")
+    device = choose_device(Config().run.device, env)
+    classifier = load_classifier(options.run, device)
+    splits = _splits(classifier, options.data)
+    communicator = connect(env, device, classifier.config.run.timeout_seconds)
+    results = {name: _measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()}
+    communicator.close()
+    if env.rank == 0:
+        model = f"{classifier.checkpoint}" + (", mirror images averaged" if options.tta else "")
+        print(table([("model", model), *_rows(results)]))
+        if options.json:
+            facts = {"checkpoint": str(classifier.checkpoint), "weights_sha256": classifier.sha256, "tta": options.tta}
+            _write_json(options.json, facts | {"results": results})
+    return EXIT_DONE
+
+
+def _splits(classifier: Classifier, path: Path | None) -> dict[str, Split]:
+    """What to evaluate on, by name: the test sets at `path`, or without one the run's test split."""
+    from dist_cifar.data.dataset import load_dataset
+    from dist_cifar.data.ood_test_sets import read_test_sets
+
+    data = classifier.config.data
+    if path is None:
+        return {f"{data.source}, test split": load_dataset(dataclasses.replace(data, stage_dir=None)).test}
+    return read_test_sets(path, classifier.classes, data.cache_dir)
+
+
+def _measure(classifier: Classifier, split: Split, communicator: Communicator, *, tta: bool) -> dict[str, Any]:
+    """The result on one split. A collective."""
+    import numpy as np
+
+    from dist_cifar.evaluate import evaluate
+    from dist_cifar.inference import HorizontalFlipTTA
+    from dist_cifar.run.predictions import wilson_interval
+
+    result = evaluate(
+        HorizontalFlipTTA(classifier.module) if tta else classifier.module,
+        split,
+        np.arange(len(split.labels)),
+        stats=classifier.stats,
+        num_classes=len(classifier.classes),
+        batch_size=classifier.config.eval.batch_size,
+        communicator=communicator,
+    )
+    return {
+        "accuracy": result.accuracy,
+        "accuracy_interval": list(wilson_interval(result.correct, result.count)),
+        "loss": result.loss,
+        "count": result.count,
+        "class_accuracy": dict(zip(classifier.classes, result.class_accuracy, strict=True)),
+    }
+
+
+def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The table: a row for each split, and their mean; for a single one a row for each class."""
+    rows = []
+    for name, result in results.items():
+        low, high = result["accuracy_interval"]
+        text = f"{result['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}, loss {result['loss']:.4f}"
+        rows.append((name, f"{text}, {result['count']:,} images"))
+    if len(results) > 1:
+        return [*rows, ("mean", f"{sum(result['accuracy'] for result in results.values()) / len(results):.2%}")]
+    (result,) = results.values()
+    shares = result["class_accuracy"].items()
+    return rows + [(f"  {label}", "-" if share is None else f"{share:.1%}") for label, share in shares]
+
+
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    import json
+
+    from dist_cifar.run.atomic_io import write_atomic
+
+    write_atomic(path, json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,44 @@
+"""`export`: writes the model of a run for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dist_cifar.cli.arguments import Commands, new_folder
+from dist_cifar.errors import EXIT_DONE
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "export",
+        help="write the model of a run for other programs: torch.export or ONNX",
+        description="Write the best model of a run as a graph that takes pixels (uint8, any number of images) and has"
+        " the normalisation inside, compare it with the model, and write a model card beside it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--to", choices=("torch", "onnx"), required=True)
+    parser.add_argument("--out", type=new_folder, metavar="DIR", help="default: RUN/export")
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exports the model and prints where it is. Returns the exit code."""
+    import torch
+
+    from dist_cifar.inference import load_classifier
+    from dist_cifar.tools.export import CHECKED_IMAGES, export
+    from dist_cifar.tracking.console import log_to_stream
+
+    log_to_stream(sys.stderr, "dist_cifar: ")
+    classifier = load_classifier(options.run, torch.device("cpu"))
+    directory = options.out or classifier.checkpoint.parent.parent / "export"
+    path, difference = export(classifier, options.to, directory)
+    print(f"model    {path} ({path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")
+    print("input    uint8 [batch, 32, 32, 3], RGB; normalised inside the graph")
+    print(f"checked  on {CHECKED_IMAGES} images: logits differ from the model's by {difference:.1g} at most")
+    print(f"card     {directory / 'README.md'}")
+    return EXIT_DONE

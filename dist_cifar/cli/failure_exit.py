@@ -1,0 +1,89 @@
+"""How a rank ends when a training fails: who prints what, `status.json`, and the exit code.
+
+Contract: the rank that failed prints its error. Each of the others prints in one line which rank failed first and why.
+`status.json` names that rank, and no process stays, whatever hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, NoReturn
+
+from dist_cifar.cli.error_line import is_disk_error, print_error, with_disk_advice
+from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
+from dist_cifar.errors import EXIT_INTERNAL, DataError, UserError
+from dist_cifar.run.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from dist_cifar.distributed.collectives import Communicator
+
+_LAST_WORDS_SECONDS = 10.0
+"""How long a rank of several, which ends because of a failure, may take to report it."""
+
+
+class FailureExit:
+    """Ends the ranks of one training that failed."""
+
+    def __init__(self, run_dir: RunDir, communicator: Communicator) -> None:
+        self._run_dir, self._communicator, self._rank = run_dir, communicator, communicator.rank
+
+    def fail(self, error: Exception, detector: FailureDetector | None) -> int:
+        """Ends a rank whose training raised `error`. Returns the exit code only if it is the job's only rank."""
+        if is_disk_error(error):
+            message = f"run.dir={self._run_dir.path}: {with_disk_advice(error)}"
+            error = DataError(message).with_traceback(None)
+        if detector is None:
+            failure = own_failure(error, self._rank, self._communicator.step)
+        else:
+            failure = detector.report(error)
+            if is_lost_peer(error):
+                self.end_as_survivor(failure)
+            _limit_last_words()
+        is_first = failure.by == self._rank
+        is_shared = not is_first and failure.reason == describe_error(error)
+        """All ranks have raised it together: rank 0 prints it."""
+        if not isinstance(error, UserError):
+            print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+        elif not is_shared:
+            print_error(str(error), str(self._rank))
+        if not is_first and not is_shared:
+            self._print_first(failure)
+        code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
+        self._write_status(failure)
+        return code if detector is None else leave(code)
+
+    def end_as_survivor(self, failure: Failure) -> NoReturn:
+        """Ends a rank that cannot continue because another one has failed."""
+        _limit_last_words()
+        self._print_first(failure)
+        self._write_status(failure)
+        leave(EXIT_INTERNAL)
+
+    def _print_first(self, failure: Failure) -> None:
+        line = f"rank {self._rank}: {failure.sentence(self._communicator.identities)}"
+        print(f"dist_cifar: error: {line}", file=sys.stderr, flush=True)
+
+    def _write_status(self, failure: Failure) -> None:
+        first = self._communicator.identities[0]
+        with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed; it is reported anyway
+            self._run_dir.write_failure((first.host, first.pid), failure.rank, failure.conclusion)
+
+
+def _limit_last_words() -> None:
+    """Ends the process after a while even if what it reports cannot be written, on a disk or a pipe that hangs."""
+    guard = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (EXIT_INTERNAL,))
+    guard.daemon = True
+    guard.start()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process at once: the destructors of a broken process group may wait for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

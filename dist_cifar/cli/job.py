@@ -1,0 +1,66 @@
+"""How a command's process becomes a rank: its place in the job, and the connection to the other ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING, NoReturn
+
+from dist_cifar import stopping
+from dist_cifar.cli.error_line import report_error
+from dist_cifar.cli.failure_exit import leave
+from dist_cifar.distributed.accelerate_env import refuse_contradictions, started_by_accelerate
+from dist_cifar.distributed.launch_env import DistEnv, check_local_rank, read_env
+from dist_cifar.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_cifar.config import Config
+    from dist_cifar.distributed.collectives import Communicator
+
+_RENDEZVOUS_GRACE_SECONDS = 1.0
+"""The rendezvous times out this much before the clock of `connect`, because its error names the missing ranks."""
+
+
+def enter_job(config: Config, local_rank: int | None) -> DistEnv:
+    """This process's rank in its job, whose signals it heeds from now on. Before torch is imported, which is slow.
+
+    `local_rank` is the option of that name. Raises `LaunchError` for a job that contradicts itself or the config.
+    """
+    env = read_env(os.environ)
+    check_local_rank(os.environ, local_rank)
+    refuse_contradictions(config, os.environ)
+    stopping.install()
+    if env.launcher in ("torchrun", "mpi") or started_by_accelerate(os.environ):
+        stopping.die_with_launcher()
+    return env
+
+
+def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Communicator:
+    """Connects all ranks of the job. Ends the process if they are not connected within the timeout.
+
+    It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
+    """
+    from dist_cifar.distributed.collectives import Communicator
+
+    def end(message: str, code: int) -> NoReturn:
+        report_error(message)
+        leave(code)
+
+    message = (
+        f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
+        f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}; look for one that failed, or set more"
+        " if they start slowly"
+    )
+    clock = threading.Timer(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, end, [message, LaunchError.exit_code])
+    clock.daemon = True
+    clock.start()
+    try:
+        try:
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+        finally:
+            clock.cancel()  # before the report, which waits some seconds for rank 0
+    except LaunchError as error:
+        end(str(error), error.exit_code)

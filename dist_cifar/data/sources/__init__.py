@@ -1,0 +1,15 @@
+"""The sources of data sets, by the names that `data.source` accepts. A new one is a file here and a line below."""
+
+from __future__ import annotations
+
+from dist_cifar.data.sources.base import Source
+from dist_cifar.data.sources.cifar import CIFAR10, CIFAR100, CifarArchive
+from dist_cifar.data.sources.image_folder import ImageFolder
+from dist_cifar.data.sources.synthetic import Synthetic
+
+SOURCES: dict[str, Source] = {
+    "cifar10": CifarArchive(CIFAR10),
+    "cifar100": CifarArchive(CIFAR100),
+    "folder": ImageFolder(),
+    "synthetic": Synthetic(),
+}

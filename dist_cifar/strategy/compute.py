@@ -1,0 +1,51 @@
+"""How the module of a run computes: precision, kernels, compilation, as the config and the strategy allow."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from dist_cifar.augment import cpu
+from dist_cifar.config import Config
+from dist_cifar.data.training_data import TrainingData
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.evaluate import Evaluator
+from dist_cifar.ops import numba_jit
+from dist_cifar.ops.precision import prepare_forward, set_precision, warm_up_kernels
+from dist_cifar.strategy import properties
+
+
+def build_evaluator(module: nn.Module, config: Config, data: TrainingData, communicator: Communicator) -> Evaluator:
+    """The evaluator of a run, with a copy of `module` that computes as the config says and that no strategy wraps."""
+    device = communicator.device
+    copied = copy.deepcopy(module).to(device).to(memory_format=torch.channels_last)
+    set_precision(copied, config.compute.precision, device)
+    return Evaluator(
+        model=copied,
+        dataset=data.dataset,
+        validation_indices=data.validation_indices,
+        batch_size=config.eval.batch_size,
+        communicator=communicator,
+    )
+
+
+def prepare_module(module: nn.Module, config: Config, device: torch.device) -> None:
+    """Sets how `module`, which is on its device, computes in training. Call it once, before it is wrapped."""
+    known = properties(config.strategy)
+    prepare_forward(module, config.compute, device, auto_compile=known.auto_compile, bitwise=known.bitwise)
+
+
+def compile_kernels(config: Config, communicator: Communicator) -> None:
+    """Loads what numba has compiled for this run from its cache, or compiles it. A collective."""
+
+    def use() -> None:
+        cpu.warm_up()
+        warm_up_kernels(config.compute, communicator.device, auto_compile=properties(config.strategy).auto_compile)
+
+    numba_jit.load(use)  # on all ranks in parallel; what follows compiles only on a miss
+    # Rank 0 first, because it is the one that logs what takes long; the others load what it compiled.
+    communicator.run_on_rank0(lambda: numba_jit.warm_up(use))
+    if communicator.rank != 0:
+        numba_jit.warm_up(use)

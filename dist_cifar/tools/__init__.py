@@ -1,0 +1,1 @@
+"""Programs around a training, which never imports them."""

@@ -1,0 +1,87 @@
+"""Checks between the ranks of a job."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from pathlib import Path
+
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.distributed.rendezvous import interface_towards
+from dist_cifar.tools.doctor.findings import Finding, graded, ok, severity, warning
+
+_SKEW_SECONDS = 1.0
+"""How far clocks may be apart."""
+_ONE_NODE_BYTES_PER_SECOND = 0.2e9
+"""What ranks of one host exchange at least: through its memory, even with gloo on a small machine."""
+_SHARE_OF_LINK = 0.5, 0.1
+"""Bandwidth, as a share of what the link should carry: less is a warning, less still a failure."""
+_LATENCY_SECONDS = 0.01, 0.2
+"""Time of an all-reduce of four bytes, likewise: a step makes tens of them, and no cluster's network needs a tenth of
+this."""
+_MESSAGE_BYTES = 2**20
+_BUSY_SECONDS = 1.0
+"""How long the all-reduces of one size may take."""
+
+
+def check_backend(communicator: Communicator, env: DistEnv) -> Finding:
+    """Finds the backend and the interfaces that the ranks use. A collective."""
+    if communicator.world_size == 1:
+        return ok("backend", "one rank: there is no other to exchange with")
+    backend = "nccl" if communicator.device.type == "cuda" else "gloo"
+    interface = interface_towards(env.master_addr)
+    places = communicator.all_gather_object(f"{socket.gethostname()}: {interface or 'unknown'}")
+    return ok("backend", f"{backend}; interfaces towards rank 0: {', '.join(dict.fromkeys(places))}")
+
+
+def check_clocks(communicator: Communicator) -> Finding:
+    """Checks how far the hosts' clocks are apart, at most. A collective."""
+    communicator.all_gather_object(None)
+    started = time.monotonic()
+    times = communicator.all_gather_object(time.time())
+    uncertainty = time.monotonic() - started
+    skew = max(0.0, max(times) - min(times) - uncertainty)
+    text = f"at most {max(times) - min(times):.3f} s apart, {_SKEW_SECONDS:g} s or less wanted"
+    hint = "let NTP or chrony set the clocks: time limits and logs go by them"
+    return warning("clocks", text, hint) if skew > _SKEW_SECONDS else ok("clocks", text)
+
+
+def expected_bytes_per_second(env: DistEnv) -> tuple[float, str]:
+    """How much the link between ranks should carry, and the source of that figure."""
+    if not env.has_several_nodes:
+        return _ONE_NODE_BYTES_PER_SECOND, "one host"
+    interface = interface_towards(env.master_addr)
+    try:
+        megabits = int(Path(f"/sys/class/net/{interface}/speed").read_text())
+    except (OSError, ValueError):
+        megabits = -1
+    if megabits <= 0:
+        return 125e6, f"{interface}, of unknown speed: 1 Gbit/s"
+    return megabits * 1e6 / 8, f"{interface} of {megabits / 1000:g} Gbit/s"
+
+
+def check_all_reduce(communicator: Communicator, env: DistEnv) -> Finding:
+    """Compares time and bandwidth of an all-reduce with what the link should carry. A collective."""
+    size = communicator.world_size
+    if size == 1:
+        return ok("all-reduce", "one rank: nothing to reduce")
+    latency = max(communicator.all_gather_object(statistics.median(communicator.time_all_reduces(4, 20))))
+    nbytes, slowest = _MESSAGE_BYTES, 0.0
+    while True:
+        slowest = max(communicator.all_gather_object(statistics.median(communicator.time_all_reduces(nbytes, 3))))
+        if 3 * 4 * slowest > _BUSY_SECONDS or nbytes >= 64 * _MESSAGE_BYTES:
+            break
+        nbytes *= 4
+    rate = 2 * (size - 1) / size * nbytes / slowest
+    expected, source = min(communicator.all_gather_object(expected_bytes_per_second(env)))
+    text = (
+        f"4 bytes in {1e6 * latency:,.0f} us, {1e6 * _LATENCY_SECONDS[0]:,.0f} us or less wanted; {nbytes // 2**20} MiB"
+        f" in {1000 * slowest:.1f} ms, {rate / 1e9:.3g} GB/s on the wire, {_SHARE_OF_LINK[0] * expected / 1e9:.3g} GB/s"
+        f" wanted, half of what the link should carry ({source})"
+    )
+    hint = "see that NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the fast network, and what else uses it"
+    by_rate = graded("all-reduce", text, hint, rate, *(share * expected for share in _SHARE_OF_LINK))
+    by_latency = graded("all-reduce", text, hint, -latency, *(-limit for limit in _LATENCY_SECONDS))
+    return max((by_rate, by_latency), key=severity)

@@ -1,0 +1,40 @@
+"""Numbers and paths that cannot be, refused before the work begins."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from dist_cifar.cli.main import main
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "x", "--json", "reslts/a.json"], r"no folder reslts; did you mean results/a.json\?"),
+        (["report", "x", "--out", "nowhere/a.html"], "no folder nowhere; make it first"),
+        (["doctor", "--json", "results"], "results is a folder; give a file in it"),
+        (["verify", "--json", "file/a.json"], "file is no folder"),
+        (["export", "x", "--to", "onnx", "--out", "file/deep/er"], "file is no folder"),
+        (["watch", "x", "--port", "99999"], "99999 is not a port"),
+        (["watch", "x", "--port", "http"], "http is not a whole number, 0 or more"),
+        (["predict", "x", "--top", "three"], "three is not a whole number, 1 or more"),
+        (["predict", "x", "--top", "-1"], "expected one argument|-1 is not a whole number"),
+    ],
+)
+def test_a_path_or_number_that_cannot_be_is_refused_at_once(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "file").touch()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable_is_refused_at_once(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main(["report", "x", "--out", str(tmp_path / "a.html")]) == 2
+    assert f"{tmp_path} is not writable; choose another folder" in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""What a resumed run may change."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_cifar.config import Config, at_resume, differences, flatten, load_config
+from dist_cifar.config.load import MOVED
+from dist_cifar.config.schema import AtResume
+
+RULES = {
+    "run.name": "free",
+    "run.dir": "free",
+    "run.seed": "decides",
+    "run.device": "free",
+    "run.threads_per_rank": "free",
+    "run.timeout_seconds": "free",
+    "run.log_every_steps": "free",
+    "run.log_digests": "free",
+    "run.profile": "free",
+    "run.straggler_factor": "free",
+    "run.time_limit_seconds": "free",
+    "data.source": "decides",
+    "data.root": "free",
+    "data.url": "free",
+    "data.cache_dir": "free",
+    "data.stage_dir": "free",
+    "data.validation_size": "decides",
+    "data.synthetic_train_size": "decides",
+    "data.synthetic_test_size": "decides",
+    "augment.policy": "decides",
+    "augment.backend": "free",
+    "augment.flip_probability": "decides",
+    "augment.rotation_degrees": "decides",
+    "augment.brightness": "decides",
+    "augment.contrast": "decides",
+    "augment.saturation": "decides",
+    "augment.sharpness_factor": "decides",
+    "augment.sharpness_probability": "decides",
+    "augment.erasing_probability": "decides",
+    "augment.erasing_area": "decides",
+    "augment.erasing_aspect": "decides",
+    "model.name": "decides",
+    "model.norm": "decides",
+    "batch.global_size": "decides",
+    "batch.per_rank_size": "decides",
+    "batch.max_micro_batch": "decides",
+    "optimizer.lr": "decides",
+    "optimizer.lr_rule": "decides",
+    "optimizer.lr_base_batch": "decides",
+    "optimizer.warmup_epochs": "decides",
+    "optimizer.weight_decay": "decides",
+    "optimizer.betas": "decides",
+    "optimizer.eps": "decides",
+    "optimizer.max_grad_norm": "decides",
+    "optimizer.non_finite": "decides",
+    "optimizer.max_skipped_steps": "decides",
+    "plateau.metric": "decides",
+    "plateau.factor": "decides",
+    "plateau.patience_evaluations": "decides",
+    "plateau.threshold": "decides",
+    "plateau.cooldown_evaluations": "decides",
+    "plateau.min_lr": "decides",
+    "train.epochs": "free",
+    "train.max_steps": "free",
+    "train.label_smoothing": "decides",
+    "strategy.name": "rounding",
+    "strategy.virtual_ranks": "rounding",
+    "strategy.grad_compression": "rounding",
+    "strategy.zero_stage": "rounding",
+    "compute.precision": "decides",
+    "compute.compile": "rounding",
+    "eval.every_epochs": "decides",
+    "eval.batch_size": "decides",
+    "checkpoint.every_steps": "free",
+    "checkpoint.keep_last": "free",
+    "checkpoint.keep_best": "free",
+    "checkpoint.keep_every_steps": "free",
+    "checkpoint.on_write_error": "free",
+    "tracking.also": "free",
+    "tracking.wandb": "free",
+    "tracking.wandb_project": "free",
+    "tracking.wandb_entity": "free",
+    "tracking.wandb_group": "free",
+    "tracking.wandb_job_type": "free",
+    "tracking.wandb_notes": "free",
+    "tracking.wandb_tags": "free",
+    "tracking.wandb_checkpoints": "free",
+}
+"""Every key and what a resumed run may do with it. `decides`: it changes the result; `rounding`: it changes how the
+same result is computed; `free`: neither. A new key, or another rule for one, is a decision taken here as well."""
+
+
+def test_every_key_and_its_rule_is_a_decision():
+    assert {key: at_resume(key).value for key in flatten(Config())} == RULES
+
+
+def test_differences_name_what_decides_the_result():
+    config = load_config(None, ["optimizer.lr=0.5", "run.log_every_steps=3", "run.dir=elsewhere"])
+    assert differences(flatten(load_config()), config) == {"optimizer.lr": "optimizer.lr: 0.001 -> 0.5"}
+    elsewhere = load_config(None, ["run.log_every_steps=3", "data.stage_dir=$SLURM_TMPDIR"])
+    assert elsewhere.data.stage_dir == "$SLURM_TMPDIR"  # each node has its own
+    assert differences(flatten(load_config()), elsewhere) == {}
+
+
+@pytest.mark.parametrize(("key", "rule"), [("strategy.name", "rounding"), ("optimizer.lr", "decides")])
+def test_what_is_not_free_is_a_difference(key, rule):
+    old = flatten(load_config()) | {key: "another"}
+    assert list(differences(old, load_config())) == [key] and at_resume(key) is AtResume(rule)
+
+
+def test_a_key_that_is_unknown_decides():
+    """A checkpoint of another version: what it has set may have changed the result."""
+    assert at_resume("train.unheard_of") is AtResume.DECIDES
+    assert list(differences(flatten(load_config()) | {"train.unheard_of": 1}, load_config())) == ["train.unheard_of"]
+
+
+def test_a_checkpoint_with_old_keys_is_resumed():
+    names = {new: old for old, new in MOVED.items()}
+    old = {names.get(key, key): value for key, value in flatten(load_config()).items()}
+    assert differences(old, load_config()) == {}
+    assert list(differences(old, load_config(None, ["compute.precision=fp32"]))) == ["compute.precision"]

@@ -1,0 +1,56 @@
+"""How a global batch is divided, and when an evaluation is due."""
+
+from __future__ import annotations
+
+import pytest
+
+from dist_cifar.config import BatchConfig, TrainConfig
+from dist_cifar.data.batching import evaluation_due, plan_batches, schedule_due
+from dist_cifar.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "expected"),
+    [
+        (BatchConfig(global_size=128), 4, (128, 32, 1, 32)),
+        (BatchConfig(global_size=128, max_micro_batch=16), 2, (128, 64, 4, 16)),
+        (BatchConfig(global_size=96, max_micro_batch=20), 3, (96, 32, 2, 16)),
+        (BatchConfig(global_size=None, per_rank_size=50), 3, (150, 50, 1, 50)),
+        (BatchConfig(global_size=128, max_micro_batch=1000), 1, (128, 128, 1, 128)),
+    ],
+)
+def test_plan(batch, world_size, expected):
+    plan = plan_batches(batch, TrainConfig(epochs=3), slices=world_size, world_size=world_size, train_size=1000)
+    assert (plan.global_size, plan.per_rank_size, plan.micro_batches, plan.micro_size) == expected
+    assert plan.steps_per_epoch == 1000 // plan.global_size
+    assert plan.total_steps == 3 * plan.steps_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("limit", "world_size", "expected"),
+    [
+        (None, 1, (128, 8, 1, 16)),
+        (None, 4, (32, 2, 1, 16)),
+        (None, 8, (16, 1, 1, 16)),
+        (100, 1, (128, 8, 1, 16)),
+        (8, 2, (64, 8, 2, 8)),
+        (5, 8, (16, 4, 4, 4)),
+    ],
+)
+def test_micro_batches_of_a_virtual_rank_do_not_depend_on_the_world_size(limit, world_size, expected):
+    """(samples of a rank, its passes, passes of a virtual rank, samples of a pass)"""
+    batch = BatchConfig(global_size=128, max_micro_batch=limit)
+    plan = plan_batches(batch, TrainConfig(), slices=8, world_size=world_size, train_size=1000)
+    assert (plan.per_rank_size, plan.micro_batches, plan.passes, plan.micro_size) == expected
+
+
+def test_a_batch_larger_than_the_split_is_an_error_that_names_both():
+    with pytest.raises(ConfigError, match=r"one global batch is 128 samples, the training split has 100"):
+        plan_batches(BatchConfig(global_size=128), TrainConfig(), slices=2, world_size=2, train_size=100)
+
+
+def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
+    batch, train = BatchConfig(global_size=10), TrainConfig(epochs=5, max_steps=43)
+    plan = plan_batches(batch, train, slices=1, world_size=1, train_size=100)
+    assert [step for step in range(1, 44) if evaluation_due(plan, 2, step)] == [20, 40, 43]
+    assert [step for step in range(1, 44) if schedule_due(plan, 2, step)] == [20, 40]

@@ -1,0 +1,78 @@
+"""The durable writes under the checkpoints, the cache and the small files of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from dist_cifar.run import atomic_io
+from tests.run.checkpoint_harness import REAL, Code, Death, Disk, assert_caught, names, using
+
+
+def check_write_atomic(code: Code, root: Path) -> int:
+    """The old content or the new, whenever the process dies; the new once it has returned."""
+    path = root / "file"
+    for die_at in itertools.count():
+        with using(code, Disk()):
+            code.atomic_io.write_atomic(path, "old")
+        with using(code, Disk(die_at=die_at)) as disk, contextlib.suppress(Death):
+            code.atomic_io.write_atomic(path, b"new content")
+        disk.lose_power(root, is_lost=lambda: True)
+        assert path.read_bytes() in ({b"old", b"new content"} if disk.died else {b"new content"})
+        if not disk.died:
+            return die_at
+
+
+def test_write_atomic(tmp_path):
+    assert check_write_atomic(REAL, tmp_path) == 5  # open, write, fsync, rename, fsync of the directory
+    assert names(tmp_path) == {"file"}
+    atomic_io.write_atomic(tmp_path / "file", "ü")
+    assert (tmp_path / "file").read_bytes() == "ü".encode()
+    with using(REAL, Disk(full_at=1)), pytest.raises(OSError, match="No space"):
+        atomic_io.write_atomic(tmp_path / "file", "x")
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "ü"
+
+
+def test_a_write_may_be_short(tmp_path, monkeypatch):
+    disk = Disk()
+    disk.write = lambda descriptor, data: os.write(descriptor, data[:7])
+    with using(REAL, disk):
+        atomic_io.write_file(tmp_path / "file", bytes(range(100)))
+    assert (tmp_path / "file").read_bytes() == bytes(range(100))
+
+
+def test_a_file_system_without_directory_syncs(tmp_path):
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    disk = Disk()
+    disk.fsync = fsync
+    with using(REAL, disk):
+        number = errno.EINVAL
+        atomic_io.fsync_dir(tmp_path)
+        number = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            atomic_io.fsync_dir(tmp_path)
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "rename not synced in write_atomic": (check_write_atomic, "atomic_io", "    fsync_dir(new.parent)\n", ""),
+    "overwritten in place": (
+        check_write_atomic,
+        "atomic_io",
+        'path.with_name(f".tmp-{path.name}{writer}")',
+        "path",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(tmp_path, name):
+    assert_caught(tmp_path, *MUTANTS[name])
