@@ -15,6 +15,21 @@ def number(value: float, *, percent: bool = False) -> str:
     return f"{value:.4g}"
 
 
+def pixels(position: float) -> str:
+    """A position in an SVG."""
+    return f"{position:.1f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return f"{share:.{digits}%}"
+
+
+def thousands(count: int) -> str:
+    """A whole number with commas."""
+    return f"{count:,}"
+
+
 def counted(count: int, thing: str) -> str:
     """A number of things: 1 start, 2 starts."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
@@ -31,8 +46,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {int(seconds % 60)} s" if minutes else f"{seconds:.0f} s"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share as a percentage."""
-    return f"{share:.{digits}%}"

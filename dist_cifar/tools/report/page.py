@@ -99,9 +99,9 @@ def environment() -> jinja2.Environment:
 
     made.globals["inline"] = inline
     made.filters |= {
-        "pixels": lambda value: f"{value:.1f}",
+        "pixels": formats.pixels,
         "percent": formats.percent,
         "small_share": formats.small_share,
-        "thousands": lambda count: f"{count:,}",
+        "thousands": formats.thousands,
     }
     return made
