@@ -45,13 +45,13 @@ from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_byt
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, load_config
+from dist_cifar.data.batching import plan_batches
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv, available_cores, read_env
 from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
-from dist_cifar.optim.lr_schedule import plan_batches
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.strategy import build_strategy, reduction_queue, tree_reduce
+from dist_cifar.strategy import build_strategy, reduction_queue, slice_count, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
@@ -125,7 +125,9 @@ class Side:
                 *SIDES[name],
             ],
         )
-        plan = plan_batches(config.batch, config.train, world_size=communicator.world_size, train_size=GLOBAL_BATCH)
+        world_size = communicator.world_size
+        slices = slice_count(config.batch, config.strategy, world_size=world_size)
+        plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=GLOBAL_BATCH)
         module = build_model(config.model, num_classes=10, seed=0).train()
         self.strategy = build_strategy(module, config, communicator=communicator, plan=plan)
         generator = torch.Generator().manual_seed(communicator.rank)

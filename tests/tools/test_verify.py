@@ -28,7 +28,7 @@ from dist_cifar.tools.verify.plan import Agent, Placement, Segment, Trial, place
 from dist_cifar.tools.verify.ranks import Tail, log_path, segment_failure
 
 BIN = Path(sys.executable).parent
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 
 # --- what is run -------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dist_cifar.data import batching
+from dist_cifar.data import training_data
 from dist_cifar.data.batching import TrainingBatches
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed import collectives
@@ -167,12 +167,12 @@ def poison(at_step: int) -> None:
 
 def change_data() -> None:
     """The data set's files hold something else than before."""
-    original = batching.load_dataset
+    original = training_data.load_dataset
 
     def load_dataset(*arguments: Any, **options: Any) -> Any:
         return dataclasses.replace(original(*arguments, **options), content_sha256="0" * 64)
 
-    batching.load_dataset = load_dataset
+    training_data.load_dataset = load_dataset
 
 
 def die_at_lr_reduction(when: str) -> None:
