@@ -157,6 +157,7 @@ logging.getLogger("dist_cifar").setLevel(logging.INFO)
 directory, dice, last = Path(sys.argv[1]), random.Random(2), 0
 begun = mmap.mmap(-1, 8)  # shared with the children: the last step whose save began
 for kill in range(25):
+    begun[:] = last.to_bytes(8, "little")
     child = os.fork()
     if child == 0:
         store = CheckpointStore(directory, keep_last=1)
@@ -165,6 +166,10 @@ for kill in range(25):
             store.begin_save(step, tensors, {"step": step}, best=step % 2 == 0)
             begun[:] = step.to_bytes(8, "little")
         os._exit(1)
+    # However slow the machine is: a save has begun, or one is done and the next has begun.
+    while int.from_bytes(begun[:], "little") <= last + kill % 2:
+        time.sleep(0.001)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
     time.sleep(dice.uniform(0.0, 0.05))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
