@@ -77,6 +77,8 @@ docs: $(VENV)/installed-test
 	$(BIN)/python benchmarks/publish/tree_picture.py docs/tree.svg
 	$(BIN)/python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png
 	$(BIN)/python benchmarks/publish/plot.py benchmarks/results/peers.json docs/peers.png
+	@test -f runs/quickstart/report.html || { echo "docs/report.png stays: make quickstart first"; exit 0; } && \
+	$(BIN)/python benchmarks/publish/report_picture.py runs/quickstart docs/report.png
 
 # Universal: with markers for each Python and platform. The packages of the first file are those of the second, at the
 # same versions, that running needs. A version that is locked stays while it fits, unless UPGRADE=--upgrade.

@@ -110,7 +110,7 @@ def unequal_plateau(communicator: Communicator) -> None:
     communicator.assert_equal_across_ranks("the state of the plateau", dataclasses.asdict(state))
 
 
-def test_ranks_that_disagree_do_not_go_on(ranks):
+def test_ranks_that_disagree_do_not_continue(ranks):
     with pytest.raises(Exception, match=r"the state of the plateau differs.*\[2\]"):
         ranks.run(3, unequal_plateau)
 
@@ -270,7 +270,7 @@ def test_buckets_that_change_with_a_resume_are_caught(ranks, tiny, tmp_path):
     assert summary(config)["weights_sha256"] != summary(undisturbed)["weights_sha256"]
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(ranks, tiny, tmp_path):
+def test_a_run_that_died_resumes_from_its_last_checkpoint(ranks, tiny, tmp_path):
     config = tiny("checkpoint.every_steps=2")
     undisturbed = at(config, tmp_path / "undisturbed")
     ranks.run(2, train, undisturbed)
@@ -313,7 +313,7 @@ def test_a_run_resumes_on_another_number_of_ranks(ranks, tiny):
     ("first", "second", "world_size"),
     [("exact", "fsdp", 2), ("fsdp", "deepspeed", 1), ("deepspeed", "ddp", 4), ("ddp", "exact", 2)],
 )
-def test_a_run_goes_on_in_another_strategy(ranks, tiny, tmp_path, first, second, world_size):
+def test_a_run_resumes_in_another_strategy(ranks, tiny, tmp_path, first, second, world_size):
     """The losses stay those of one that never changed, to rounding; where exactness ended is said and written."""
     common = ("model.norm=group", "train.epochs=1", "run.log_every_steps=1", "strategy.zero_stage=3")
     undisturbed = at(tiny(*common, f"strategy.name={first}"), tmp_path / "undisturbed")

@@ -32,7 +32,7 @@ def headline(
     (length,) = {row["steps"] for row in exactness["results"]}
     equal = sum(row["equal"] for row in exactness["results"])
     compared = " and ".join(dict.fromkeys(MODELS[row["model"]] for row in exactness["results"]))
-    chains = {tuple(phase["world_sizes"]) for row in exactness["results"] for phase in row["phases"]}
+    chains = {tuple(trial["world_sizes"]) for row in exactness["results"] for trial in row["trials"]}
     sizes = ", ".join(str(chain[0]) for chain in sorted(chains) if len(chain) == 1)
     killed = " -> ".join(map(str, next(chain for chain in chains if len(chain) > 1)))
     ours, pil = (

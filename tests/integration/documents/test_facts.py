@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cifar import state
 from dist_cifar.config import Config, describe, load_config
 from dist_cifar.config.schema import SECTIONS
 from dist_cifar.errors import ConfigError
+from dist_cifar.run import training_sums
 from dist_cifar.run.provenance import numerics_fingerprint
 from dist_cifar.strategy import reduction_queue
 from dist_cifar.strategy.tree_reduce import TreeAccumulator
@@ -147,8 +147,8 @@ def test_the_partial_sums_of_a_rank_are_as_many_as_the_page_says():
 def test_constants_are_those_of_the_code():
     assert Config().strategy.virtual_ranks == 8 and "(8 by default: 1, 2, 4 or 8 ranks)" in EXACTNESS
     assert f"at least {reduction_queue.BUCKET_BYTES // 2**20} MiB" in EXACTNESS
-    assert state._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
-    assert 2**53 * state._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
+    assert training_sums._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
+    assert 2**53 * training_sums._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
 
 
 # --- docs/slurm.md -----------------------------------------------------------------------------------------------
