@@ -47,7 +47,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-LIMIT_SECONDS = 600.0
+LIMIT_SECONDS = 1800.0
 POLL_SECONDS = 0.2
 RENAMED: dict[str, str] = {}
 """Keys of the config, as they are called here, that a later commit refuses, and what they are called there: for example
