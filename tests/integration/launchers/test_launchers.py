@@ -255,7 +255,7 @@ def test_launchers_of_other_strategies(launcher, overrides, config, golden_run, 
         launcher += f" --master_port {free_port()}"
     code, out, err = run(
         f"{launcher} dist_cifar/train.py --config {config} run.dir={tmp_path}/run train.epochs=1"
-        f" {'' if 'strategy' in overrides else 'strategy.name=deepspeed'} {overrides}",
+        f" {'' if 'strategy.name' in overrides else 'strategy.name=deepspeed'} {overrides}",
         DS_ACCELERATOR="cpu",
     )
     assert code == 0, err
