@@ -106,7 +106,7 @@ def test_the_end_of_the_time(cluster, submit, golden):
     """Three jobs at once, on one node each: one is told by SLURM (--signal), one watches the clock, and the third is in
     a step that is longer than its time, and is killed."""
     told, told_run = submit(
-        "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@100"], seconds="2 0.1", name="told"
+        "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@70"], seconds="2 0.1", name="told"
     )
     watching, watching_run = submit(
         "train_srun.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="2 0.1", name="watching"
