@@ -41,7 +41,10 @@ quickstart: $(VENV)/installed
 	@echo "  accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py --config configs/cpu_resnet20.yaml"
 
 # The tests on a SLURM cluster and those of faults mostly wait: they run beside the others, and their output follows.
+# The package is compiled first: where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of processes that the tests
+# start would compile it for itself.
 test: $(VENV)/installed-test
+	@$(BIN)/python -m compileall -q dist_cifar
 	@($(BIN)/python -m pytest tests/integration/slurm; slurm=$$?; $(BIN)/python -m pytest tests/integration/faults && exit $$slurm) \
 		>$(VENV)/waiting.log 2>&1 & waiting=$$!; \
 	$(BIN)/python -m pytest --ignore=tests/integration/slurm --ignore=tests/integration/faults; others=$$?; \
