@@ -105,9 +105,7 @@ def test_ten_preemptions(cluster, submit, golden):
 def test_the_end_of_the_time(cluster, submit, golden):
     """Three jobs at once, on one node each: one is told by SLURM (--signal), one watches the clock, and the third is in
     a step that is longer than its time, and is killed."""
-    told, told_run = submit(
-        "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@70"], seconds="2 0.1", name="told"
-    )
+    told, told_run = submit("train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@70"], seconds="2 0.1", name="told")
     watching, watching_run = submit(
         "train_srun.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="2 0.1", name="watching"
     )
@@ -116,7 +114,9 @@ def test_the_end_of_the_time(cluster, submit, golden):
     )
     for job, run, kind in ((told, told_run, "saved"), (watching, watching_run, "saved"), (late, late_run, "stopped")):
         assert cluster.wait(job, 200)["JobState"] == "COMPLETED", run.log()
-        assert run.requeues() == [kind] * int(cluster.job(job)["Restarts"]) != []
+        first, *others = run.requeues()
+        assert first == kind and set(others) <= {"saved"}  # others: on a machine that does not get done in a minute
+        assert len(run.requeues()) == int(cluster.job(job)["Restarts"])
         run.require_equal(golden)
     assert "death signal" in told_run.log() and "death signal" not in watching_run.log()
     assert "the time is over; requeued" in late_run.log()
