@@ -39,7 +39,7 @@ def classifier(trained, said):
 
 def by_hand(classifier, images: np.ndarray) -> torch.Tensor:
     """Logits from the definition: no kernel of ours, no graph."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.stats.mean, classifier.stats.std))
     inputs = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.no_grad():
         return classifier.module(inputs)
@@ -255,7 +255,7 @@ def test_published_layouts_are_read(trained, classifier, tmp_path):
     ("files", "message"),
     [
         ({}, "no train/<class>/"),
-        ({"cifar10.1_v6_data.npy": np.zeros((3, 32, 32), np.uint8)}, r"is not uint8 \[n, 32, 32, 3\]"),
+        ({"cifar10.1_v6_data.npy": np.zeros((3, 32, 32), np.uint8)}, r"must be contiguous uint8 \[n, 32, 32, 3\]"),
         ({"cifar10.1_v6_data.npy": np.zeros((3, 32, 32, 3), np.uint8)}, "are not the labels of 3 images"),
         ({"labels.npy": np.zeros(2, np.int64)}, "no <corruption>.npy"),
         (
@@ -323,8 +323,7 @@ def _evaluated(communicator, path):
         classifier.module,
         Split(images=images, labels=labels),
         np.arange(80),
-        mean=classifier.mean,
-        std=classifier.std,
+        stats=classifier.stats,
         num_classes=10,
         batch_size=16,
         communicator=communicator,
