@@ -46,7 +46,7 @@ def test_onnx_gives_the_models_logits_for_any_batch(trained, classifier, tmp_pat
         np.testing.assert_allclose(logits, by_hand(classifier, images), rtol=1e-3, atol=1e-3)
     facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
     assert json.loads(facts["classes"]) == list(CLASSES) and facts["weights_sha256"] == classifier.sha256
-    assert json.loads(facts["normalisation"])["mean"] == list(classifier.mean)
+    assert json.loads(facts["normalisation"])["mean"] == list(classifier.stats.mean)
 
 
 def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier):
