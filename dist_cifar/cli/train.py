@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(config.run.device, env)
     keep_freed_memory()
     communicator = connect(env, device, config.run.timeout_seconds)
-    failure_exit = FailureExit(RunDir(config.run.dir or "."), communicator)
+    failure_exit = FailureExit(RunDir.of(config), communicator)
     detector = communicator.watch(failure_exit.end_as_survivor)
     try:
         is_done = train(
