@@ -22,8 +22,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the
 
 import accelerate  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401 - the first DDP of a process imports it, and the next one
-import torch.distributed.tensor  # noqa: F401
+import torch._dynamo  # the first DDP of a process imports it, and the next one
+import torch.distributed.tensor
 
 from dist_cifar import stopping, trainer  # noqa: F401
 from dist_cifar.augment import cpu
