@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from dist_cifar.config import Config
+    from dist_cifar.distributed.agreement import Facts
     from dist_cifar.distributed.collectives import Communicator
 
 _RENDEZVOUS_GRACE_SECONDS = 1.0
@@ -38,8 +39,9 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
     return env
 
 
-def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Communicator:
-    """Connects all ranks of the job. Ends the process if they are not connected within the timeout.
+def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: Facts) -> Communicator:
+    """Connects all ranks of the job, which all must have the same `facts`. Ends the process if they are not connected
+    within the timeout or are not to run the same thing.
 
     It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
     """
@@ -59,7 +61,7 @@ def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Commu
     clock.start()
     try:
         try:
-            return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=facts)
         finally:
             clock.cancel()  # before the report, which waits some seconds for rank 0
     except LaunchError as error:

@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from dist_cifar.cli.job import connect
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
+    from dist_cifar.run.provenance import shared_facts
     from dist_cifar.run.run_dir import RunDir
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
     keep_freed_memory()
-    communicator = connect(env, device, config.run.timeout_seconds)
+    communicator = connect(env, device, config.run.timeout_seconds, shared_facts(config))
     failure_exit = FailureExit(RunDir.of(config), communicator)
     detector = communicator.watch(failure_exit.end_as_survivor)
     try:
