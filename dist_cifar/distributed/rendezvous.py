@@ -29,7 +29,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -60,7 +60,7 @@ def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.S
     """
     timeout, wait = datetime.timedelta(seconds=timeouts.run_seconds), _Wait(env, timeouts, setting)
     if env.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timeout, wait_for_workers=False)
+        store = _host_store(env, timeout)
         # Only now: torch looks up names for its log, which takes 5 s where a name server is lost.
         with RendezvousServer(env) as server:
             address = server.wait_for_ranks(store.port, wait)
@@ -74,6 +74,26 @@ def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.S
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     return store
+
+
+def _host_store(env: DistEnv, timeout: datetime.timedelta) -> dist.Store:
+    """A store on a free port, which nobody outside this node can reach if all ranks are on it."""
+    listener = _create_server(env, 0)
+    port = listener.getsockname()[1]
+    # torch closes what it is given, and alone it would listen on every interface.
+    descriptor = listener.detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def _create_server(env: DistEnv, port: int) -> socket.socket:
+    """Listens at the port: on loopback, or for ranks on other nodes on every interface."""
+    if not env.has_several_nodes:
+        return socket.create_server(("127.0.0.1", port), backlog=1024)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=1024)
 
 
 class _Wait:
@@ -120,7 +140,7 @@ class RendezvousServer:
     def __init__(self, env: DistEnv) -> None:
         """Raises `LaunchError` if all ports are taken."""
         self._env = env
-        self._listener = _listen(candidate_ports(env.master_port))
+        self._listener = _listen(env)
         self._peers: dict[socket.socket, _Peer] = {}
         self._gone: set[int] = set()
         """Ranks that had connected when their own wait ended, which may be just before that of rank 0."""
@@ -217,14 +237,12 @@ class RendezvousServer:
         return next((address for address in found if not _is_loopback(address)), "127.0.0.1")
 
 
-def _listen(ports: Sequence[int]) -> socket.socket:
-    """Listens on the first free port of `ports`."""
-    dual = socket.has_dualstack_ipv6()
+def _listen(env: DistEnv) -> socket.socket:
+    """Listens on the first free one of the job's ports."""
+    ports = candidate_ports(env.master_port)
     for port in ports:
         with contextlib.suppress(OSError):
-            if dual:
-                return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-            return socket.create_server(("", port), backlog=1024)
+            return _create_server(env, port)
     raise LaunchError(
         f"launch: rank 0 can listen on none of the ports {_listed(ports)} of {socket.gethostname()}: all are taken; set"
         " another MASTER_PORT, from which they follow"

@@ -215,6 +215,48 @@ def test_no_free_port_is_an_error(start, port):
         assert "rank 0 can listen on none of the ports" in refused(start(job("a", 2, port)[0]))
 
 
+# --- who can reach the ports -------------------------------------------------------------------------------------
+
+
+def listening_addresses() -> set[str]:
+    return {
+        connection.laddr.ip for connection in psutil.Process().net_connections("tcp") if connection.status == "LISTEN"
+    }
+
+
+@pytest.mark.parametrize("is_one_node", [True, False])
+def test_only_ranks_on_other_nodes_make_it_listen_beyond_loopback(start, port, is_one_node, no_interface):
+    """The rendezvous server while it waits, the store afterwards."""
+    before = listening_addresses()
+    ranks = job("a", 2, port) if is_one_node else on_nodes(job("a", 2, port), *[own_address()[0]] * 2)
+    zero = start(ranks[0])
+    wait_until_taken(candidate_ports(port)[0])
+    waiting = listening_addresses() - before
+    stores = [zero, start(ranks[1])]
+    require_one_store(stores)
+    beyond = {address for address in waiting | (listening_addresses() - before) if not address.startswith("127.")}
+    assert bool(beyond) != is_one_node
+
+
+def test_a_name_of_the_node_that_does_not_resolve_is_not_looked_up(start, port):
+    environ = TORCHRUN | {"MASTER_PORT": str(port), "MASTER_ADDR": "nowhere-x9.invalid", "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} for rank in range(2)]
+    require_one_store([start(read_env(environ | rank)) for rank in ranks])
+
+
+def test_ranks_with_another_secret_do_not_meet(start, port):
+    def env(rank: int, secret: str) -> DistEnv:
+        return read_env(
+            TORCHRUN
+            | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "DIST_CIFAR_SECRET": secret}
+            | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        )
+
+    zero, stranger = start(env(0, "a"), 30), start(env(1, "b"), 1)
+    assert "nobody who knows this job answers" in refused(stranger)
+    require_one_store([zero, start(env(1, "a"))])
+
+
 # --- jobs do not mix ---------------------------------------------------------------------------------------------
 
 
