@@ -19,6 +19,7 @@ import pytest
 
 from dist_cifar import stopping
 from dist_cifar.distributed import rendezvous
+from dist_cifar.distributed.interfaces import interface_of, require_existing
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports, read_env
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import LaunchError
@@ -418,16 +419,17 @@ def own_address() -> tuple[str, str]:
 
 
 def test_interfaces_are_found_by_their_address():
-    assert rendezvous.interface_of("127.0.0.1") == "lo"
-    assert rendezvous.interface_of("203.0.113.77") is None
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") is None
     address, name = own_address()
-    assert rendezvous.interface_of(address) == name
+    assert interface_of(address) == name
 
 
 @pytest.fixture
 def no_interface(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def on_nodes(ranks: list[DistEnv], *addresses: str) -> list[DistEnv]:
@@ -455,11 +457,34 @@ def test_ranks_of_a_node_that_takes_its_own_name_for_loopback_learn_its_address_
     assert told == [address] * 3
 
 
-def test_an_interface_that_is_set_is_kept_and_one_node_needs_none(start, port, monkeypatch):
-    address, _ = own_address()
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+def test_an_interface_that_is_set_is_kept_between_nodes_and_one_node_has_loopback(start, port, no_interface):
+    address, name = own_address()
+    os.environ["GLOO_SOCKET_IFNAME"] = f"{name},mine"
     require_one_store([start(env) for env in on_nodes(job("a", 2, port), address, address)])
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == f"{name},mine"
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
     require_one_store([start(env) for env in job("a", 2, port)])
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_known"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("GLOO_SOCKET_IFNAME", "nix0,lo", True),
+        ("GLOO_SOCKET_IFNAME", "", True),
+        ("GLOO_SOCKET_IFNAME", "nix0", False),
+        ("GLOO_SOCKET_IFNAME", "l", False),
+        ("NCCL_SOCKET_IFNAME", "l", True),
+        ("NCCL_SOCKET_IFNAME", "=lo", True),
+        ("NCCL_SOCKET_IFNAME", "=l", False),
+        ("NCCL_SOCKET_IFNAME", "^docker", True),
+        ("NCCL_SOCKET_IFNAME", "nix", False),
+    ],
+)
+def test_an_interface_that_does_not_exist_is_named(variable, value, is_known):
+    if is_known:
+        require_existing({variable: value})
+    else:
+        with pytest.raises(LaunchError, match=rf"{variable}={value}: .* has no such network interface; .*lo"):
+            require_existing({variable: value})
