@@ -40,7 +40,8 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluates as one rank and prints the result on rank 0. Returns the exit code."""
     from dist_cifar.config import Config
-    from dist_cifar.distributed.launch_env import available_cores, check_local_rank, read_env
+    from dist_cifar.distributed.cores import available_cores
+    from dist_cifar.distributed.launch_env import check_local_rank, read_env
 
     env = read_env(os.environ)
     check_local_rank(os.environ, options.local_rank)

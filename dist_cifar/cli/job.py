@@ -12,6 +12,7 @@ from dist_cifar.cli.error_line import report_error
 from dist_cifar.cli.failure_exit import leave
 from dist_cifar.distributed.accelerate_env import refuse_contradictions, started_by_accelerate
 from dist_cifar.distributed.launch_env import DistEnv, check_local_rank, read_env
+from dist_cifar.distributed.process_env import prepare_environment
 from dist_cifar.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
     env = read_env(os.environ)
     check_local_rank(os.environ, local_rank)
     refuse_contradictions(config, os.environ)
+    prepare_environment(env, os.environ)
     stopping.install()
     if env.launcher in ("torchrun", "mpi") or started_by_accelerate(os.environ):
         stopping.die_with_launcher()

@@ -104,7 +104,7 @@ def _set_threads(config: Config, env: DistEnv) -> int:
     Accelerate and DDP warn about OMP_NUM_THREADS when it is missing. A strategy that has the same bits on every machine
     has one thread, since their number changes how sums are rounded.
     """
-    from dist_cifar.distributed.launch_env import available_cores
+    from dist_cifar.distributed.cores import available_cores
     from dist_cifar.strategy import properties
 
     is_single = properties(config.strategy).single_threaded

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -310,10 +309,3 @@ def candidate_ports(master_port: int, count: int = 8) -> list[int]:
     first, stride = int.from_bytes(seed[:4], "big"), 2 * int.from_bytes(seed[4:6], "big") + 1
     ports = [_LOWEST_PORT + (first + stride * i) % _PORTS for i in range(count + 1)]
     return [port for port in ports if port != master_port][:count]
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

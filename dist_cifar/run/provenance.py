@@ -20,7 +20,7 @@ import torch
 
 import dist_cifar
 from dist_cifar.config import Config, flatten
-from dist_cifar.distributed.launch_env import available_cores
+from dist_cifar.distributed.cores import available_cores
 
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
 """Environment variables that choose the instructions of CPU kernels."""
