@@ -168,6 +168,20 @@ def refuse_lone_task(environ: Mapping[str, str], *, wall_time: float | None = No
     )
 
 
+def starts_ranks(environ: Mapping[str, str], ranks: int) -> bool:
+    """Whether a process that was asked for so many ranks is to start them: it is none itself.
+
+    Raises `LaunchError` if it is a rank of another number of them.
+    """
+    env = read_env(environ)
+    if env.launcher != "none" and env.world_size != ranks:
+        raise LaunchError(
+            f"launch: --ranks {ranks} was given and a launcher has started {env.world_size} (launcher: {env.launcher});"
+            " leave the option out, or the launcher"
+        )
+    return env.launcher == "none"
+
+
 def check_local_rank(environ: Mapping[str, str], local_rank: int | None) -> None:
     """Raises `LaunchError` if `--local_rank`, which DeepSpeed's launcher adds to the command, is not LOCAL_RANK."""
     if local_rank is not None and environ.get("LOCAL_RANK") != str(local_rank):
