@@ -40,8 +40,7 @@ def run_ranks(count: int, command: Sequence[str] | None = None, *, environ: Mapp
         )
         for rank in range(count)
     ]
-    # In sessions of their own: a terminal's Ctrl-C reaches them once, through this process.
-    ranks = [subprocess.Popen(command, env=rank_environ(environ, place), start_new_session=True) for place in places]
+    ranks: list[subprocess.Popen[bytes]] = []
 
     def hand_on(number: int, frame: object) -> None:
         for rank in ranks:
@@ -50,6 +49,8 @@ def run_ranks(count: int, command: Sequence[str] | None = None, *, environ: Mapp
     handed_on = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, hand_on) for number in handed_on}
     try:
+        for place in places:  # in sessions of their own: a terminal's Ctrl-C reaches them once, through this process
+            ranks.append(subprocess.Popen(command, env=rank_environ(environ, place), start_new_session=True))
         _wait(ranks)
     finally:
         for rank in ranks:
