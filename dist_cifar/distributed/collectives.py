@@ -96,7 +96,7 @@ class Communicator:
         """
         compare_through(store, {"run.device": self.device.type, **facts}, rank=self.rank, world_size=self.world_size)
         if self.device.type == "cuda":
-            gpu = str(torch.cuda.get_device_properties(self.device).uuid)  # type: ignore[attr-defined]  # since torch 2.5
+            gpu = str(torch.cuda.get_device_properties(self.device).uuid)
             if store.add(f"gpu/{gpu}", 1) > 1:
                 raise LaunchError(
                     f"launch: rank {self.rank} would share its GPU (number {self.device.index} for it, {gpu}) with"

@@ -24,7 +24,7 @@ def stay_on_node(environ: MutableMapping[str, str]) -> None:
     """Has gloo and NCCL, which has shared memory and NVLink for all but its start, use loopback."""
     loopback = interface_of("127.0.0.1")
     if loopback is not None:
-        environ |= {GLOO: loopback, _NCCL: loopback}
+        environ.update({GLOO: loopback, _NCCL: loopback})
 
 
 def require_existing(environ: Mapping[str, str]) -> None:

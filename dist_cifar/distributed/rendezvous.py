@@ -77,7 +77,7 @@ def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.S
     return store
 
 
-def _host_store(env: DistEnv, timeout: datetime.timedelta) -> dist.Store:
+def _host_store(env: DistEnv, timeout: datetime.timedelta) -> dist.TCPStore:
     """A store on a free port, which nobody outside this node can reach if all ranks are on it."""
     listener = _create_server(env, 0)
     port = listener.getsockname()[1]
