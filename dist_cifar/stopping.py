@@ -9,11 +9,14 @@ clock does not move it. When a launcher dies, its ranks are killed.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 """From Linux's <sys/prctl.h>."""
@@ -65,12 +68,17 @@ and may take twice as long, since a shared disk is slow when many jobs end."""
 def seconds_left(environ: Mapping[str, str], time_limit_seconds: float | None, *, wall_time: float) -> float | None:
     """Seconds until the job is ended: by the config's limit or by SLURM, whichever is sooner; None without either.
 
-    `wall_time` is the time now in seconds since 1970, in which SLURM gives its SLURM_JOB_END_TIME.
+    `wall_time` is the time now in seconds since 1970, in which SLURM gives its SLURM_JOB_END_TIME. An end that is past
+    when the job starts cannot be its own.
     """
     ends = [] if time_limit_seconds is None else [time_limit_seconds]
     end_time = environ.get("SLURM_JOB_END_TIME", "")
-    if end_time.isdigit():
+    if end_time.isdecimal() and int(end_time) > wall_time:
         ends.append(int(end_time) - wall_time)
+    elif end_time.isdecimal():
+        logger.warning(
+            "warning: SLURM_JOB_END_TIME=%s is past, as in a shell that has outlived its job: it is ignored", end_time
+        )
     return min(ends, default=None)
 
 

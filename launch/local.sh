@@ -10,14 +10,14 @@ command -v torchrun >/dev/null || die "there is no torchrun; activate the enviro
 if [[ ${1:-} == --ranks ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--ranks wants a number, found '${2:-}'"
     ranks=$2 && shift 2
-elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    ranks=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
 else
-    ranks=$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU) || true
+    . "$repository/launch/gpus.sh"
+    ranks=$(count_gpus)
 fi
 if ((ranks == 0)); then
     echo "launch/local.sh: no GPU; 2 CPU ranks" >&2
     ranks=2
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
-exec torchrun --standalone --nproc-per-node "$ranks" "$repository/dist_cifar/train.py" "$@"
+# Without an address of its own, torchrun looks up that of the hostname.
+exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" "$repository/dist_cifar/train.py" "$@"

@@ -15,7 +15,8 @@ die() { echo "launch/torchrun.sh: $*" >&2 && exit 2; }
 command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
 
 NODES=${NODES:-1} PORT=${PORT:-29400} MAX_RESTARTS=${MAX_RESTARTS:-3}
-RANKS=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
+. "$repository/launch/gpus.sh"
+RANKS=${RANKS:-$(count_gpus)}
 ((RANKS)) || RANKS=1
 for name in NODES PORT MAX_RESTARTS RANKS; do
     [[ ${!name} =~ ^[0-9]+$ ]] || die "$name wants a number, found '${!name}'"
@@ -23,11 +24,15 @@ done
 ((NODES > 0)) || die "NODES wants at least 1"
 [[ $NODES == 1 || -n ${HEAD:-} ]] || die "NODES=$NODES without HEAD; give the name of one node, the same on each"
 endpoint=${HEAD:-localhost}:$PORT
-[[ $NODES != 1 || -n ${HEAD:-} ]] || endpoint=localhost:0 # a free one
+here=()
+if [[ $NODES == 1 ]]; then
+    here=(--local-addr 127.0.0.1) # or torchrun looks up the hostname's
+    [[ -n ${HEAD:-} ]] || endpoint=127.0.0.1:0 # a free one
+fi
 
 # Errors in the arguments are reported once, and not by every rank of every restart.
 python -m dist_cifar train --print-run-dir "$@" >/dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
-exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$MAX_RESTARTS" \
+exec torchrun --nnodes "$NODES" "${here[@]}" --nproc-per-node "$RANKS" --max-restarts "$MAX_RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "dist_cifar-$PORT" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$repository/dist_cifar/train.py" "$@"

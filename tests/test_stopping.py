@@ -17,11 +17,18 @@ from dist_cifar.stopping import Deadline, seconds_left
         ({"SLURM_JOB_END_TIME": "1100"}, 30.0, 30.0),
         ({"SLURM_JOB_END_TIME": "1010"}, 30.0, 10.0),
         ({"SLURM_JOB_END_TIME": "Unknown"}, None, None),
-        ({"SLURM_JOB_END_TIME": "900"}, None, -100.0),
+        ({"SLURM_JOB_END_TIME": "²"}, None, None),
+        ({"SLURM_JOB_END_TIME": "900"}, None, None),
+        ({"SLURM_JOB_END_TIME": "900"}, 30.0, 30.0),
     ],
 )
 def test_the_nearer_end_counts(environ, limit, expected):
     assert seconds_left(environ, limit, wall_time=1000.0) == expected
+
+
+def test_an_end_that_is_past_at_the_start_is_ignored_with_a_warning(caplog):
+    assert seconds_left({"SLURM_JOB_END_TIME": "999"}, None, wall_time=1000.0) is None
+    assert "SLURM_JOB_END_TIME=999 is past" in caplog.text
 
 
 @pytest.fixture

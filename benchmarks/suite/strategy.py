@@ -47,7 +47,8 @@ from torch.nn.functional import cross_entropy
 from dist_cifar.config import ModelConfig, load_config
 from dist_cifar.data.batching import plan_batches
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv, available_cores, read_env
+from dist_cifar.distributed.cores import available_cores
+from dist_cifar.distributed.launch_env import DistEnv, read_env
 from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions

@@ -40,7 +40,8 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluates as one rank and prints the result on rank 0. Returns the exit code."""
     from dist_cifar.config import Config
-    from dist_cifar.distributed.launch_env import available_cores, check_local_rank, read_env
+    from dist_cifar.distributed.cores import available_cores
+    from dist_cifar.distributed.launch_env import check_local_rank, read_env
 
     env = read_env(os.environ)
     check_local_rank(os.environ, options.local_rank)
@@ -56,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(Config().run.device, env)
     classifier = load_classifier(options.run, device)
     splits = _splits(classifier, options.data)
-    communicator = connect(env, device, classifier.config.run.timeout_seconds)
+    facts = _shared_facts(classifier, splits, tta=options.tta) if env.world_size > 1 else {}
+    communicator = connect(env, device, classifier.config.run.timeout_seconds, facts)
     results = {name: _measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()}
     communicator.close()
     if env.rank == 0:
@@ -77,6 +79,17 @@ def _splits(classifier: Classifier, path: Path | None) -> dict[str, Split]:
     if path is None:
         return {f"{data.source}, test split": load_dataset(dataclasses.replace(data, stage_dir=None)).test}
     return read_test_sets(path, classifier.classes, data.cache_dir)
+
+
+def _shared_facts(classifier: Classifier, splits: Mapping[str, Split], *, tta: bool) -> dict[str, object]:
+    """What must be the same on every rank, which measures its share of the images."""
+    import hashlib
+
+    def digest(split: Split) -> str:
+        return hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
+
+    images = {f"the SHA-256 of {name}": digest(split) for name, split in splits.items()}
+    return {"the SHA-256 of the weights": classifier.sha256, "--tta": tta, **images}
 
 
 def _measure(classifier: Classifier, split: Split, communicator: Communicator, *, tta: bool) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from dist_cifar.cli.error_line import report_error
 from dist_cifar.cli.failure_exit import leave
 from dist_cifar.distributed.accelerate_env import refuse_contradictions, started_by_accelerate
 from dist_cifar.distributed.launch_env import DistEnv, check_local_rank, read_env
+from dist_cifar.distributed.process_env import prepare_environment
 from dist_cifar.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch
 
     from dist_cifar.config import Config
+    from dist_cifar.distributed.agreement import Facts
     from dist_cifar.distributed.collectives import Communicator
 
 _RENDEZVOUS_GRACE_SECONDS = 1.0
@@ -32,14 +34,16 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
     env = read_env(os.environ)
     check_local_rank(os.environ, local_rank)
     refuse_contradictions(config, os.environ)
+    prepare_environment(env, os.environ)
     stopping.install()
     if env.launcher in ("torchrun", "mpi") or started_by_accelerate(os.environ):
         stopping.die_with_launcher()
     return env
 
 
-def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Communicator:
-    """Connects all ranks of the job. Ends the process if they are not connected within the timeout.
+def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: Facts) -> Communicator:
+    """Connects all ranks of the job, which all must have the same `facts`. Ends the process if they are not connected
+    within the timeout or are not to run the same thing.
 
     It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
     """
@@ -59,7 +63,7 @@ def connect(env: DistEnv, device: torch.device, timeout_seconds: float) -> Commu
     clock.start()
     try:
         try:
-            return Communicator(env, device=device, timeout_seconds=timeout_seconds)
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=facts)
         finally:
             clock.cancel()  # before the report, which waits some seconds for rank 0
     except LaunchError as error:

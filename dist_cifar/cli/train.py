@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of
+from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, positive
 from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
 
 if TYPE_CHECKING:
@@ -35,13 +35,16 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
+    parser.add_argument(
+        "--ranks", type=positive, metavar="N", help="start N ranks on this machine, one for each GPU or on the CPU"
+    )
     add_local_rank(parser)
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs this process as one rank of the training. Returns the exit code."""
-    from dist_cifar.distributed.launch_env import launcher_rank, refuse_lone_task
+    """Runs this process as one rank of the training, or with `--ranks` starts its ranks. Returns the exit code."""
+    from dist_cifar.distributed.launch_env import launcher_rank, refuse_lone_task, starts_ranks
 
     config = config_of(options)
     if options.print_config or options.print_run_dir:
@@ -51,6 +54,10 @@ def run(options: argparse.Namespace) -> int:
 
     from dist_cifar.cli.job import enter_job
 
+    if options.ranks is not None and starts_ranks(os.environ, options.ranks):
+        from dist_cifar.cli.local_ranks import run_ranks
+
+        return run_ranks(options.ranks)
     refuse_lone_task(os.environ)
     env = enter_job(config, options.local_rank)
     threads = _set_threads(config, env)
@@ -63,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from dist_cifar.cli.job import connect
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
+    from dist_cifar.run.provenance import shared_facts
     from dist_cifar.run.run_dir import RunDir
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
@@ -72,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
     keep_freed_memory()
-    communicator = connect(env, device, config.run.timeout_seconds)
+    communicator = connect(env, device, config.run.timeout_seconds, shared_facts(config))
     failure_exit = FailureExit(RunDir.of(config), communicator)
     detector = communicator.watch(failure_exit.end_as_survivor)
     try:
@@ -103,7 +111,7 @@ def _set_threads(config: Config, env: DistEnv) -> int:
     Accelerate and DDP warn about OMP_NUM_THREADS when it is missing. A strategy that has the same bits on every machine
     has one thread, since their number changes how sums are rounded.
     """
-    from dist_cifar.distributed.launch_env import available_cores
+    from dist_cifar.distributed.cores import available_cores
     from dist_cifar.strategy import properties
 
     is_single = properties(config.strategy).single_threaded

@@ -36,7 +36,7 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
     rank, world_size = communicator.rank, communicator.world_size
     dataset = load_dataset(config.data)
     communicator.barrier()
-    communicator.assert_equal_across_ranks("the data set's hash", dataset.content_sha256)
+    communicator.require_same({"the SHA-256 of the images in data.root": dataset.content_sha256})
     train_indices, validation_indices = validation_split(dataset.train.labels, config.data.validation_size)
     plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
     batches = TrainingBatches(

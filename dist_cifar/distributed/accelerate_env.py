@@ -21,6 +21,13 @@ _ENGINES = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
 """What `ACCELERATE_USE_...` may switch on."""
 _STRATEGIES = ("DEEPSPEED", "FSDP")
 """The engines whose name is also the name of a strategy."""
+_OF_THE_CONFIG = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "batch.max_micro_batch says how a batch is accumulated"),
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "compute.compile says whether the model is compiled by dynamo"),
+    "ACCELERATE_TORCH_DEVICE": ((), "run.device says what a rank computes on"),
+    "ACCELERATE_FP8_BACKEND": (("no", "none"), "compute.precision says in what is computed"),
+}
+"""What Accelerate would do behind the config's back: the values that change nothing, and who decides it here."""
 _COUNTED_BY = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """The variables from which Accelerate's `PartialState` learns that there are other processes."""
 
@@ -50,14 +57,22 @@ def refuse_contradictions(config: Config, environ: Mapping[str, str]) -> None:
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", config.compute.precision):
         raise LaunchError(
-            f"launch: accelerate was given mixed_precision={precision} and compute.precision is"
-            f" {config.compute.precision}; leave the former out and set compute.precision"
+            f"launch: accelerate was given mixed_precision={precision}, as an option or in its file of defaults"
+            f" ({_defaults_file(environ)}), and compute.precision is {config.compute.precision}; leave the former out"
+            " and set compute.precision"
         )
     for name in _ENGINES:
         if _is_set(environ, f"ACCELERATE_USE_{name}") and config.strategy.name != name.lower():
             hint = f"set strategy.name={name.lower()}, or leave it out" if name in _STRATEGIES else "leave it out"
             raise LaunchError(
                 f"launch: accelerate was told to use {name} and strategy.name is {config.strategy.name}; {hint}"
+            )
+    for name, (neutral, field) in _OF_THE_CONFIG.items():
+        value = environ.get(name, "")
+        if value and value.lower() not in neutral:
+            raise LaunchError(
+                f"launch: {name}={value}, an option of accelerate launch or of its file of defaults"
+                f" ({_defaults_file(environ)}), would change the training: leave it out there, or unset it; {field}"
             )
     if _is_set(environ, "ACCELERATE_USE_DEEPSPEED"):
         _refuse_other_plugin_settings(config, environ)
@@ -82,6 +97,12 @@ def _refuse_other_plugin_settings(config: Config, environ: Mapping[str, str]) ->
             f"launch: accelerate was given gradient_clipping={clip} and optimizer.max_grad_norm is"
             f" {config.optimizer.max_grad_norm}; leave the former out and set optimizer.max_grad_norm"
         )
+
+
+def _defaults_file(environ: Mapping[str, str]) -> str:
+    """Where `accelerate config` writes what `accelerate launch` does unless it is told otherwise."""
+    cache = environ.get("HF_HOME") or f"{environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return f"{cache}/accelerate/default_config.yaml"
 
 
 def _is_set(environ: Mapping[str, str], name: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_cifar.distributed.agreement import Facts, compare_through, require_same
 from dist_cifar.distributed.failure_detector import (
     Failure,
     FailureDetector,
@@ -38,11 +39,18 @@ class Communicator:
     """The ranks of one job. `close` ends the process group."""
 
     def __init__(
-        self, env: DistEnv, *, device: torch.device, timeout_seconds: float, store: dist.Store | None = None
+        self,
+        env: DistEnv,
+        *,
+        device: torch.device,
+        timeout_seconds: float,
+        facts: Facts | None = None,
+        store: dist.Store | None = None,
     ) -> None:
         """Without `store` the ranks connect to one that rank 0 hosts (`rendezvous`).
 
-        `timeout_seconds` is `run.timeout_seconds`. Raises `LaunchError` if not all ranks connect.
+        `timeout_seconds` is `run.timeout_seconds`. `facts` must be the same on all ranks. Raises `LaunchError` if not
+        all ranks connect, or if they are not to run the same thing.
         """
         self.rank, self.world_size, self.device = env.rank, env.world_size, device
         self.identities = [own_identity()]
@@ -59,6 +67,7 @@ class Communicator:
                 store = open_store(env, self._timeouts, setting="run.timeout_seconds")
                 store.set_timeout(control_timeout)
             on_gpu = device.type == "cuda"
+            self._compare_start(store, facts or {})
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=store,
@@ -79,6 +88,21 @@ class Communicator:
             ) from error
         # A connection of its own: while one thread waits in a connection, no other thread is served by it.
         self._failure_store = dist.PrefixStore("failures", store).clone()
+
+    def _compare_start(self, store: dist.Store, facts: Facts) -> None:
+        """Raises `LaunchError` if the ranks' facts or kinds of devices differ, or two ranks have one GPU.
+
+        Through the store, because ranks on GPUs and ranks on CPUs make no process group.
+        """
+        compare_through(store, {"run.device": self.device.type, **facts}, rank=self.rank, world_size=self.world_size)
+        if self.device.type == "cuda":
+            gpu = str(torch.cuda.get_device_properties(self.device).uuid)
+            if store.add(f"gpu/{gpu}", 1) > 1:
+                raise LaunchError(
+                    f"launch: rank {self.rank} would share its GPU (number {self.device.index} for it, {gpu}) with"
+                    " another rank of this job; start one rank for each GPU, or give each rank one of its own in"
+                    " CUDA_VISIBLE_DEVICES"
+                )
 
     @property
     def step(self) -> int | None:
@@ -237,6 +261,10 @@ class Communicator:
         """Raises `TrainingError`, on every rank, if ranks hold different values (anything that JSON can write)."""
         texts = self.all_gather_object(json.dumps(value, sort_keys=True), what)
         self._assert_no_odd_ranks(what, texts, texts)
+
+    def require_same(self, facts: Facts) -> None:
+        """Raises `LaunchError`, on every rank, if the ranks' `facts` differ."""
+        require_same(self.all_gather_object(dict(facts), "compare"))
 
     def assert_tensors_equal_across_ranks(
         self, what: str, tensors: Mapping[str, torch.Tensor], digest: Callable[[Mapping[str, torch.Tensor]], str]

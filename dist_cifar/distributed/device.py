@@ -26,8 +26,11 @@ def visible_gpus(setting: str) -> int:
 
 
 def sees_only_its_own(env: DistEnv, gpus: int) -> bool:
-    """Whether a SLURM step shows each of its tasks one GPU, its own: it is then number 0 for every task."""
-    return gpus == 1 and env.launcher == "slurm" and env.local_world_size > 1
+    """Whether each of several ranks of this node is shown one GPU: it is then number 0 for every rank.
+
+    It is each one's own, as `srun --gpus-per-task=1` has it; the communicator refuses ranks that share one.
+    """
+    return gpus == 1 and env.local_world_size > 1
 
 
 def choose_device(setting: str, env: DistEnv) -> torch.device:

@@ -1,34 +1,40 @@
-"""Reads the launcher's variables, in this order of trust: torchrun's, which Accelerate and DeepSpeed's launcher set as
-well, Open MPI's, and those of a SLURM step.
+"""Reads a process's rank from the launcher's variables: torchrun's, which Accelerate, DeepSpeed's launcher, operators
+of Kubernetes and templates of clusters set as well, and those of `launchers`.
 
-Contract: a process that was started as one of several never takes itself for the only one. Variables of which some are
-missing or that contradict each other raise `LaunchError` with their names. Nothing here looks at anything but the
-variables. This module and `accelerate_env` are the only ones that know which variables tell a process its rank.
+Contract: a process that was started as one of several never takes itself for the only one. Values of several launchers
+that agree are accepted and complete each other. Variables of which some are missing or that contradict each other raise
+`LaunchError` with their names. An empty variable counts as none. This package is the only one that knows which
+variables tell a process its rank.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import os
-import re
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dist_cifar.distributed import launchers
 from dist_cifar.distributed.accelerate_env import USE_CPU
+from dist_cifar.distributed.launchers import Place, number, require
 from dist_cifar.errors import LaunchError
 
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0
-"""SLURM numbers the shells of sbatch and salloc, which are steps of one task each, from here on."""
+logger = logging.getLogger(__name__)
+
 _LOWEST_PORT, _PORTS = 10000, 20000
 """Derived ports: below those that kernels give to outgoing connections."""
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """A rank's variables, as torchrun sets them."""
-_AGENT = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE")
-"""What torchrun's agent sets beside them."""
-_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_")
+_AGENT = ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
+"""What the agents of torchrun and DeepSpeed set beside them."""
+_BY_AGENT = ("TORCHELASTIC_RUN_ID", "GROUP_RANK", "CROSS_RANK")
+"""Each tells that RANK and the others were set by an agent for this process."""
+_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "PET_", *launchers.PREFIXES)
 """Other variables of launchers."""
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-"""Variables that hold the rank, in the order of trust."""
+_SECRET = "DIST_CIFAR_SECRET"
+"""A word that the ranks of a job know and others do not; without it the job's key follows from its number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +48,11 @@ class DistEnv:
     local_world_size: int = 1
     """Ranks on this node."""
     master_addr: str = "127.0.0.1"
+    """The node of rank 0; loopback if all ranks are on one node, which then needs no name service."""
     master_port: int = 0
     """The job's port, as libraries know it; 0 when there is one rank. The rendezvous uses one of `candidate_ports`."""
     launcher: str = "none"
-    """`torchrun` (and every launcher that sets its variables, such as Accelerate's), `mpi`, `slurm` or `none`."""
+    """`torchrun` (and all who set its variables, such as Accelerate), `mpi`, `flux`, `slurm` or `none`."""
     job: str = ""
     """Key of the job: equal on all its ranks, different for each job, step and start that the launcher numbers."""
 
@@ -62,21 +69,32 @@ class DistEnv:
 
 def read_env(environ: Mapping[str, str]) -> DistEnv:
     """The rank and the job that `environ` describes. Raises `LaunchError`."""
-    if "RANK" in environ or "WORLD_SIZE" in environ:
+    environ = {name: value for name, value in environ.items() if value}
+    by_agent = any(name in environ for name in _BY_AGENT)
+    place = None if by_agent else launchers.find_place(environ)
+    if by_agent or _has_own_ranks(environ, place):
         env = _from_torchrun(environ)
-    elif any(name in environ for name in _OPEN_MPI):
-        env = _from_open_mpi(environ)
-    elif _is_step(environ) and _step_tasks(environ) > 1:
-        env = _from_slurm(environ)
-    elif "MASTER_ADDR" in environ or "MASTER_PORT" in environ:
-        # `accelerate launch --cpu --num_processes 2` starts one process and leaves only these two behind.
-        raise LaunchError(
-            "launch: MASTER_ADDR and MASTER_PORT are set but RANK and WORLD_SIZE are not: several ranks were asked for"
-            " and one process was started; use torchrun, or accelerate launch with --config_file"
-            " launch/accelerate/cpu.yaml"
-        )
+    elif place is not None:
+        _refuse_disagreement(environ, place)
+        env = _from_place(environ, place)
+    elif environ.get("WORLD_SIZE") == "1" and "RANK" not in environ:
+        env = DistEnv()  # a template that says so
+    elif "RANK" in environ or "WORLD_SIZE" in environ:
+        env = _from_torchrun(environ)
     else:
+        _refuse_one_of_several(environ)
         env = DistEnv()
+    _check(env, environ)
+    if not env.has_several_nodes:
+        env = dataclasses.replace(env, master_addr="127.0.0.1")
+    if env.world_size > 1 and _SECRET in environ:
+        key = f"{environ[_SECRET]}\0{env.job}".encode()
+        env = dataclasses.replace(env, job=f"secret {hashlib.sha256(key).hexdigest()}")
+    return env
+
+
+def _check(env: DistEnv, environ: Mapping[str, str]) -> None:
+    """Raises `LaunchError` for numbers that cannot be, and for ranks that would not find or not know each other."""
     if not (
         0 <= env.local_rank <= env.rank < env.world_size and env.local_rank < env.local_world_size <= env.world_size
     ):
@@ -85,27 +103,83 @@ def read_env(environ: Mapping[str, str]) -> DistEnv:
             f" WORLD_SIZE={env.world_size} contradict each other (launcher: {env.launcher});"
             " 0 <= LOCAL_RANK <= RANK < WORLD_SIZE and LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE must hold"
         )
-    if env.has_several_nodes and (env.master_addr in ("localhost", "::1") or env.master_addr.startswith("127.")):
+    is_loopback = env.master_addr in ("localhost", "::1") or env.master_addr.startswith("127.")
+    # Operators of Kubernetes give loopback to the pod of rank 0 alone.
+    if env.has_several_nodes and is_loopback and not (env.rank == 0 and _is_pod(environ)):
         raise LaunchError(
             f"launch: MASTER_ADDR={env.master_addr} is this node alone, and {env.world_size} ranks of which"
             f" {env.local_world_size} are here are on several nodes; set it to the name or address of rank 0's node"
         )
-    return env
+    for name in launchers.SIZES:
+        if env.world_size == 1 and name in environ and (tasks := number(environ, name)) > 1:
+            raise LaunchError(
+                f"launch: {name}={tasks}, and {'WORLD_SIZE=1' if 'WORLD_SIZE' in environ else 'another launcher'} says"
+                f" that this process is alone: {tasks} would train without each other; start the ranks with one"
+                f" launcher, or unset {name} if they are to train alone"
+            )
 
 
-def refuse_lone_task(environ: Mapping[str, str]) -> None:
+def _refuse_one_of_several(environ: Mapping[str, str]) -> None:
+    """Raises `LaunchError` for a process without a rank where several were asked for."""
+    if "MASTER_ADDR" in environ or "MASTER_PORT" in environ:
+        # `accelerate launch --cpu --num_processes 2` starts one process and leaves only these two behind.
+        raise LaunchError(
+            "launch: MASTER_ADDR and MASTER_PORT are set but RANK and WORLD_SIZE are not: several ranks were asked for"
+            " and one process was started; use torchrun, or accelerate launch with --config_file"
+            " launch/accelerate/cpu.yaml"
+        )
+    for name in ("PET_NNODES", "PET_NPROC_PER_NODE"):
+        if environ.get(name, "1") != "1":
+            raise LaunchError(
+                f"launch: {name}={environ[name]} is set for torchrun and this process was started without it; put"
+                f" torchrun before the command, or unset {name} to run alone"
+            )
+
+
+def refuse_lone_task(environ: Mapping[str, str], *, wall_time: float | None = None) -> None:
     """Raises `LaunchError` for a process without a launcher in the shell of a SLURM job of several tasks.
 
-    It would train alone. Only for commands whose process is a rank: `verify` starts its ranks itself.
+    It would train alone. Only for commands whose process is a rank: `verify` starts its ranks itself. In a shell that
+    has outlived its job it is alone, and a warning says so. `wall_time` is the time now in seconds since 1970.
     """
-    if read_env(environ).launcher != "none":
+    environ = {name: value for name, value in environ.items() if value}
+    if read_env(environ).launcher != "none" or "SLURM_JOB_ID" not in environ or launchers.is_step(environ):
         return
-    tasks = _number(environ, "SLURM_NTASKS") if "SLURM_NTASKS" in environ else 1
-    if "SLURM_JOB_ID" in environ and not _is_step(environ) and tasks > 1:
-        raise LaunchError(
-            f"launch: SLURM_NTASKS={tasks}: this job has {tasks} tasks and this process was started without srun; put"
-            " srun before the command (or torchrun), or unset SLURM_NTASKS to run alone"
+    nodes = number(environ, "SLURM_JOB_NUM_NODES") if "SLURM_JOB_NUM_NODES" in environ else 1
+    if "SLURM_NTASKS" in environ:
+        asked, tasks = "SLURM_NTASKS", number(environ, "SLURM_NTASKS")
+    elif "SLURM_NTASKS_PER_NODE" in environ:
+        asked, tasks = "SLURM_NTASKS_PER_NODE", nodes * number(environ, "SLURM_NTASKS_PER_NODE")
+    else:
+        asked, tasks = "SLURM_JOB_NUM_NODES", nodes
+    if tasks <= 1:
+        return
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdecimal() and int(end) < (time.time() if wall_time is None else wall_time):
+        logger.warning(
+            "warning: SLURM_JOB_ID=%s has ended (SLURM_JOB_END_TIME is past) and its variables are still set; this"
+            " process trains alone",
+            environ["SLURM_JOB_ID"],
         )
+        return
+    raise LaunchError(
+        f"launch: {asked}={environ[asked]}: this job has {tasks} tasks and this process was started without srun; put"
+        f" srun before the command (or torchrun), or unset {asked} to run alone"
+    )
+
+
+def starts_ranks(environ: Mapping[str, str], ranks: int) -> bool:
+    """Whether a process that was asked for so many ranks is to start them: it is none itself.
+
+    Raises `LaunchError` if it is a rank of another number of them.
+    """
+    env = read_env(environ)
+    if env.launcher != "none" and env.world_size != ranks:
+        raise LaunchError(
+            f"launch: --ranks {ranks} was given and a launcher has started {env.world_size} (launcher: {env.launcher});"
+            " leave the option out, or the launcher"
+        )
+    return env.launcher == "none"
 
 
 def check_local_rank(environ: Mapping[str, str], local_rank: int | None) -> None:
@@ -120,7 +194,7 @@ def check_local_rank(environ: Mapping[str, str], local_rank: int | None) -> None
 
 def launcher_rank(environ: Mapping[str, str]) -> str:
     """The rank as the launcher wrote it, unchecked; "0" without a launcher. Tells which process reports an error."""
-    return next((environ[name] for name in _RANKS if environ.get(name)), "0")
+    return next((environ[name] for name in ("RANK", *launchers.RANKS) if environ.get(name)), "0")
 
 
 def lone_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -137,109 +211,109 @@ def rank_environ(environ: Mapping[str, str], env: DistEnv) -> dict[str, str]:
     return lone_environ(environ) | env.variables() | {"TORCHELASTIC_RUN_ID": env.job}
 
 
+# --- torchrun's variables ------------------------------------------------------------------------------------------
+
+
+def _has_own_ranks(environ: Mapping[str, str], place: Place | None) -> bool:
+    """Whether a script inside a launcher's process has started ranks of its own, and told them all of their place."""
+    is_complete = all(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return is_complete and place is not None and environ["WORLD_SIZE"] not in ("1", str(place.world_size))
+
+
+def _is_pod(environ: Mapping[str, str]) -> bool:
+    return "KUBERNETES_SERVICE_HOST" in environ
+
+
+def _local_place(environ: Mapping[str, str]) -> tuple[int, int]:
+    """The rank within the node and the number of ranks there, which some who set RANK leave out."""
+    rank, world_size = number(environ, "RANK"), number(environ, "WORLD_SIZE")
+    local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
+    if "LOCAL_RANK" not in environ and local_size is None and world_size > 1:
+        is_here = environ["MASTER_ADDR"] == "localhost" or environ["MASTER_ADDR"].startswith("127.")
+        return (rank, world_size) if is_here and not _is_pod(environ) else (0, 1)  # a container for each rank
+    if "LOCAL_RANK" not in environ and (world_size == 1 or environ.get(local_size or "") == "1"):
+        return 0, 1
+    require(environ, ["RANK", "WORLD_SIZE", "LOCAL_RANK"], "start with torchrun or accelerate, or unset them all")
+    local_rank = number(environ, "LOCAL_RANK")
+    if local_size is not None:
+        return local_rank, number(environ, local_size)
+    if local_rank != rank:
+        raise LaunchError(
+            f"launch: RANK={rank} and LOCAL_RANK={local_rank}, so there are several nodes, and LOCAL_WORLD_SIZE is"
+            " missing; set it to the number of ranks of this node"
+        )
+    return local_rank, world_size
+
+
 def _from_torchrun(environ: Mapping[str, str]) -> DistEnv:
-    needed = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
+    needed = ["RANK", "WORLD_SIZE"]
     if environ.get("WORLD_SIZE") != "1":
         needed += ["MASTER_ADDR", "MASTER_PORT"]
-    _require(environ, needed, "start with torchrun or accelerate, or unset them all to run alone")
+    require(environ, needed, "start with torchrun or accelerate, or unset them all to run alone")
     is_one_group = environ.get("GROUP_WORLD_SIZE") == "1"
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if is_one_group and name in environ and (tasks := _number(environ, name)) > 1:
+    for name in launchers.SIZES:
+        if is_one_group and name in environ and (tasks := number(environ, name)) > 1:
             raise LaunchError(
                 f"launch: {name}={tasks} and GROUP_WORLD_SIZE=1: {tasks} torchruns were started that do not know each"
                 f" other; give each --nnodes {tasks} --rdzv-backend c10d --rdzv-endpoint HOST:PORT, or leave torchrun"
                 f" out, or unset {name} if they are to train alone"
             )
-    world_size = _number(environ, "WORLD_SIZE")
-    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), "WORLD_SIZE")
+    local_rank, local_world_size = _local_place(environ)
     job = f"{environ.get('TORCHELASTIC_RUN_ID', '')}:{environ.get('MASTER_PORT', '')}"
     if is_one_group:  # on several nodes each agent counts its own restarts
         job += f":{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     return DistEnv(
-        rank=_number(environ, "RANK"),
-        world_size=world_size,
-        local_rank=_number(environ, "LOCAL_RANK"),
-        local_world_size=_number(environ, local),
+        rank=number(environ, "RANK"),
+        world_size=number(environ, "WORLD_SIZE"),
+        local_rank=local_rank,
+        local_world_size=local_world_size,
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0,
+        master_port=number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else 0,
         launcher="torchrun",
         job=job,
     )
 
 
-_OPEN_MPI = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")]
+# --- other launchers' places ---------------------------------------------------------------------------------------
 
 
-def _from_open_mpi(environ: Mapping[str, str]) -> DistEnv:
-    _require(environ, _OPEN_MPI, "start with mpirun, or unset them all to run alone")
-    rank, world_size, local_rank, local_world_size = (_number(environ, name) for name in _OPEN_MPI)
-    address = environ.get("MASTER_ADDR")
-    if not address and local_world_size == world_size:
-        address = "127.0.0.1"
-    elif not address and "SLURM_JOB_NODELIST" in environ:
-        address = first_host(environ["SLURM_JOB_NODELIST"])
-    elif not address:
+def _refuse_disagreement(environ: Mapping[str, str], place: Place) -> None:
+    """Raises `LaunchError` if torchrun's variables, which a script has exported, say other than the launcher's."""
+    numbers = place.rank, place.world_size, place.local_rank, place.local_world_size
+    for name, says, its_name in zip(_TORCHRUN, numbers, place.names, strict=False):
+        if name in environ and number(environ, name) != says:
+            raise LaunchError(
+                f"launch: {name}={environ[name]} and {its_name}={environ.get(its_name, says)}, by which it is {says},"
+                f" contradict each other; leave {name} to the launcher: unset it in the script"
+            )
+
+
+def _from_place(environ: Mapping[str, str], place: Place) -> DistEnv:
+    if place.launcher == "none":
+        return DistEnv()
+    address = environ.get("MASTER_ADDR") or place.first_host
+    if not address and place.local_world_size < place.world_size:
+        _, size, _, local_size = place.names
         raise LaunchError(
-            f"launch: OMPI_COMM_WORLD_SIZE={world_size}, of which OMPI_COMM_WORLD_LOCAL_SIZE={local_world_size} are on"
-            " this node, and MASTER_ADDR is not set: ranks do not know where rank 0 is; start with"
-            " MASTER_ADDR=(its node) mpirun -x MASTER_ADDR"
+            f"launch: {size}={place.world_size}, of which {local_size}={place.local_world_size} are on this node, and"
+            " MASTER_ADDR is not set: ranks do not know where rank 0 is; start with MASTER_ADDR=(its node) mpirun -x"
+            " MASTER_ADDR, or export it before another launcher"
         )
-    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or ""
-    if not job and "MASTER_PORT" not in environ and world_size > 1:
-        raise LaunchError(
-            "launch: OMPI_COMM_WORLD_SIZE is set but PMIX_NAMESPACE and OMPI_MCA_ess_base_jobid missing, which tell"
-            " jobs apart; start with mpirun, or give a port of your own: MASTER_PORT=(number) mpirun -x MASTER_PORT"
-        )
+    port = environ.get("MASTER_PORT", "")
     return DistEnv(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        master_addr=address,
-        master_port=_port(environ, job),
-        launcher="mpi",
-        job=f"mpi {job}:{environ.get('MASTER_PORT', '')}",
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        master_addr=address or "127.0.0.1",
+        master_port=number(environ, "MASTER_PORT") if port else _port(place.job),
+        launcher=place.launcher,
+        job=place.job if place.launcher == "slurm" else f"{place.job}:{port}",
     )
 
 
-def _is_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun has started this process, and not only the shell above it."""
-    return "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_ID") < _FIRST_SPECIAL_STEP
-
-
-def _step_tasks(environ: Mapping[str, str]) -> int:
-    _require(environ, ["SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"], "start with srun, or unset them all to run alone")
-    return _number(environ, "SLURM_STEP_NUM_TASKS")
-
-
-def _from_slurm(environ: Mapping[str, str]) -> DistEnv:
-    needed = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID"]
-    needed += ["SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS"]
-    _require(environ, needed, "start with srun, or with torchrun in one task a node")
-    text = environ["SLURM_STEP_TASKS_PER_NODE"]
-    tasks, node, world_size = _tasks_per_node(text), _number(environ, "SLURM_NODEID"), _step_tasks(environ)
-    if sum(tasks) != world_size or not 0 <= node < len(tasks):
-        raise LaunchError(
-            f"launch: SLURM_STEP_NUM_TASKS={world_size}, SLURM_STEP_TASKS_PER_NODE={text} and SLURM_NODEID={node}"
-            " contradict each other; start with srun, which sets them all"
-        )
-    job = ".".join([environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"]])
-    return DistEnv(
-        rank=_number(environ, "SLURM_PROCID"),
-        world_size=world_size,
-        local_rank=_number(environ, "SLURM_LOCALID"),
-        local_world_size=tasks[node],
-        master_addr=environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"]),
-        master_port=_port(environ, job),
-        launcher="slurm",
-        job=f"slurm {job}, start {environ.get('SLURM_RESTART_COUNT', '0')}",
-    )
-
-
-def _port(environ: Mapping[str, str], job: str) -> int:
-    """MASTER_PORT, or one that another job or step of the same node is unlikely to have."""
-    if environ.get("MASTER_PORT"):
-        return _number(environ, "MASTER_PORT")
+def _port(job: str) -> int:
+    """A port that another job or step of the same node is unlikely to have."""
     return _LOWEST_PORT + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % _PORTS
 
 
@@ -249,44 +323,3 @@ def candidate_ports(master_port: int, count: int = 8) -> list[int]:
     first, stride = int.from_bytes(seed[:4], "big"), 2 * int.from_bytes(seed[4:6], "big") + 1
     ports = [_LOWEST_PORT + (first + stride * i) % _PORTS for i in range(count + 1)]
     return [port for port in ports if port != master_port][:count]
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM host list: `n[03-05,9]-ib,x` gives `n03-ib`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,]*)", nodelist)
-    if not match:
-        raise LaunchError(f"launch: SLURM's list of nodes {nodelist!r} is not a host list")
-    return "".join(part or "" for part in match.groups())
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` gives [2, 2, 2, 1]."""
-    tasks: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not match:
-            raise LaunchError(f"launch: SLURM_STEP_TASKS_PER_NODE={text!r} is not a list of counts")
-        tasks += [int(match[1])] * int(match[2] or 1)
-    return tasks
-
-
-def _require(environ: Mapping[str, str], needed: Sequence[str], what_to_do: str) -> None:
-    """Raises `LaunchError` if some of the variables are missing."""
-    missing = [name for name in needed if name not in environ]
-    if missing:
-        present = [name for name in needed if name in environ]
-        raise LaunchError(f"launch: {', '.join(present)} set but {', '.join(missing)} missing; {what_to_do}")
-
-
-def _number(environ: Mapping[str, str], name: str) -> int:
-    try:
-        return int(environ[name])
-    except ValueError:
-        raise LaunchError(f"launch: {name}={environ[name]!r} is not a whole number") from None

@@ -46,6 +46,25 @@ def own_identity() -> Identity:
     return Identity(host=socket.gethostname(), pid=os.getpid(), boot=boot, pid_namespace=namespace)
 
 
+def launcher_process(variable: str) -> str:
+    """The process that has started all ranks of this node, as `pid:start time`; empty where that cannot be seen.
+
+    It is the nearest one above this process that was started without `variable`, which holds the rank: between them
+    may be scripts.
+    """
+    pid = os.getppid()
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        while pid > 1:
+            stat = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            if not any(
+                entry.startswith(f"{variable}=".encode())
+                for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ):
+                return f"{pid}:{stat[19].decode()}"
+            pid = int(stat[1])
+    return ""
+
+
 class RankProcess:
     """The process that has the pid of `identity` now, which is remembered by the time at which it was started.
 

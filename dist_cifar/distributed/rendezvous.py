@@ -22,19 +22,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import selectors
 import socket
-import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
 
 from dist_cifar import stopping
+from dist_cifar.distributed.interfaces import GLOO, interface_of, require_existing, stay_on_node
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import EXIT_SAVED, LaunchError
@@ -46,21 +45,23 @@ _GONE = b"[0]\n"
 """The rank disconnects because its own wait is over."""
 _POLL_SECONDS, _RECEIVE_SECONDS = 0.1, 0.2
 _LONGEST_LINE_BYTES = 1024
-_SIOCGIFADDR = 0x8915
-"""From Linux's <linux/sockios.h>."""
 
 
 def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.Store:
     """Opens a new store; all ranks of the job call it, and rank 0's process must outlive the store's use.
 
-    With ranks on several nodes it also sets GLOO_SOCKET_IFNAME, if it is not set, to the interface through which the
-    other nodes are reached: gloo would take the address of the hostname, on many hosts 127.0.1.1.
+    It also chooses the interface of gloo: loopback for one node; for several, unless it is set, the one through which
+    the other nodes are reached: gloo would take the address of the hostname, on many hosts 127.0.1.1.
     Raises `LaunchError` if not all ranks connect within `timeouts.run_seconds` (`setting` is the config field that it
     comes from), or with exit code 75 if a signal asks to stop: nothing was done that could be lost.
     """
+    if env.has_several_nodes:
+        require_existing(os.environ)
+    else:
+        stay_on_node(os.environ)
     timeout, wait = datetime.timedelta(seconds=timeouts.run_seconds), _Wait(env, timeouts, setting)
     if env.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timeout, wait_for_workers=False)
+        store = _host_store(env, timeout)
         # Only now: torch looks up names for its log, which takes 5 s where a name server is lost.
         with RendezvousServer(env) as server:
             address = server.wait_for_ranks(store.port, wait)
@@ -69,11 +70,31 @@ def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.S
         # The answer proves that the address is right and that the store is there.
         store = dist.TCPStore(env.master_addr, port, None, False, timeout=timeout, wait_for_workers=False)
         address = address if _is_loopback(own) else own
-    if env.has_several_nodes and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if env.has_several_nodes and GLOO not in os.environ:
         interface = None if _is_loopback(address) else interface_of(address)
         if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+            os.environ[GLOO] = interface
     return store
+
+
+def _host_store(env: DistEnv, timeout: datetime.timedelta) -> dist.TCPStore:
+    """A store on a free port, which nobody outside this node can reach if all ranks are on it."""
+    listener = _create_server(env, 0)
+    port = listener.getsockname()[1]
+    # torch closes what it is given, and alone it would listen on every interface.
+    descriptor = listener.detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, None, True, timeout=timeout, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
+def _create_server(env: DistEnv, port: int) -> socket.socket:
+    """Listens at the port: on loopback, or for ranks on other nodes on every interface."""
+    if not env.has_several_nodes:
+        return socket.create_server(("127.0.0.1", port), backlog=1024)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=1024)
 
 
 class _Wait:
@@ -120,7 +141,7 @@ class RendezvousServer:
     def __init__(self, env: DistEnv) -> None:
         """Raises `LaunchError` if all ports are taken."""
         self._env = env
-        self._listener = _listen(candidate_ports(env.master_port))
+        self._listener = _listen(env)
         self._peers: dict[socket.socket, _Peer] = {}
         self._gone: set[int] = set()
         """Ranks that had connected when their own wait ended, which may be just before that of rank 0."""
@@ -217,14 +238,12 @@ class RendezvousServer:
         return next((address for address in found if not _is_loopback(address)), "127.0.0.1")
 
 
-def _listen(ports: Sequence[int]) -> socket.socket:
-    """Listens on the first free port of `ports`."""
-    dual = socket.has_dualstack_ipv6()
+def _listen(env: DistEnv) -> socket.socket:
+    """Listens on the first free one of the job's ports."""
+    ports = candidate_ports(env.master_port)
     for port in ports:
         with contextlib.suppress(OSError):
-            if dual:
-                return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-            return socket.create_server(("", port), backlog=1024)
+            return _create_server(env, port)
     raise LaunchError(
         f"launch: rank 0 can listen on none of the ports {_listed(ports)} of {socket.gethostname()}: all are taken; set"
         " another MASTER_PORT, from which they follow"
@@ -316,22 +335,3 @@ def _address_of(connection: socket.socket) -> str:
 
 def _is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface of this host that leads to `host`; None if it cannot be found out. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((host, 9))
-        return interface_of(probe.getsockname()[0])
-    return None
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface of this host that has this IPv4 address; None if there is none or it is unknown."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has no IPv4 address
-                request = struct.pack("256s", name.encode()[:15])
-                if socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24]) == address:
-                    return name
-    return None

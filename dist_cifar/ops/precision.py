@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable
 
@@ -17,6 +19,7 @@ from torch import nn
 
 from dist_cifar.config import ComputeConfig, Config
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.errors import ConfigError
 from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu, is_single_threaded, warm_up
 from dist_cifar.ops.gemm_conv import replace_small_convs
 
@@ -96,11 +99,26 @@ def compiles(config: ComputeConfig, device: torch.device, *, auto_compile: bool)
     """Whether the module is compiled.
 
     With `auto` it is not on CPUs, where that gains too little for what the start then takes, nor where the strategy
-    promises the same bits everywhere (`auto_compile` is false): they would depend on the compiler.
+    promises the same bits everywhere (`auto_compile` is false): they would depend on the compiler. Raises `ConfigError`
+    for `on` where torch would find no compiler.
     """
     if config.compile == "auto":
-        return auto_compile and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        is_wanted = auto_compile and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        return is_wanted and _missing_compiler(device) is None
+    if config.compile == "on" and (missing := _missing_compiler(device)) is not None:
+        raise ConfigError(
+            f"compute.compile: on was set and this machine has no compiler ({missing}), which torch.compile needs;"
+            " install one, or set compute.compile=off"
+        )
     return config.compile == "on"
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """The program that torch.compile would start and that is not there; None if it is."""
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
+    asked = os.environ.get(variable)
+    wanted = (asked.split()[0],) if asked and asked.split() else names
+    return None if any(shutil.which(name) for name in wanted) else f"{variable}={asked}" if asked else names[0]
 
 
 def _layer_seconds(precision: str, device: torch.device) -> float:

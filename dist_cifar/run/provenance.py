@@ -8,6 +8,7 @@ what that does.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 
 import dist_cifar
-from dist_cifar.distributed.launch_env import available_cores
+from dist_cifar.config import Config, flatten
+from dist_cifar.distributed.cores import available_cores
 
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
 """Environment variables that choose the instructions of CPU kernels."""
@@ -89,6 +91,28 @@ def versions() -> dict[str, str]:
     packages = ("torchvision", "accelerate", "numpy", "pillow")
     ours = {"dist_cifar": dist_cifar.__version__, "python": platform.python_version(), "torch": torch.__version__}
     return ours | {name: importlib.metadata.version(name) for name in packages}
+
+
+_OF_EACH_RANK = ("data.root", "data.url", "data.cache_dir", "data.stage_dir", "run.device", "run.threads_per_rank")
+"""Fields that may differ between the ranks of a job: where each finds the data, whose content is compared when it is
+read, and what it computes on, which the communicator and strategy `exact` compare."""
+
+
+def shared_facts(config: Config) -> dict[str, object]:
+    """What must be the same on every rank of a training, by name: the config, the packages, the code."""
+    facts = {key: value for key, value in flatten(config).items() if key not in _OF_EACH_RANK}
+    plugins = {name: installed_version(name) for name in ("numba", "triton", "deepspeed")}
+    packages = {f"the version of {name}": version for name, version in (versions() | plugins).items()}
+    return facts | packages | {"the SHA-256 of the code of dist_cifar": _code_sha256()}
+
+
+def _code_sha256() -> str:
+    """The hash of all modules of this package: a checkout may have another code under the same version."""
+    root = Path(dist_cifar.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def installed_version(package: str) -> str | None:

@@ -45,7 +45,10 @@ def compile_kernels(config: Config, communicator: Communicator) -> None:
         warm_up_kernels(config.compute, communicator.device, auto_compile=properties(config.strategy).auto_compile)
 
     numba_jit.load(use)  # on all ranks in parallel; what follows compiles only on a miss
-    # Rank 0 first, because it is the one that logs what takes long; the others load what it compiled.
-    communicator.run_on_rank0(lambda: numba_jit.warm_up(use))
+    # Rank 0 first, because it is the one that logs what takes long; the others load what it compiled. They wait in a
+    # barrier, for as long as that takes on a busy machine.
+    if communicator.rank == 0:
+        numba_jit.warm_up(use)
+    communicator.barrier()
     if communicator.rank != 0:
         numba_jit.warm_up(use)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.errors import TrainingError
+from dist_cifar.errors import LaunchError, TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
 
 
@@ -64,3 +64,14 @@ def out_of_order(communicator: Communicator) -> str:
 def test_ranks_in_different_collectives_are_told_apart(ranks):
     messages = ranks.run(3, out_of_order)
     assert len(set(messages)) == 1 and "the order of the collectives differs" in messages[0]
+
+
+def require_same(communicator: Communicator, values: list[str]) -> str:
+    with pytest.raises(LaunchError) as caught:
+        communicator.require_same({"it": values[communicator.rank]})
+    return str(caught.value)
+
+
+def test_facts_are_compared_between_ranks(ranks):
+    messages = ranks.run(3, require_same, ["a", "a", "b"])
+    assert len(set(messages)) == 1 and 'it is "b" on rank 2 and "a" on most' in messages[0]

@@ -9,13 +9,13 @@ import pytest
 from dist_cifar.distributed.launch_env import (
     DistEnv,
     check_local_rank,
-    first_host,
     launcher_rank,
     lone_environ,
     rank_environ,
     read_env,
     refuse_lone_task,
 )
+from dist_cifar.distributed.launchers import first_host
 from dist_cifar.errors import LaunchError
 from tests import REPOSITORY
 
@@ -75,7 +75,7 @@ def test_srun_without_torchrun():
 
 
 def test_torchrun_is_trusted_before_mpirun_and_mpirun_before_srun():
-    assert read_env(SLURM | OPEN_MPI | TORCHRUN).launcher == "torchrun"
+    assert read_env(SLURM | OPEN_MPI | TORCHRUN | {"TORCHELASTIC_RUN_ID": "x"}).launcher == "torchrun"
     assert read_env(SLURM | OPEN_MPI).launcher == "mpi"
 
 
@@ -255,11 +255,11 @@ def test_one_package_knows_the_launchers_variables():
     """`SLURM_JOB_END_TIME` and `SLURM_TMPDIR` are about time and disks; a SLURM template is of `tools/slurm`."""
     known = re.compile(
         r'["\'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_(ADDR|PORT)|GROUP_\w+|TORCHELASTIC_\w+|ACCELERATE_\w+'
-        r"|OMPI_\w+|PMIX?_\w+|SLURM_(?!JOB_END_TIME|TMPDIR)\w+)[\"']"
+        r"|OMPI_\w+|PMIX?_\w+|PALS_\w+|MV2_\w+|FLUX_\w+|SLURM_(?!JOB_END_TIME|TMPDIR)\w+)[\"']"
     )
     package = REPOSITORY / "dist_cifar"
     found = {str(path.relative_to(package)) for path in package.rglob("*.py") if known.search(path.read_text())}
-    assert found == {"distributed/launch_env.py", "distributed/accelerate_env.py"}
+    assert found == {f"distributed/{name}.py" for name in ("launch_env", "launchers", "accelerate_env")}
 
 
 # --- partial and contradictory variables -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import pytest
 
 from dist_cifar import stopping
 from dist_cifar.distributed import rendezvous
+from dist_cifar.distributed.interfaces import interface_of, require_existing
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports, read_env
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import LaunchError
@@ -215,6 +216,48 @@ def test_no_free_port_is_an_error(start, port):
         assert "rank 0 can listen on none of the ports" in refused(start(job("a", 2, port)[0]))
 
 
+# --- who can reach the ports -------------------------------------------------------------------------------------
+
+
+def listening_addresses() -> set[str]:
+    return {
+        connection.laddr.ip for connection in psutil.Process().net_connections("tcp") if connection.status == "LISTEN"
+    }
+
+
+@pytest.mark.parametrize("is_one_node", [True, False])
+def test_only_ranks_on_other_nodes_make_it_listen_beyond_loopback(start, port, is_one_node, no_interface):
+    """The rendezvous server while it waits, the store afterwards."""
+    before = listening_addresses()
+    ranks = job("a", 2, port) if is_one_node else on_nodes(job("a", 2, port), *[own_address()[0]] * 2)
+    zero = start(ranks[0])
+    wait_until_taken(candidate_ports(port)[0])
+    waiting = listening_addresses() - before
+    stores = [zero, start(ranks[1])]
+    require_one_store(stores)
+    beyond = {address for address in waiting | (listening_addresses() - before) if not address.startswith("127.")}
+    assert bool(beyond) != is_one_node
+
+
+def test_a_name_of_the_node_that_does_not_resolve_is_not_looked_up(start, port):
+    environ = TORCHRUN | {"MASTER_PORT": str(port), "MASTER_ADDR": "nowhere-x9.invalid", "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} for rank in range(2)]
+    require_one_store([start(read_env(environ | rank)) for rank in ranks])
+
+
+def test_ranks_with_another_secret_do_not_meet(start, port):
+    def env(rank: int, secret: str) -> DistEnv:
+        return read_env(
+            TORCHRUN
+            | {"MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "DIST_CIFAR_SECRET": secret}
+            | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        )
+
+    zero, stranger = start(env(0, "a"), 30), start(env(1, "b"), 1)
+    assert "nobody who knows this job answers" in refused(stranger)
+    require_one_store([zero, start(env(1, "a"))])
+
+
 # --- jobs do not mix ---------------------------------------------------------------------------------------------
 
 
@@ -376,16 +419,17 @@ def own_address() -> tuple[str, str]:
 
 
 def test_interfaces_are_found_by_their_address():
-    assert rendezvous.interface_of("127.0.0.1") == "lo"
-    assert rendezvous.interface_of("203.0.113.77") is None
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") is None
     address, name = own_address()
-    assert rendezvous.interface_of(address) == name
+    assert interface_of(address) == name
 
 
 @pytest.fixture
 def no_interface(monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def on_nodes(ranks: list[DistEnv], *addresses: str) -> list[DistEnv]:
@@ -413,11 +457,34 @@ def test_ranks_of_a_node_that_takes_its_own_name_for_loopback_learn_its_address_
     assert told == [address] * 3
 
 
-def test_an_interface_that_is_set_is_kept_and_one_node_needs_none(start, port, monkeypatch):
-    address, _ = own_address()
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+def test_an_interface_that_is_set_is_kept_between_nodes_and_one_node_has_loopback(start, port, no_interface):
+    address, name = own_address()
+    os.environ["GLOO_SOCKET_IFNAME"] = f"{name},mine"
     require_one_store([start(env) for env in on_nodes(job("a", 2, port), address, address)])
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == f"{name},mine"
+    os.environ["GLOO_SOCKET_IFNAME"] = "ib0"
     require_one_store([start(env) for env in job("a", 2, port)])
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_known"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo", True),
+        ("GLOO_SOCKET_IFNAME", "nix0,lo", True),
+        ("GLOO_SOCKET_IFNAME", "", True),
+        ("GLOO_SOCKET_IFNAME", "nix0", False),
+        ("GLOO_SOCKET_IFNAME", "l", False),
+        ("NCCL_SOCKET_IFNAME", "l", True),
+        ("NCCL_SOCKET_IFNAME", "=lo", True),
+        ("NCCL_SOCKET_IFNAME", "=l", False),
+        ("NCCL_SOCKET_IFNAME", "^docker", True),
+        ("NCCL_SOCKET_IFNAME", "nix", False),
+    ],
+)
+def test_an_interface_that_does_not_exist_is_named(variable, value, is_known):
+    if is_known:
+        require_existing({variable: value})
+    else:
+        with pytest.raises(LaunchError, match=rf"{variable}={value}: .* has no such network interface; .*lo"):
+            require_existing({variable: value})

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.interfaces import interface_towards
 from dist_cifar.distributed.launch_env import DistEnv
-from dist_cifar.distributed.rendezvous import interface_towards
 from dist_cifar.tools.doctor.findings import Finding, graded, ok, severity, warning
 
 _SKEW_SECONDS = 1.0
