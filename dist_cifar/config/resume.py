@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from dist_cifar.config.load import flatten, with_current_keys
 from dist_cifar.config.schema import HINTS, AtResume, Config
-from dist_cifar.config.values import show
+from dist_cifar.config.yaml_text import brief
 
 
 def at_resume(key: str) -> AtResume:
@@ -26,4 +26,6 @@ def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
     """`key: old -> new` of each key that is not free and has another value in `config` than in the flattened `old`."""
     old, new = with_current_keys(old), flatten(config)
     keys = [key for key in dict.fromkeys([*old, *new]) if at_resume(key) is not AtResume.FREE]
-    return {key: f"{key}: {show(old.get(key))} -> {show(new.get(key))}" for key in keys if old.get(key) != new.get(key)}
+    return {
+        key: f"{key}: {brief(old.get(key))} -> {brief(new.get(key))}" for key in keys if old.get(key) != new.get(key)
+    }

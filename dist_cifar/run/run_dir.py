@@ -39,7 +39,7 @@ class RunDir:
     """Paths and small files of one run directory."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
         self.checkpoints, self.profile = self.path / "checkpoints", self.path / "profile"
         self.report = self.path / "report.html"
         self._config, self._status, self._summary = (
