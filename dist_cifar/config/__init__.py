@@ -2,7 +2,7 @@
 
 from dist_cifar.config.load import config_from_values, describe, flatten, load_config, to_yaml
 from dist_cifar.config.paths import expand_path
-from dist_cifar.config.resume import at_resume, differences
+from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
     AtResume,
     AugmentConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "at_resume",
+    "batch_differences",
     "config_from_values",
     "describe",
     "differences",

@@ -29,3 +29,27 @@ def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
     return {
         key: f"{key}: {brief(old.get(key))} -> {brief(new.get(key))}" for key in keys if old.get(key) != new.get(key)
     }
+
+
+def batch_differences(
+    found: Mapping[str, str], old: Mapping[str, Any], config: Config, *, old_ranks: int, ranks: int
+) -> dict[str, str]:
+    """`found` of `differences`, with the global batch in place of the two fields that may set it.
+
+    With `batch.per_rank_size` it follows from the number of ranks, and with another one a step is another place in the
+    data.
+    """
+    before, now = _global_batch(with_current_keys(old), old_ranks), _global_batch(flatten(config), ranks)
+    fields = ("batch.global_size", "batch.per_rank_size")
+    others = {key: text for key, text in found.items() if key not in fields}
+    if before == now:
+        return others
+    if len(others) < len(found):
+        return dict(found)
+    text = f"global batch: {before} -> {now} (ranks: {old_ranks} -> {ranks}; batch.global_size={before} keeps it)"
+    return others | {"batch.per_rank_size": text}
+
+
+def _global_batch(values: Mapping[str, Any], ranks: int) -> int:
+    """The samples of one step on so many ranks; 0 if the config does not say."""
+    return values.get("batch.global_size") or (values.get("batch.per_rank_size") or 0) * ranks
