@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from dist_cifar.cli.arguments import Commands, add_config, config_of
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, counted
 
 
 def add(commands: Commands) -> None:
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     log_to_stream(sys.stdout)
     found = load_dataset(dataclasses.replace(config.data, stage_dir=None))  # the nodes that train have that directory
     print(
-        f"data     {config.data.source}: {len(found.train.labels):,} images to train on, those held out for validation"
-        f" among them, {len(found.test.labels):,} to test on, {len(found.classes)} classes"
+        f"data     {config.data.source}: {counted(len(found.train.labels), 'image')} to train on, those held out for validation"
+        f" among them, {len(found.test.labels):,} to test on, {counted(len(found.classes), 'class', 'classes')}"
     )
     print(f"cache    {found.directory.absolute()}")
     print(f"sha256   {found.content_sha256}")

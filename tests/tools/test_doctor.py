@@ -92,7 +92,7 @@ def test_ranks_of_torchrun_are_examined_together(tmp_path):
     assert done.stdout.count("failed") == 1, "one rank prints"
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert "GB/s" in found["all-reduce"]["found"] and "gloo" in found["backend"]["found"]
-    assert "2 rank(s)" in found["run directory shared"]["found"]
+    assert "2 ranks on 1 host: all see" in found["run directory shared"]["found"]
 
 
 # --- the run directory -------------------------------------------------------------------------------------------
