@@ -32,9 +32,10 @@ def run(options: argparse.Namespace) -> int:
     config = config_of(options)
     log_to_stream(sys.stdout)
     found = load_dataset(dataclasses.replace(config.data, stage_dir=None))  # the nodes that train have that directory
+    images, classes = counted(len(found.train.labels), "image"), counted(len(found.classes), "class", "classes")
     print(
-        f"data     {config.data.source}: {counted(len(found.train.labels), 'image')} to train on, those held out for validation"
-        f" among them, {len(found.test.labels):,} to test on, {counted(len(found.classes), 'class', 'classes')}"
+        f"data     {config.data.source}: {images} to train on, those held out for validation"
+        f" among them, {len(found.test.labels):,} to test on, {classes}"
     )
     print(f"cache    {found.directory.absolute()}")
     print(f"sha256   {found.content_sha256}")

@@ -62,6 +62,7 @@ def build_summary(
 
 def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, str]]:
     """Rows (name, text) of the table that a person reads at the end of a run."""
+    steps = counted(summary["steps"], "step")
     rows = [
         ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
         (
@@ -71,7 +72,7 @@ def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, 
         ),
         (
             "trained",
-            f"{counted(summary['epochs'], 'epoch')}, {counted(summary['steps'], 'step')} in {summary['wall_seconds']:,.0f} s",
+            f"{counted(summary['epochs'], 'epoch')}, {steps} in {summary['wall_seconds']:,.0f} s",
         ),
         (
             "speed",

@@ -65,6 +65,7 @@ class RunRecords:
             else counted(len(evaluator.validation_indices), "image")
         )
         virtual = f" ({counted(plan.virtual_ranks, 'virtual rank')})" if properties(config.strategy).bitwise else ""
+        classes = counted(len(dataset.classes), "class", "classes")
         logger.info(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
         logger.info(
             f"ranks      {communicator.world_size} x {communicator.device.type},"
@@ -73,7 +74,7 @@ class RunRecords:
         )
         logger.info(
             f"data       {config.data.source}: {counted(len(self._train_indices), 'image')} to train on,"
-            f" validation {held_out}, test {counted(len(dataset.test.labels), 'image')}, {counted(len(dataset.classes), 'class', 'classes')}"
+            f" validation {held_out}, test {counted(len(dataset.test.labels), 'image')}, {classes}"
         )
         logger.info(
             f"model      {config.model.name}, {config.model.norm} norm, {evaluator.parameter_count:,} parameters"
