@@ -7,6 +7,7 @@ the program and exits with `EXIT_INTERNAL`.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
     """
     beside = path.parent if path.parent.is_dir() or path.parent == path else nearest_path(path.parent)
     for folder in (beside, *folders):
-        if folder is None or not folder.is_dir():
+        if folder is None or not folder.is_dir() or not os.access(folder, os.R_OK):
             continue
         by_stem: dict[str, str] = {}
         for entry in sorted(folder.iterdir()):
@@ -86,6 +87,12 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
         if stem is not None:
             return folder / by_stem[stem]
     return None
+
+
+def counted(number: float, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: `1 step`, `1,200 steps`, `0.5 epochs`."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else plural or noun + 's'}"
 
 
 def one_line(error: Exception) -> str:

@@ -7,6 +7,9 @@
 #
 # It is sourced in the repository, after `max_requeues` and `max_restarts`, and perhaps `container` and `srun_options`.
 
+# A job that was submitted from inside another one has inherited how that one's steps were pinned: srun would obey it.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"
+
 attempt=${SLURM_RESTART_COUNT:-0}
 first_signal=
 launcher= # process id of the srun that runs the ranks

@@ -14,6 +14,11 @@ A config is a YAML file of sections, each of which holds its fields. On the comm
 does, and `--print-config` prints what would run. An unknown key, a wrong type or an impossible value is an error that
 names the nearest right one. A key that was renamed is still read, with a warning.
 
+Numbers are decimal: `010` is ten, and `0x40` and `1:30` are no numbers. On the command line a field of text takes what
+stands behind the `=` as it is. In paths `~`, `$NAME` and `${NAME}` are expanded, and one that has no value is an error;
+`data.stage_dir` is expanded on each node, the others when the config is read. Tags, aliases and merge keys of YAML are
+not read.
+
 This page is written by `make docs` from `dist_cifar/config/schema.py`.
 
 ## What belongs together

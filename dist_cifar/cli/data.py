@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from dist_cifar.cli.arguments import Commands, add_config, config_of
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, counted
 
 
 def add(commands: Commands) -> None:
@@ -32,9 +32,10 @@ def run(options: argparse.Namespace) -> int:
     config = config_of(options)
     log_to_stream(sys.stdout)
     found = load_dataset(dataclasses.replace(config.data, stage_dir=None))  # the nodes that train have that directory
+    images, classes = counted(len(found.train.labels), "image"), counted(len(found.classes), "class", "classes")
     print(
-        f"data     {config.data.source}: {len(found.train.labels):,} images to train on, those held out for validation"
-        f" among them, {len(found.test.labels):,} to test on, {len(found.classes)} classes"
+        f"data     {config.data.source}: {images} to train on, those held out for validation"
+        f" among them, {len(found.test.labels):,} to test on, {classes}"
     )
     print(f"cache    {found.directory.absolute()}")
     print(f"sha256   {found.content_sha256}")

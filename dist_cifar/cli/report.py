@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_cifar.cli.arguments import Commands, new_file
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def add(commands: Commands) -> None:
@@ -30,9 +34,24 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the page and prints where it is. Returns the exit code."""
-    from dist_cifar.run.run_dir import require_run
     from dist_cifar.tools.report import write_report
 
-    path = write_report([require_run(run) for run in options.runs], options.out)
+    path = write_report(_begun(options.runs), options.out)
     print(f"report   {path.absolute()}")
     return EXIT_DONE
+
+
+def _begun(paths: Sequence[Path]) -> list[Path]:
+    """The runs among `paths`. Of several, as `runs/*` gives them, those are passed over in which nothing has begun."""
+    from dist_cifar.run.run_dir import is_run, require_run
+
+    if len(paths) == 1:
+        return [require_run(paths[0])]
+    passed = [path for path in paths if path.exists() and not (is_run(path) and (path / "status.json").exists())]
+    if passed:
+        names = ", ".join(str(path) for path in passed[:5]) + (f" and {len(passed) - 5} more" if passed[5:] else "")
+        logger.warning("warning: report: passed over, because no training has begun there: %s", names)
+    runs = [require_run(path) for path in paths if path not in passed]
+    if not runs:
+        raise ConfigError("report: no training has begun in any of these; give the run.dir of one")
+    return runs

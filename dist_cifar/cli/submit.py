@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from dist_cifar.cli.arguments import Commands, add_config, config_of, count, positive
+from dist_cifar.cli.arguments import Commands, add_config, count, positive
 from dist_cifar.errors import EXIT_DONE, ConfigError
 
 
@@ -31,6 +32,20 @@ def add(commands: Commands) -> None:
     parser.add_argument("--qos", metavar="Q")
     parser.add_argument("--constraint", metavar="C", help="features of the nodes")
     parser.add_argument("--container", metavar="IMAGE", help="run the ranks in this image with apptainer")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of sbatch, e.g. --sbatch mem=64G; may be repeated",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help='a line of shell for the beginning of the job, e.g. --setup "module load cuda"; may be repeated',
+    )
     parser.add_argument("--max-restarts", type=count, metavar="N", help="requeues after a crash; default: 3")
     parser.add_argument("--no-torchrun", action="store_true", help="one task of SLURM for each rank")
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="a job array: one run for each line of overrides")
@@ -45,10 +60,11 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Submits the job. Returns the exit code."""
+    from dist_cifar.config import load_config
     from dist_cifar.strategy import slice_count
-    from dist_cifar.tools.slurm import REPOSITORY, Request, render, submit, template
+    from dist_cifar.tools.slurm import REPOSITORY, JobVariables, Request, render, submit, template
 
-    config = config_of(options)
+    config = load_config(options.config, options.overrides, environ=JobVariables(os.environ))
     if Path.cwd() != REPOSITORY:
         raise ConfigError(f"submit: jobs run in the repository, where their paths begin: cd {REPOSITORY}")
     ranks = options.ranks_per_node or max(options.gpus_per_node, 1)
@@ -69,6 +85,8 @@ def run(options: argparse.Namespace) -> int:
         directory=REPOSITORY,
         ranks_per_node=ranks,
         array=array,
+        sbatch=tuple(options.sbatch),
+        setup=tuple(options.setup),
         **{name: getattr(options, name) for name in names.split()},
     )
     text = render(template(script), request)
@@ -81,19 +99,25 @@ def run(options: argparse.Namespace) -> int:
 def _count_configs(options: argparse.Namespace) -> int:
     """The number of lines of the sweep's file. Raises `ConfigError` unless each of them is a config."""
     from dist_cifar.config import load_config
+    from dist_cifar.tools.slurm import JobVariables, sweep_lines
 
+    environ = JobVariables(os.environ)
     try:
-        lines = options.sweep.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = options.sweep.read_bytes()
+    except OSError as error:
         raise ConfigError(f"submit: --sweep {options.sweep}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
+    if not content:
+        raise ConfigError(f"submit: --sweep {options.sweep} is empty; give it a line of overrides for each run")
+    try:
+        lines = sweep_lines(content)
+    except ConfigError as error:
+        raise ConfigError(f"submit: --sweep {options.sweep}, {error}") from None
+    for number, overrides in enumerate(lines, start=1):
         try:
-            if not line.split():
+            if not overrides:
                 raise ConfigError("it is empty")
             of_the_script = ["run.dir=", "tracking.wandb_group="]
-            load_config(options.config, [*options.overrides, *line.split(), *of_the_script])
+            load_config(options.config, [*options.overrides, *overrides, *of_the_script], environ=environ)
         except ConfigError as error:
             raise ConfigError(f"submit: --sweep {options.sweep}, line {number}: {error}") from None
-    if not lines:
-        raise ConfigError(f"submit: --sweep {options.sweep} is empty; give it a line of overrides for each run")
     return len(lines)

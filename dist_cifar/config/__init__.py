@@ -1,7 +1,8 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
 from dist_cifar.config.load import config_from_values, describe, flatten, load_config, to_yaml
-from dist_cifar.config.resume import at_resume, differences
+from dist_cifar.config.paths import expand_path
+from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
     AtResume,
     AugmentConfig,
@@ -37,9 +38,11 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "at_resume",
+    "batch_differences",
     "config_from_values",
     "describe",
     "differences",
+    "expand_path",
     "flatten",
     "load_config",
     "to_yaml",

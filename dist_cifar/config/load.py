@@ -10,17 +10,19 @@ import ast
 import dataclasses
 import inspect
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal, get_origin
 
 from dist_cifar.config import schema
-from dist_cifar.config.schema import HINTS, SECTIONS, Config
-from dist_cifar.config.values import accepts_text, convert, show, type_name
-from dist_cifar.errors import ConfigError, did_you_mean, nearest_path
+from dist_cifar.config.key_hints import hint_for
+from dist_cifar.config.paths import expand_path, has_variables
+from dist_cifar.config.schema import HINTS, SECTIONS, Config, PathKind
+from dist_cifar.config.values import convert, is_optional, path_kind, type_name, unmarked
+from dist_cifar.config.yaml_text import brief, parse_yaml, read_text, show
+from dist_cifar.errors import ConfigError, nearest_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +41,26 @@ MOVED = {
 """Keys that have another name now. They are still read, because configs, job scripts and runs outlive a checkout."""
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the YAML file at `path`, then each `key=value` of `overrides`.
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, environ: Mapping[str, str] = os.environ
+) -> Config:
+    """The defaults, then the YAML file at `path`, then each `key=value` of `overrides`; paths are expanded.
 
-    Raises `ConfigError` for a missing or unreadable file, an unknown key, a wrong type or an impossible value.
+    `path` may be a pipe, which gives the run no name. `environ` has the variables of paths. Raises `ConfigError` for a
+    missing or unreadable file, an unknown key, a wrong type or an impossible value, and nothing else for any bytes.
     """
     values: dict[str, Any] = {}
+    old_names: list[str] = []
     if path is not None:
-        _update(values, _read_yaml(Path(path)))
-    _update(values, _parse_overrides(overrides))
-    if path is not None:
-        values.setdefault("run.name", Path(path).stem)
-    return config_from_values(values)
+        path = Path(path)
+        _update(values, _read_yaml(path, old_names))
+        if _is_plain_file(path):
+            values.setdefault("run.name", path.stem)
+    _update(values, _parse_overrides(overrides, old_names))
+    config = config_from_values({key: _expanded(key, value, environ) for key, value in values.items()})
+    for line in old_names:
+        logger.warning("warning: %s", line)
+    return config
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
@@ -108,90 +118,88 @@ def describe() -> list[tuple[str, str, str, str]]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml says nothing of its types
-    """Safe YAML that reads `1e-3` as a number (as YAML 1.2 does) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string; write a name")
-            if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; remove one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, origin: str) -> Any:
+def _read_yaml(path: Path, old_names: list[str]) -> dict[str, Any]:
     try:
-        return yaml.load(text, _Loader)  # a subclass of SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{origin}: line {line}: not YAML: {error.problem}; fix the line") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         near = nearest_path(path, Path("configs"))
         hint = f"did you mean {near}?" if near else "give a YAML file"
         raise ConfigError(f"--config {path}: no such file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error}); give a YAML file") from None
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {show(tree)}, not sections; write `section:` and `  key: value` below it")
+        raise ConfigError(f"{path}: holds {brief(tree)}, not sections; write `section:` and `  key: value` below it")
     values: dict[str, Any] = {}
     for section, fields in tree.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{path}: {_unknown(section, SECTIONS)}")
+            raise _unknown(section, str(path))
         if fields is None:
             continue
         if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: {section}: found {show(fields)}; write its keys below it, one a line")
+            raise ConfigError(f"{path}: {section}: found {brief(fields)}; write its keys below it, one a line")
         values |= {f"{section}.{name}": value for name, value in fields.items()}
-    values = _rename(values, str(path))
+    values = _rename(values, str(path), old_names)
     return {key: convert(_hint(key, str(path)), value, key, str(path)) for key, value in values.items()}
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _is_plain_file(path: Path) -> bool:
+    """Whether the file has a name of its own, as `/dev/stdin` and the pipe of a `<(command)` have not."""
+    return stat.S_ISREG(path.stat().st_mode) and path.absolute().parts[1:2] not in (("dev",), ("proc",))
+
+
+def _parse_overrides(overrides: Sequence[str], old_names: list[str]) -> dict[str, Any]:
     origin = "command line"
     texts: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"argument {override!r}: not an option and not key=value; write e.g. train.epochs=3")
+            raise ConfigError(f"argument {brief(override)}: not an option and not key=value; write e.g. train.epochs=3")
         if key in texts:
-            raise ConfigError(f"{origin}: {key} is given twice; give it once")
+            raise ConfigError(f"{origin}: {brief(key)} is given twice; give it once")
         texts[key] = text
     values: dict[str, Any] = {}
-    for key, text in _rename(texts, origin).items():
+    for key, text in _rename(texts, origin, old_names).items():
         hint = _hint(key, origin)
-        value = _parse_yaml(text, f"{origin}: {key}")
-        if accepts_text(hint, is_null=value is None):
-            value = text  # run.name=007 is a name, not a number
-        values[key] = convert(hint, value, key, origin)
+        values[key] = convert(hint, _typed(hint, text, f"{origin}: {key}"), key, origin)
     return values
 
 
-def _rename(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """`values` under the current names of their keys; a warning names those that have moved."""
+def _typed(hint: Any, text: str, origin: str) -> Any:
+    """What was typed behind the `=`: the text itself for a field of text, else what YAML reads in it.
+
+    `run.name=007` is a name and no number, and a note may hold a colon. An optional text is null if it is `null` or
+    nothing.
+    """
+    kind = unmarked(hint)
+    if kind is not str and get_origin(kind) is not Literal:
+        return parse_yaml(text, origin)
+    return None if is_optional(hint) and text in ("", "null", "Null", "NULL") else text
+
+
+def _expanded(key: str, value: Any, environ: Mapping[str, str]) -> Any:
+    """A path as it is used; other values as they are."""
+    section, _, name = key.partition(".")
+    kind = path_kind(HINTS[section][name])
+    if kind is None or value is None:
+        return value
+    if not value or "\n" in value or "\t" in value:
+        raise ConfigError(f"{key}: {brief(value)} is no path; name a file or folder")
+    if kind is PathKind.NODE:
+        return value
+    expanded = expand_path(value, key, environ)
+    if has_variables(expanded):
+        raise ConfigError(f"{key}: {brief(value)} stands for {brief(expanded)}, which begins with ~ or holds a $")
+    return expanded
+
+
+def _rename(values: Mapping[str, Any], origin: str, old_names: list[str]) -> dict[str, Any]:
+    """`values` under the current names of their keys; a line that names those that have moved goes to `old_names`."""
     moved = [f"{key} is now {MOVED[key]}" for key in values if key in MOVED]
     if moved:
-        logger.warning("warning: %s: keys have new names: %s", origin, ", ".join(moved))
+        old_names.append(f"{origin}: keys have new names: {', '.join(moved)}")
     for key in values:
         if MOVED.get(key) in values:
             raise ConfigError(f"{origin}: {key} is the old name of {MOVED[key]}, which is given too; remove {key}")
@@ -212,15 +220,15 @@ def _hint(key: str, origin: str) -> Any:
     section, _, name = key.partition(".")
     if section in HINTS and name in HINTS[section]:
         return HINTS[section][name]
+    raise _unknown(key, origin)
+
+
+def _unknown(key: str, origin: str) -> ConfigError:
     known = [f"{section}.{name}" for section, hints in HINTS.items() for name in hints]
-    raise ConfigError(f"{origin}: {_unknown(key, known)}")
-
-
-def _unknown(key: str, known: Iterable[str]) -> str:
-    known = list(known)
-    by_last_part = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    suggestion = did_you_mean(key, known) or (f"; did you mean {by_last_part[0]}?" if by_last_part else "")
-    return f"{key}: unknown key{suggestion or ';'} `python -m dist_cifar train --help` lists them all"
+    hint = hint_for(key, {name: name for name in known} | MOVED)
+    return ConfigError(
+        f"{origin}: {brief(key)}: unknown key{hint or ';'} `python -m dist_cifar train --help` lists them all"
+    )
 
 
 # --- checking ----------------------------------------------------------------------------------------------------
@@ -254,15 +262,13 @@ def _check(config: Config) -> None:
         low, high = getattr(augment, name)
         if low > high:
             raise ConfigError(f"augment.{name}: must rise, found [{low}, {high}]; write [{high}, {low}]")
-    if any(beta >= 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas: must be < 1, found {show(list(config.optimizer.betas))}")
     if data.source == "synthetic" and data.validation_size >= data.synthetic_train_size:
         raise ConfigError(
             f"data.validation_size: {data.validation_size} leaves no training image of"
             f" data.synthetic_train_size={data.synthetic_train_size}; make it smaller"
         )
-    if not config.run.name or "/" in config.run.name:
-        raise ConfigError(f"run.name: must be a name without '/', found {show(config.run.name)}")
+    if config.run.name in ("", ".", "..") or any(character in config.run.name for character in "/$\n\t"):
+        raise ConfigError(f"run.name: must be a name without '/' and '$', found {brief(config.run.name)}")
 
 
 def _field_docs() -> dict[str, str]:

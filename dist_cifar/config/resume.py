@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from dist_cifar.config.load import flatten, with_current_keys
 from dist_cifar.config.schema import HINTS, AtResume, Config
-from dist_cifar.config.values import show
+from dist_cifar.config.yaml_text import brief
 
 
 def at_resume(key: str) -> AtResume:
@@ -26,4 +26,30 @@ def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
     """`key: old -> new` of each key that is not free and has another value in `config` than in the flattened `old`."""
     old, new = with_current_keys(old), flatten(config)
     keys = [key for key in dict.fromkeys([*old, *new]) if at_resume(key) is not AtResume.FREE]
-    return {key: f"{key}: {show(old.get(key))} -> {show(new.get(key))}" for key in keys if old.get(key) != new.get(key)}
+    return {
+        key: f"{key}: {brief(old.get(key))} -> {brief(new.get(key))}" for key in keys if old.get(key) != new.get(key)
+    }
+
+
+def batch_differences(
+    found: Mapping[str, str], old: Mapping[str, Any], config: Config, *, old_ranks: int, ranks: int
+) -> dict[str, str]:
+    """`found` of `differences`, with the global batch in place of the two fields that may set it.
+
+    With `batch.per_rank_size` it follows from the number of ranks, and with another one a step is another place in the
+    data.
+    """
+    before, now = _global_batch(with_current_keys(old), old_ranks), _global_batch(flatten(config), ranks)
+    fields = ("batch.global_size", "batch.per_rank_size")
+    others = {key: text for key, text in found.items() if key not in fields}
+    if before == now:
+        return others
+    if len(others) < len(found):
+        return dict(found)
+    text = f"global batch: {before} -> {now} (ranks: {old_ranks} -> {ranks}; batch.global_size={before} keeps it)"
+    return others | {"batch.per_rank_size": text}
+
+
+def _global_batch(values: Mapping[str, Any], ranks: int) -> int:
+    """The samples of one step on so many ranks; 0 if the config does not say."""
+    return values.get("batch.global_size") or (values.get("batch.per_rank_size") or 0) * ranks

@@ -3,7 +3,8 @@
 Contract: the defaults are the recipe of `configs/cifar10_resnet18.yaml`. A field decides the result of a run, and so
 must stay what it was when the run is resumed, unless its type is marked `Free` (it says where, how long or how it is
 reported) or `Rounding` (it says how the same training is computed: strategies other than `exact` may resume with
-another value).
+another value). Every number has bounds, which are what the code can hold: `values.convert` checks them, and a test that
+no number is without.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Range:
-    """Closed or half-open bounds of a number; `None` is no bound."""
+    """Closed bounds of a number; with `above`, the lower one is open."""
 
     minimum: float | None = None
-    maximum: float | None = None
+    maximum: float
     above: float | None = None
 
     def __contains__(self, number: float) -> bool:
         return (
             (self.minimum is None or number >= self.minimum)
-            and (self.maximum is None or number <= self.maximum)
+            and number <= self.maximum
             and (self.above is None or number > self.above)
         )
 
     def __str__(self) -> str:
         bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum))
-        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
+        )
 
 
 class AtResume(Enum):
@@ -49,11 +52,32 @@ T = TypeVar("T")
 Free = Annotated[T, AtResume.FREE]
 Rounding = Annotated[T, AtResume.ROUNDING]
 
-PositiveInt = Annotated[int, Range(minimum=1)]
-NonNegativeInt = Annotated[int, Range(minimum=0)]
-PositiveFloat = Annotated[float, Range(above=0)]
-NonNegativeFloat = Annotated[float, Range(minimum=0)]
+
+class PathKind(Enum):
+    """Where the `~` and the variables in a path are expanded."""
+
+    SHARED = "shared"
+    """When the config is read: the config that is printed and saved has the path in full."""
+    NODE = "node"
+    """In the process that uses it, because each node may have another value."""
+
+
+SharedPath = Annotated[str, PathKind.SHARED]
+NodePath = Annotated[str, PathKind.NODE]
+
+MANY = 10**9
+"""More steps, epochs or samples than any run has, and few enough for 32 bits."""
+PositiveInt = Annotated[int, Range(minimum=1, maximum=MANY)]
+NonNegativeInt = Annotated[int, Range(minimum=0, maximum=MANY)]
 Probability = Annotated[float, Range(minimum=0, maximum=1)]
+Seconds = Annotated[float, Range(above=0, maximum=10**7)]
+Factor = Annotated[float, Range(minimum=0, maximum=100)]
+"""A strength of an operation on pixels: beyond it an image has no grey left."""
+Beta = Annotated[float, Range(minimum=0, maximum=0.999999)]
+"""A decay rate that is below 1 in 32 bits too."""
+Aspect = Annotated[float, Range(minimum=1e-3, maximum=1000)]
+SmallFloat = Annotated[float, Range(minimum=1e-30, maximum=10_000)]
+"""A number that is not zero in 32 bits, nor are its products with others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +86,17 @@ class RunConfig:
 
     name: Free[str] = "cifar10_resnet18"
     """Name of the run; the stem of the config file unless it is set."""
-    dir: Free[str | None] = None
-    """Run directory: everything that the run writes, and all that a resume needs. Default `runs/<name>`."""
-    seed: NonNegativeInt = 0
+    dir: Free[SharedPath | None] = None
+    """Run directory: everything that the run writes, and all that a resume needs. Default `runs/<name>`.
+    `~` and `$NAME` are expanded, here and in the other paths."""
+    seed: Annotated[int, Range(minimum=0, maximum=2**63 - 1)] = 0
     """Seed of the weights, the order of the samples and the augmentation."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """Device of every rank; `auto` takes a GPU where there is one."""
-    threads_per_rank: Free[PositiveInt | None] = None
+    threads_per_rank: Free[Annotated[int, Range(minimum=1, maximum=1024)] | None] = None
     """CPU threads of one rank; by default the cores of the node divided by its ranks, and 1 in strategy `exact`: there
     the number must stay the same, because it changes how sums are rounded."""
-    timeout_seconds: Free[PositiveFloat] = 60.0
+    timeout_seconds: Free[Seconds] = 60.0
     """How long a collective waits for the slowest rank before the job ends with an error."""
     log_every_steps: Free[PositiveInt] = 50
     """Steps between two rows of the log and of `metrics.jsonl`."""
@@ -80,9 +105,9 @@ class RunConfig:
     profile: Free[bool] = False
     """Time the phases of some steps after each start, print them as a table and write it, with a Chrome trace of each
     rank, to `profile/` in the run directory."""
-    straggler_factor: Free[Annotated[float, Range(above=1)]] = 1.5
+    straggler_factor: Free[Annotated[float, Range(above=1, maximum=10**6)]] = 1.5
     """A rank whose own work takes this many times as long as the median rank's is reported as a straggler."""
-    time_limit_seconds: Free[PositiveFloat | None] = None
+    time_limit_seconds: Free[Annotated[float, Range(above=0, maximum=MANY)] | None] = None
     """Seconds after its start at which this job is ended from outside: the run is saved and stopped before that. The
     end time that SLURM sets in `SLURM_JOB_END_TIME` counts too."""
 
@@ -94,22 +119,22 @@ class DataConfig:
     source: Literal["cifar10", "cifar100", "folder", "synthetic"] = "cifar10"
     """`cifar10` and `cifar100`: the official python archives; `folder`: a folder or zip of `train/<class>/*` and
     `test/<class>/*` images; `synthetic`: generated shapes, for tests and the quickstart."""
-    root: Free[str] = "data"
+    root: Free[SharedPath] = "data"
     """Where the archive is (or is downloaded to), or the folder or zip of `source: folder`."""
     url: Free[str | None] = None
     """Mirror of the official archive, whose hash is checked like the original's."""
-    cache_dir: Free[str | None] = None
+    cache_dir: Free[SharedPath | None] = None
     """Where the decoded arrays are cached; default `$XDG_CACHE_HOME/dist_cifar` or `~/.cache/dist_cifar`."""
-    stage_dir: Free[str | None] = None
+    stage_dir: Free[NodePath | None] = None
     """Directory local to each node, such as `$SLURM_TMPDIR` or `/dev/shm`, to which one process of the node copies the
     decoded arrays, and from which all read them; null reads the cache itself. `$NAME` and `~` are expanded where the
     process runs. The copy is left there for the next job; clusters empty `$SLURM_TMPDIR` themselves."""
     validation_size: NonNegativeInt = 5000
     """Training images held out, stratified by class, for the plateau and for choosing the best checkpoint. With 0
     the test set is used for both, and the log and the summary say so."""
-    synthetic_train_size: PositiveInt = 5000
+    synthetic_train_size: Annotated[int, Range(minimum=1, maximum=10**6)] = 5000
     """Training images of `source: synthetic`, the validation images included."""
-    synthetic_test_size: PositiveInt = 1000
+    synthetic_test_size: Annotated[int, Range(minimum=1, maximum=10**6)] = 1000
     """Test images of `source: synthetic`."""
 
 
@@ -128,14 +153,14 @@ class AugmentConfig:
     """Horizontal flip; policies `seed` and `flip_crop`."""
     rotation_degrees: Annotated[float, Range(minimum=0, maximum=180)] = 20.0
     """Rotation by an angle drawn from [-rotation_degrees, rotation_degrees]; nearest neighbour, corners black."""
-    brightness: NonNegativeFloat = 0.2
+    brightness: Factor = 0.2
     """Brightness factor drawn from [max(0, 1 - brightness), 1 + brightness]. Brightness, contrast and saturation are
     applied in an order drawn for each image."""
-    contrast: NonNegativeFloat = 0.2
+    contrast: Factor = 0.2
     """Contrast factor, likewise."""
-    saturation: NonNegativeFloat = 0.2
+    saturation: Factor = 0.2
     """Saturation factor, likewise."""
-    sharpness_factor: NonNegativeFloat = 2.0
+    sharpness_factor: Factor = 2.0
     """Sharpness factor: 0 blurs, 1 changes nothing, 2 sharpens."""
     sharpness_probability: Probability = 0.2
     """Probability of the sharpness change."""
@@ -143,7 +168,7 @@ class AugmentConfig:
     """Probability that a box of the normalised image is set to zero."""
     erasing_area: tuple[Probability, Probability] = (0.02, 0.33)
     """Range of the box's share of the image's area."""
-    erasing_aspect: tuple[PositiveFloat, PositiveFloat] = (0.3, 3.3)
+    erasing_aspect: tuple[Aspect, Aspect] = (0.3, 3.3)
     """Range of the box's ratio of height to width."""
 
 
@@ -174,21 +199,21 @@ class BatchConfig:
 class OptimizerConfig:
     """Adam, its learning rate and the clipping of its gradients."""
 
-    lr: PositiveFloat = 1e-3
+    lr: SmallFloat = 1e-3
     """Base learning rate: what a global batch of `lr_base_batch` samples gets."""
     lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
     """LR = lr x (global batch / lr_base_batch) to the power 1/2 (`sqrt`, right for Adam), 1 (`linear`) or 0."""
     lr_base_batch: PositiveInt = 128
     """The global batch for which `lr` was tuned."""
-    warmup_epochs: NonNegativeFloat = 5.0
+    warmup_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 5.0
     """Epochs over which the learning rate rises linearly to its full value."""
-    weight_decay: NonNegativeFloat = 1e-4
+    weight_decay: Annotated[float, Range(minimum=0, maximum=10_000)] = 1e-4
     """L2 penalty that Adam adds to the gradient."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: SmallFloat = 1e-8
     """Adam's epsilon."""
-    max_grad_norm: PositiveFloat | None = 1.0
+    max_grad_norm: Annotated[float, Range(minimum=1e-6, maximum=1e20)] | None = 1.0
     """Gradients are scaled to this global L2 norm when theirs is larger; null switches it off."""
     non_finite: Literal["raise", "skip"] = "raise"
     """A step with a gradient that is not finite changes nothing, on any rank. Then `raise` ends the run at the next
@@ -207,11 +232,11 @@ class PlateauConfig:
     """What a reduction multiplies the learning rate by; 1 switches the plateau off."""
     patience_evaluations: NonNegativeInt = 5
     """Evaluations without improvement before the learning rate is reduced."""
-    threshold: NonNegativeFloat = 1e-4
+    threshold: Annotated[float, Range(minimum=0, maximum=0.99)] = 1e-4
     """Relative change that counts as an improvement."""
     cooldown_evaluations: NonNegativeInt = 0
     """Evaluations after a reduction that are not counted."""
-    min_lr: NonNegativeFloat = 0.0
+    min_lr: Annotated[float, Range(minimum=0, maximum=10_000)] = 0.0
     """The learning rate is never reduced below this."""
 
 
@@ -235,7 +260,7 @@ class StrategyConfig:
     """`exact` gives the same weights, to the last bit, for every world size; `ddp` is Accelerate's
     DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's `fully_shard`. A
     run may be resumed with another strategy."""
-    virtual_ranks: Rounding[PositiveInt] = 8
+    virtual_ranks: Rounding[Annotated[int, Range(minimum=1, maximum=2**16)]] = 8
     """Strategy `exact`: the number of slices of the global batch, each computed by itself: a power of two that divides
     the batch. It changes the result, as the batch size does. It must be divisible by the world size, which does not
     affect the result."""

@@ -1,4 +1,4 @@
-"""Values of the annotated types of `schema`: checked, converted, shown.
+"""Values of the annotated types of `schema`: checked and converted.
 
 Contract: pure functions. A value that is not of its type, or out of its range, is a `ConfigError` of one line.
 """
@@ -6,17 +6,19 @@ Contract: pure functions. A value that is not of its type, or out of its range, 
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal
 
-import yaml
-
-from dist_cifar.config.schema import Range
+from dist_cifar.config.schema import PathKind, Range
+from dist_cifar.config.yaml_text import brief
 from dist_cifar.errors import ConfigError, did_you_mean
 
 _SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
 """Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
+_UNUSABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+"""Control characters other than tab and line feed, and what is left of bytes that are not UTF-8."""
 
 
 def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
@@ -27,40 +29,65 @@ def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
             return None
         return convert(arguments[0], value, key, origin)
     if kind is Annotated:
-        converted = convert(arguments[0], value, key, origin)
-        for bounds in arguments[1:]:
-            if isinstance(bounds, Range) and converted not in bounds:
-                raise ConfigError(f"{origin}: {key}: must be {bounds}, found {show(value)}")
-        return converted
+        plain = arguments[0]
+        if plain in (int, float):
+            return _number(hint, plain, value, key, origin)
+        return convert(plain, value, key, origin)
     if kind is Literal:
         if isinstance(value, bool) and "on" in arguments:
             value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
-        if value in arguments:
+        if isinstance(value, str) and value in arguments:
             return value
-        hint = did_you_mean(_SAME.get(str(value), str(value)), arguments)
-        raise ConfigError(f"{origin}: {key}: must be one of {', '.join(arguments)}, found {show(value)}{hint}")
+        hint = did_you_mean(_SAME.get(str(value), str(value)), arguments) if isinstance(value, str) else ""
+        raise ConfigError(f"{origin}: {key}: must be one of {', '.join(arguments)}, found {brief(value)}{hint}")
     if kind is tuple:
         many = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple) or (not many and len(value) != len(arguments)):
             wanted = "a list" if many else f"a list of {len(arguments)}"
-            raise ConfigError(f"{origin}: {key}: must be {wanted}, found {show(value)}; write e.g. [a, b]")
+            raise ConfigError(f"{origin}: {key}: must be {wanted}, found {brief(value)}; write e.g. [a, b]")
         hints = [arguments[0]] * len(value) if many else arguments
         return tuple(convert(hint, item, key, origin) for hint, item in zip(hints, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ConfigError(f"{origin}: {key}: must be {type_name(hint)}, found {show(value)}")
+    if type(value) is not hint:
+        quotes = "; put it in quotes" if hint is str and isinstance(value, bool | int | float) else ""
+        raise ConfigError(f"{origin}: {key}: must be {type_name(hint)}, found {brief(value)}{quotes}")
+    if hint is str and _UNUSABLE.search(value):
+        raise ConfigError(f"{origin}: {key}: found {brief(value)}, which holds a control character; remove it")
     return value
 
 
-def accepts_text(hint: Any, *, is_null: bool) -> bool:
-    """Whether a value typed on the command line is taken as it stands. `is_null`: YAML reads it as null."""
+def _number(hint: Any, plain: type, value: Any, key: str, origin: str) -> int | float:
+    """A number of the type `plain` within the bounds of `hint`; infinity and NaN are within none."""
+    (bounds,) = (mark for mark in typing.get_args(hint) if isinstance(mark, Range))
+    is_number = type(value) is plain or (plain is float and type(value) is int)
+    if not is_number or not math.isfinite(bounds.maximum if type(value) is int else value):
+        raise ConfigError(f"{origin}: {key}: must be a {type_name(hint)}, found {brief(value)}")
+    if value not in bounds:
+        raise ConfigError(f"{origin}: {key}: must be {bounds}, found {brief(value)}")
+    return plain(value)
+
+
+def unmarked(hint: Any) -> Any:
+    """The type without its marks, and without the null that it may be."""
+    while typing.get_origin(hint) in (Annotated, types.UnionType, typing.Union):
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def is_optional(hint: Any) -> bool:
+    """Whether null is a value of the type."""
     while typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
-    arguments = typing.get_args(hint)
-    if type(None) in arguments:
-        return str in arguments and not is_null
-    return hint is str or typing.get_origin(hint) is Literal
+    return type(None) in typing.get_args(hint)
+
+
+def path_kind(hint: Any) -> PathKind | None:
+    """Whether the field holds a path, and where that is expanded."""
+    while typing.get_origin(hint) in (Annotated, types.UnionType, typing.Union):
+        hint, *marks = typing.get_args(hint)
+        for mark in marks:
+            if isinstance(mark, PathKind):
+                return mark
+    return None
 
 
 def type_name(hint: Any) -> str:
@@ -82,9 +109,3 @@ def type_name(hint: Any) -> str:
         )
         return f"[{inside}]"
     return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]
-
-
-def show(value: Any) -> str:
-    """A value as YAML would write it, on one line, so that what is printed can be typed."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")

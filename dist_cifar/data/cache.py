@@ -51,9 +51,9 @@ class Entry:
 
 def cache_directory(configured: str | None) -> Path:
     """`data.cache_dir`, else `$XDG_CACHE_HOME/dist_cifar`, else `~/.cache/dist_cifar`."""
+    if configured is not None:
+        return Path(configured)
     try:
-        if configured is not None:
-            return Path(configured).expanduser()
         base = os.environ.get("XDG_CACHE_HOME", "")
         # A relative path there is invalid and to be ignored (XDG Base Directory Specification 0.8).
         return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "dist_cifar"

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.config import DataConfig
+from dist_cifar.config import DataConfig, expand_path
 from dist_cifar.data import cache, node_staging
 from dist_cifar.data.sources import SOURCES
 from dist_cifar.errors import ConfigError
@@ -56,7 +56,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     Logs a line before whatever takes long. Raises `DataError`, and `ConfigError` for an impossible `data.url` or
     `data.stage_dir`.
     """
-    stage_dir = None if config.stage_dir is None else node_staging.stage_directory(config.stage_dir, os.environ)
+    stage_dir = None if config.stage_dir is None else Path(expand_path(config.stage_dir, "data.stage_dir", os.environ))
     cache_dir, source = cache.cache_directory(config.cache_dir), SOURCES[config.source]
     entry = cache.load_or_build(cache_dir, config.source, source.key(config, cache_dir), lambda: source.read(config))
     if stage_dir is not None:

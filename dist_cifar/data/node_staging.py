@@ -11,36 +11,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from dist_cifar.data.arrays import content_sha256
 from dist_cifar.data.cache import Entry, read_entry, write_entry
 from dist_cifar.data.file_lock import exclusive
-from dist_cifar.errors import ConfigError, DataError
+from dist_cifar.errors import DataError
 
 logger = logging.getLogger(__name__)
-
-
-def stage_directory(configured: str, environ: Mapping[str, str]) -> Path:
-    """`data.stage_dir` with `$NAME`, `${NAME}` and `~` expanded. Raises `ConfigError` for one that has no value."""
-
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if not environ.get(name):
-            raise ConfigError(
-                f"data.stage_dir: {configured} was set and the environment has no {name}; set that variable on every"
-                " node, or name a directory such as /dev/shm"
-            )
-        return environ[name]
-
-    expanded = re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, configured)
-    try:
-        return Path(expanded).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"data.stage_dir: {configured} was set and there is no such home; name a directory") from None
 
 
 def staged(entry: Entry, stage_dir: Path) -> Entry:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from dist_cifar.config import OptimizerConfig, PlateauConfig
+from dist_cifar.errors import counted
 from dist_cifar.optim.lr_scaling import scaled_lr
 from dist_cifar.optim.plateau import Plateau, start_plateau, step_plateau
 from dist_cifar.state import Evaluation
@@ -62,10 +63,8 @@ class WarmupPlateau:
         self._state = step_plateau(self._config, self._state, metric)
         if self._state.reductions == reductions:
             return None
-        return (
-            f"plateau: no better {self._config.metric} for {self._config.patience_evaluations + 1} evaluations;"
-            f" lr {self._state.lr:.6g}"
-        )
+        waited = counted(self._config.patience_evaluations + 1, "evaluation")
+        return f"plateau: no better {self._config.metric} for {waited}; lr {self._state.lr:.6g}"
 
     def state_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self._state)
@@ -75,7 +74,7 @@ class WarmupPlateau:
 
     def describe(self) -> str:
         return (
-            f"{self._reason}; warm-up {self._warmup_epochs:g} epochs; plateau on {self._config.metric},"
+            f"{self._reason}; warm-up {counted(self._warmup_epochs, 'epoch')}; plateau on {self._config.metric},"
             f" patience {self._config.patience_evaluations}"
         )
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.config import AtResume, Config, at_resume, differences, flatten
+from dist_cifar.config import AtResume, Config, at_resume, batch_differences, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError
 from dist_cifar.run.checkpoint import Checkpoint, CheckpointStore, Tensors, weights_sha256
@@ -188,7 +188,9 @@ class RunCheckpoints:
             names = dict.fromkeys([*old, *new])
             return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
 
+        ranks = {"old_ranks": state["world_size"], "ranks": self._communicator.world_size}
         found = differences(state["config"], self._config)
+        found = batch_differences(found, state["config"], self._config, **ranks)
         data = changed({"data": state["data_sha256"][:12]}, {"data": self._dataset.content_sha256[:12]})
         rounding = changed(state["numerics"], numerics_fingerprint(self._communicator.device))
         if self._bitwise and state["config"].get("strategy.name") == self._config.strategy.name:

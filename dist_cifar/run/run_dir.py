@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ class RunDir:
     """Paths and small files of one run directory."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(path)
         self.checkpoints, self.profile = self.path / "checkpoints", self.path / "profile"
         self.report = self.path / "report.html"
         self._config, self._status, self._summary = (
@@ -107,8 +108,13 @@ class RunDir:
             time.sleep(0.1)
 
     def write_config(self, config: Config) -> None:
-        """Saves the resolved config."""
-        write_atomic(self._config, configuration.to_yaml(config))
+        """Saves the resolved config. A file of that name that a person wrote, or edited, is kept beside it."""
+        if os.path.lexists(self._config) and not _is_own(self._config):
+            kept = next(path for n in range(1, 10_000) if not os.path.lexists(path := _kept(self._config, n)))
+            os.rename(self._config, kept)
+            logger.info(f"warning: {self._config} was not written by this program: it is kept as {kept.name}")
+        text = configuration.to_yaml(config)
+        write_atomic(self._config, f"{_OWN}{_sha256(text)}\n{text}")
 
     def previous_config(self) -> Config | None:
         """The config that was saved last, or None if there is no readable one."""
@@ -206,6 +212,27 @@ class RunDir:
     def profile_summary(self) -> dict[str, Any]:
         """The content of `profile/summary.json`; empty if there is none. Raises `DataError`."""
         return _object(self.profile / "summary.json")
+
+
+_OWN = "# Written by dist_cifar, which replaces it at each start; SHA-256 of what follows: "
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is as `write_config` left it."""
+    try:
+        first, _, text = path.read_bytes().decode().partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return not path.is_symlink() and first == _OWN + _sha256(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kept(path: Path, number: int) -> Path:
+    """`config.kept.yaml`, `config.kept-2.yaml` and so on."""
+    return path.with_name(f"{path.stem}.kept{'' if number == 1 else f'-{number}'}{path.suffix}")
 
 
 def require_run(path: Path) -> Path:

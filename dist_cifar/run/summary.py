@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dist_cifar.config import Config
+from dist_cifar.errors import counted
 from dist_cifar.run.provenance import device_name, git_revision, numerics_fingerprint, versions
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.state import Evaluation, TrainState
@@ -61,6 +62,7 @@ def build_summary(
 
 def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, str]]:
     """Rows (name, text) of the table that a person reads at the end of a run."""
+    steps = counted(summary["steps"], "step")
     rows = [
         ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
         (
@@ -68,7 +70,10 @@ def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, 
             f"of step {summary['best_step']}, the best on the {summary['best_chosen_on']} split"
             f" ({summary['best_val_accuracy']:.2%})",
         ),
-        ("trained", f"{summary['epochs']:g} epochs, {summary['steps']:,} steps in {summary['wall_seconds']:,.0f} s"),
+        (
+            "trained",
+            f"{counted(summary['epochs'], 'epoch')}, {steps} in {summary['wall_seconds']:,.0f} s",
+        ),
         (
             "speed",
             f"{summary['images_per_second']:,.0f} images/s, world size {summary['world_size']},"

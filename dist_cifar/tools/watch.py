@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_cifar.errors import EXIT_DONE, LaunchError, UserError
+from dist_cifar.errors import EXIT_DONE, LaunchError, UserError, counted
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.report import Run, read_run, render
 from dist_cifar.tools.report.formats import duration
@@ -119,7 +119,7 @@ def screen(run: Run, width: int) -> str:
     trained, evaluated = run.of_kind("train"), run.of_kind("eval")
     if run.starts:
         start = run.starts[-1]
-        lines.append(f"{start['world_size']} rank(s) on {start['device']}, strategy {start['strategy']}")
+        lines.append(f"{counted(start['world_size'], 'rank')} on {start['device']}, strategy {start['strategy']}")
         step = run.rows[-1]["step"] if run.rows else start["step"]
         lines.append(_progress(step, start["total_steps"], run.seconds_left, width))
     for title, rows, key in (

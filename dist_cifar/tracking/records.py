@@ -18,7 +18,7 @@ from dist_cifar.config import Config, differences, flatten
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, counted
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.run import predictions, step_profiler
@@ -62,24 +62,27 @@ class RunRecords:
         held_out = (
             "none: the test set is watched"
             if evaluator.selects_on_test
-            else f"{len(evaluator.validation_indices):,} images"
+            else counted(len(evaluator.validation_indices), "image")
         )
-        virtual = f" ({plan.virtual_ranks} virtual ranks)" if properties(config.strategy).bitwise else ""
+        virtual = f" ({counted(plan.virtual_ranks, 'virtual rank')})" if properties(config.strategy).bitwise else ""
+        classes = counted(len(dataset.classes), "class", "classes")
         logger.info(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
         logger.info(
             f"ranks      {communicator.world_size} x {communicator.device.type},"
-            f" {torch.get_num_threads()} threads each, strategy {config.strategy.name}, {config.compute.precision}"
+            f" {counted(torch.get_num_threads(), 'thread')} each, strategy {config.strategy.name},"
+            f" {config.compute.precision}"
         )
         logger.info(
-            f"data       {config.data.source}: {len(self._train_indices):,} images to train on, validation {held_out},"
-            f" test {len(dataset.test.labels):,} images, {len(dataset.classes)} classes"
+            f"data       {config.data.source}: {counted(len(self._train_indices), 'image')} to train on,"
+            f" validation {held_out}, test {counted(len(dataset.test.labels), 'image')}, {classes}"
         )
         logger.info(
             f"model      {config.model.name}, {config.model.norm} norm, {evaluator.parameter_count:,} parameters"
         )
         logger.info(
-            f"batch      {plan.global_size} = {communicator.world_size} ranks x {plan.micro_batches} micro-batches x"
-            f" {plan.micro_size}{virtual}; {plan.steps_per_epoch} steps an epoch, {plan.total_steps} in all"
+            f"batch      {plan.global_size} = {counted(communicator.world_size, 'rank')} x"
+            f" {counted(plan.micro_batches, 'micro-batch', 'micro-batches')} x {plan.micro_size}{virtual};"
+            f" {counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
         )
         logger.info(f"schedule   {schedule.describe()}")
 

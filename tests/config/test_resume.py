@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_cifar.config import Config, at_resume, differences, flatten, load_config
+from dist_cifar.config import Config, at_resume, batch_differences, differences, flatten, load_config
 from dist_cifar.config.load import MOVED
 from dist_cifar.config.schema import AtResume
 
@@ -120,3 +120,32 @@ def test_a_checkpoint_with_old_keys_is_resumed():
     old = {names.get(key, key): value for key, value in flatten(load_config()).items()}
     assert differences(old, load_config()) == {}
     assert list(differences(old, load_config(None, ["compute.precision=fp32"]))) == ["compute.precision"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (("batch.per_rank_size=32", 2), ("batch.per_rank_size=32", 2), {}),
+        (("batch.per_rank_size=32", 2), ("batch.per_rank_size=64", 1), {}),
+        (("batch.per_rank_size=32", 2), ("batch.global_size=64", 1), {}),
+        (("batch.global_size=64", 2), ("batch.per_rank_size=16", 4), {}),
+        (("batch.global_size=64", 2), ("batch.global_size=64", 1), {}),
+        (
+            ("batch.per_rank_size=32", 2),
+            ("batch.per_rank_size=32", 1),
+            {"batch.per_rank_size": "global batch: 64 -> 32 (ranks: 2 -> 1; batch.global_size=64 keeps it)"},
+        ),
+        (
+            ("batch.global_size=64", 2),
+            ("batch.global_size=32", 2),
+            {"batch.global_size": "batch.global_size: 64 -> 32"},
+        ),
+    ],
+)
+def test_the_batch_of_a_step_stays_what_it_was(old, new, expected):
+    (old_text, old_ranks), (new_text, ranks) = old, new
+    before, config = (load_config(None, ["strategy.name=ddp", text, "optimizer.lr=1"]) for text in (old_text, new_text))
+    found = differences(flatten(before) | {"optimizer.lr": 2.0}, config)
+    assert batch_differences(found, flatten(before), config, old_ranks=old_ranks, ranks=ranks) == expected | {
+        "optimizer.lr": "optimizer.lr: 2.0 -> 1.0"
+    }

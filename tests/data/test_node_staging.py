@@ -21,7 +21,7 @@ from dist_cifar.config import DataConfig
 from dist_cifar.data import cache, node_staging
 from dist_cifar.data.cache import Entry, load_or_build, write_entry
 from dist_cifar.data.dataset import load_dataset
-from dist_cifar.data.node_staging import stage_directory, staged
+from dist_cifar.data.node_staging import staged
 from dist_cifar.errors import ConfigError, DataError
 from dist_cifar.run import atomic_io
 from dist_cifar.tracking.console import LineHandler
@@ -69,22 +69,6 @@ def test_the_data_set_of_a_run_is_read_from_the_node(tmp_path, monkeypatch):
     assert plain.directory.parent == tmp_path / "c" and here.directory.is_relative_to(tmp_path / "node" / "data")
     facts = [(found.content_sha256, found.stats, found.classes) for found in (plain, here)]
     assert facts[0] == facts[1]
-
-
-def test_variables_and_home_are_expanded():
-    environ = {"SLURM_TMPDIR": "/local/7", "X": "$Y", "EMPTY": ""}
-    for configured, expected in (
-        ("/dev/shm", "/dev/shm"),
-        ("$SLURM_TMPDIR", "/local/7"),
-        ("${SLURM_TMPDIR}/a$X", "/local/7/a$Y"),  # what a variable holds is not expanded again
-        ("~/x", str(Path.home() / "x")),
-    ):
-        assert str(stage_directory(configured, environ)) == expected
-    for configured, name in (("$NONE/x", "NONE"), ("/a/${EMPTY}", "EMPTY")):
-        with pytest.raises(ConfigError, match=rf"^data\.stage_dir: .*the environment has no {name}; set"):
-            stage_directory(configured, environ)
-    with pytest.raises(ConfigError, match=r"^data\.stage_dir: ~nobody-at-all was set"):
-        stage_directory("~nobody-at-all", environ)
 
 
 def test_an_unset_variable_is_an_error_before_anything_is_decoded(tmp_path):

@@ -100,7 +100,7 @@ def test_a_schedule_is_its_warm_up_times_its_plateau():
     assert [ours.lr(step) for step in (0, 3, 4, 20)] == pytest.approx([0.02, 0.08, 0.1, 0.1])
     assert ours.observe(evaluation(1.0)) is None
     line = ours.observe(evaluation(1.5))
-    assert line == "plateau: no better loss for 1 evaluations; lr 0.05"
+    assert line == "plateau: no better loss for 1 evaluation; lr 0.05"
     assert [ours.lr(step) for step in (0, 20)] == pytest.approx([0.01, 0.05])
     assert "warm-up 0.5 epochs" in ours.describe() and "plateau on loss" in ours.describe()
 

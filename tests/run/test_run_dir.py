@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import pytest
 
+from dist_cifar.config import load_config
 from dist_cifar.errors import LaunchError
 from dist_cifar.run.run_dir import RunDir
 
@@ -120,3 +121,44 @@ def test_only_the_first_failure_of_ones_own_job_is_noted(tmp_path):
     run_dir.write_status("done")
     run_dir.write_failure(me, 1, "too late")
     assert run_dir.status()["status"] == "done"
+
+
+# --- a config.yaml of a person -----------------------------------------------------------------------------------
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("config")}
+
+
+def test_a_config_that_this_program_wrote_is_replaced(tmp_path):
+    for seed in (1, 2):
+        RunDir(tmp_path).write_config(load_config(None, [f"run.seed={seed}"]))
+    assert list(contents(tmp_path)) == ["config.yaml"]
+    assert RunDir(tmp_path).config() == load_config(None, ["run.seed=2"])
+
+
+@pytest.mark.parametrize("content", [b"# my notes\nrun: {seed: 1}\n", b"", b"\xff", b"# Written by dist_cifar\nx"])
+def test_a_config_that_a_person_wrote_is_kept(tmp_path, said, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    RunDir(tmp_path).write_config(load_config())
+    assert contents(tmp_path).keys() == {"config.yaml", "config.kept.yaml"}
+    assert contents(tmp_path)["config.kept.yaml"] == content and RunDir(tmp_path).config() == load_config()
+    assert said == [f"warning: {tmp_path}/config.yaml was not written by this program: it is kept as config.kept.yaml"]
+
+
+def test_an_edited_config_is_kept_each_time(tmp_path, said):
+    for n in (1, 2):
+        RunDir(tmp_path).write_config(load_config())
+        (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text() + f"# edit {n}\n")
+    RunDir(tmp_path).write_config(load_config())
+    kept = contents(tmp_path)
+    assert kept["config.kept.yaml"].endswith(b"# edit 1\n") and kept["config.kept-2.yaml"].endswith(b"# edit 2\n")
+    assert len(kept) == 3 and len(said) == 2
+
+
+def test_a_link_to_a_persons_config_is_kept(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.yaml").write_text("run: {seed: 1}")
+    (tmp_path / "run/config.yaml").symlink_to("../mine.yaml")
+    RunDir(tmp_path / "run").write_config(load_config())
+    assert (tmp_path / "mine.yaml").read_text() == "run: {seed: 1}" == (tmp_path / "run/config.kept.yaml").read_text()

@@ -91,7 +91,8 @@ def test_ranks_of_torchrun_are_examined_together_and_their_bits_too(tmp_path):
     assert done.stdout.count("failed") == 1, "one rank prints"
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert "GB/s" in found["all-reduce"]["found"] and "gloo" in found["backend"]["found"]
-    assert "2 rank(s)" in found["run directory shared"]["found"] and "all bits equal" in found["exactness"]["found"]
+    assert "2 ranks on 1 host: all see" in found["run directory shared"]["found"]
+    assert "all bits equal" in found["exactness"]["found"]
     assert not (tmp_path / "run").exists(), "nothing of ours is left"
 
 

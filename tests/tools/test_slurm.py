@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -14,7 +15,14 @@ import pytest
 from dist_cifar.cli.main import main
 from dist_cifar.errors import ConfigError
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools.slurm import REPOSITORY, Request, render, template
+from dist_cifar.tools.slurm import (
+    REPOSITORY,
+    Request,
+    job_environment,
+    render,
+    sweep_lines,
+    template,
+)
 
 HOSTILE = "it's $(touch hacked) `touch hacked` \"#\\ %j; touch hacked"
 REQUEST = Request(
@@ -36,7 +44,7 @@ GOLDEN = """\
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=%x-%j.log
+#SBATCH --output=slurm/logs/%x-%j.log
 # Clusters differ: edit these, and take one # away.
 #SBATCH --partition=gpu
 #SBATCH --chdir=/shared/dist_cifar
@@ -98,13 +106,112 @@ def test_everything_is_quoted(name, tmp_path):
     header = re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE)
     escaped = HOSTILE.replace("\\", "\\\\")  # sbatch reads an escape in single quotes too
     assert [f"--job-name={escaped}"] in [shlex.split(line) for line in header]
-    assert "#SBATCH --output=%x" not in text  # which would make a path of the name
+    assert (
+        "#SBATCH --output=slurm/logs/%x" not in text and "#SBATCH --output=slurm/logs/dist_cifar-%" in text
+    )  # which would make a path of the name
 
 
 @pytest.mark.parametrize("changes", [{"job_name": "a\nb"}, {"arguments": ("run.dir=a\nb",)}, {"partition": "a\tb"}])
 def test_a_line_break_is_refused(changes):
     with pytest.raises(ConfigError, match=f"--{next(iter(changes)).replace('_', '-')} .*control character"):
         rendered(**changes)
+
+
+def test_more_options_and_a_setup():
+    text = rendered(sbatch=("--mem=64G", "gres=gpu:h100:4"), setup=("module load cuda", "conda activate x"))
+    header, _, body = text.partition("\n\n")
+    assert header.endswith("#SBATCH --mem=64G\n#SBATCH --gres=gpu:h100:4") or "\n#SBATCH --gres=gpu:h100:4\n" in header
+    assert "\nmodule load cuda\nconda activate x\nif [[ -e .venv/bin/activate ]]" in body
+    with pytest.raises(ConfigError, match=r"--setup .*control character"):
+        rendered(setup=("a\nb",))
+
+
+@pytest.mark.parametrize("name", ["train", "train_srun", "sweep", "preflight", "data"])
+def test_logs_have_a_folder_that_is_there(name):
+    folder = re.search(r"^#SBATCH --output=(.*)/%x", template(name), re.MULTILINE)[1]
+    assert (REPOSITORY / folder).is_dir() and folder != "."
+
+
+# --- the environment ---------------------------------------------------------------------------------------------
+
+OF_THE_SHELL = {
+    "PATH": "/bin",
+    "HOME": "/home/me",
+    "SLURM_CONF": "/etc/slurm.conf",
+    "VIRTUAL_ENV": "/v",
+    "MPI_HOME": "/m",
+}
+OF_ITS_JOB = (
+    "SLURM_JOB_ID SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPUS_PER_TASK SLURM_NTASKS SLURM_MEM_PER_CPU"
+    " SLURM_JOB_END_TIME SLURM_EXPORT_ENV"
+    " SRUN_CPUS_PER_TASK SALLOC_PARTITION SLURMD_NODENAME SBATCH_PARTITION SBATCH_EXPORT RANK LOCAL_RANK"
+    " WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_RANK PMIX_RANK OMPI_COMM_WORLD_RANK CUDA_VISIBLE_DEVICES OMP_NUM_THREADS"
+    " TORCHELASTIC_RUN_ID ACCELERATE_MIXED_PRECISION FLUX_TASK_RANK PALS_RANKID"
+    " MV2_COMM_WORLD_RANK ROCR_VISIBLE_DEVICES MPI_LOCALRANKID"
+)
+
+
+def test_a_job_is_given_nothing_of_this_shells_own_job(said):
+    environ = OF_THE_SHELL | dict.fromkeys(OF_ITS_JOB.split(), "1")
+    assert job_environment(environ) == OF_THE_SHELL
+    assert said == ["warning: submit: not handed on: SBATCH_EXPORT, SBATCH_PARTITION; give such options with --sbatch"]
+    said.clear()
+    assert job_environment(OF_THE_SHELL) == OF_THE_SHELL and not said
+
+
+def test_a_variable_that_only_the_job_has_is_no_fault(sbatch):
+    assert main(["submit", "data.cache_dir=$SURELY_NOT_SET_HERE/cache", "run.dir=$HOME/x"]) == 0
+    assert main(["submit", "run.dir=~nobody-at-all/x"]) == 2
+
+
+# --- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def read_by_the_job(path: Path, task: int) -> list[str]:
+    """What the batch script reads in a line of a sweep's file."""
+    line = next(line for line in template("sweep").splitlines() if line.startswith("read -ra overrides"))
+    script = f'{line}\nfor word in "${{overrides[@]}}"; do printf "%s\\0" "$word"; done'
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": str(task)}
+    done = subprocess.run(["bash", "-c", script, "bash", path], capture_output=True, env=environ, check=False)
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"run.seed=1 optimizer.lr=2e-3\nrun.seed=2\n",
+        b"run.seed=1\r\nrun.seed=2\r\n",
+        b"run.seed=1\r\nrun.seed=2",
+        b"\xef\xbb\xbfrun.seed=1\n\xef\xbb\xbfx\n",
+        b"  run.seed=1 \t run.name=a\\b  \n",
+        "run.name=é\u00a0猫\u2028x\n".encode(),
+        b"a=$HOME b=* c=it's d=`x` e=\\\n",
+        b"a\n\nb\n",
+        b"a\x85b\n".decode("latin-1").encode(),
+        b'tracking.wandb_tags=["a","b"]\n',
+    ],
+)
+def test_a_sweeps_file_is_read_as_the_job_reads_it(tmp_path, content):
+    (tmp_path / "runs.txt").write_bytes(content)
+    lines = sweep_lines(content)
+    assert [read_by_the_job(tmp_path / "runs.txt", number) for number in range(1, len(lines) + 1)] == lines
+    assert read_by_the_job(tmp_path / "runs.txt", len(lines) + 1) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a=1\na=\xe9\n", "line 2: it is not UTF-8"),
+        (b'a=1\nb="two words"\n', "line 2: quotes are not read here"),
+        (b"a='x'\n", "line 1: quotes are not read here"),
+        (b"a=1\x0bb=2\n", "line 1: it holds a control character"),
+        (b"a=1\rb=2\n", "line 1: it holds a control character"),
+        ("a=1\n".encode("utf-16"), "line 1: it is not UTF-8"),
+    ],
+)
+def test_what_the_job_would_read_otherwise_is_refused(content, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        sweep_lines(content)
 
 
 @pytest.fixture

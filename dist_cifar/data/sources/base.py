@@ -36,5 +36,5 @@ class Source(ABC):
 
 
 def root_path(config: DataConfig) -> Path:
-    """`data.root` with `~` expanded."""
-    return Path(config.root).expanduser()
+    """`data.root`, whose `~` and variables were expanded when the config was read."""
+    return Path(config.root)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.errors import counted
 from dist_cifar.run.atomic_io import write_atomic
 from dist_cifar.run.checkpoint import CheckpointStore, weights_sha256
 from dist_cifar.run.run_dir import RunDir
@@ -94,4 +95,6 @@ def check_shared(communicator: Communicator, path: Path) -> Finding:
         hint = "give a run.dir on a file system that all nodes share"
         return failed("run directory shared", f"{path}: {', '.join(blind)} do not see what rank 0 writes", hint)
     hosts = len({host for host, _ in seen})
-    return ok("run directory shared", f"{len(seen)} rank(s) on {hosts} host(s) see what rank 0 writes")
+    return ok(
+        "run directory shared", f"{counted(len(seen), 'rank')} on {counted(hosts, 'host')}: all see what rank 0 writes"
+    )

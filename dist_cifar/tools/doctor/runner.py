@@ -51,7 +51,7 @@ class _Examination:
     def __init__(self, config: Config, env: DistEnv, json_file: Path | None) -> None:
         assert config.run.dir is not None  # the config resolved it
         self._config, self._env, self._json_file = config, env, json_file
-        self._path = Path(config.run.dir).expanduser()
+        self._path = Path(config.run.dir)
         self._is_main_process = env.rank == 0
         directories = (RunDir(self._path).checkpoints, self._path, *self._path.parents)
         self._made = [path for path in directories if not os.path.lexists(path)] if self._is_main_process else []
