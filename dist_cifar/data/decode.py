@@ -106,7 +106,7 @@ def _decode(data: bytes) -> npt.NDArray[np.uint8]:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a damaged tag, which may hold anything, says nothing about the pixels
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dist_cifar.data.decode import MAX_FILE_BYTES, read_file, why_unreadable
-from dist_cifar.data.names import is_ignored
+from dist_cifar.data.names import is_ignored, shown
 from dist_cifar.errors import DataError, nearest_path, one_line
 
 SPLITS = ("train", "test")
@@ -136,9 +136,9 @@ def _zip_tree(root: Path, archive: zipfile.ZipFile) -> ImageTree:
     for info in infos:
         name = _member_name(info, has_slashes)
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match("[A-Za-z]:", name):
-            raise DataError(f"{root}: its member {name} points outside; make a new zip")
+            raise DataError(f"{root}: its member {shown(name)} points outside; make a new zip")
         if info.flag_bits & _ENCRYPTED:
-            raise DataError(f"{root}: its member {name} is encrypted; make a zip without a password")
+            raise DataError(f"{root}: its member {shown(name)} is encrypted; make a zip without a password")
         if name in members and not name.endswith("/") and not is_ignored(name):
             tree.faults.append(f"{name} is in it twice")
         members[name] = info

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from dist_cifar.errors import printable
+
 _SYSTEM_FILES = {
     "__macosx",
     "thumbs.db",
@@ -33,6 +35,11 @@ def is_ignored(name: str) -> bool:
 def normal_form(name: str) -> str:
     """The name as it is compared, stored and shown."""
     return unicodedata.normalize("NFC", name)
+
+
+def shown(text: str) -> str:
+    """Text with names of files in it, as one line that moves no terminal's cursor."""
+    return printable(text).replace("\n", "\\n")
 
 
 def why_unusable(class_name: str) -> str | None:

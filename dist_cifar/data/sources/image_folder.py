@@ -22,7 +22,7 @@ from dist_cifar.config import DataConfig
 from dist_cifar.data import cache, decode
 from dist_cifar.data.arrays import Arrays
 from dist_cifar.data.image_tree import LAYOUT, SPLITS, ImageTree, is_folder, opened
-from dist_cifar.data.names import is_ignored, normal_form, why_unusable
+from dist_cifar.data.names import is_ignored, normal_form, shown, why_unusable
 from dist_cifar.data.sources.base import Source, root_path
 from dist_cifar.errors import DataError, one_line
 
@@ -102,8 +102,9 @@ def read_folder(root: Path) -> Arrays:
         )
     if faults:
         count = "" if len(faults) == 1 else f"{len(faults)} faults: "
+        listed = shown("; ".join(faults[:_LISTED]))
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
-        raise DataError(f"{root}: {count}{'; '.join(faults[:_LISTED])}{more}; repair or remove what is named")
+        raise DataError(f"{root}: {count}{listed}{more}; repair or remove what is named")
     return arrays
 
 
@@ -144,9 +145,8 @@ def find_layout(root: Path, names: Iterable[str]) -> Layout:
     for split in SPLITS:
         if not splits[split]:
             found = sorted({name.removeprefix(prefix).split("/")[0] for name in visible} - {""})
-            raise DataError(
-                f"{root}: no {prefix}{split}/<class>/ in it, found {', '.join(found[:10]) or 'nothing'}; {LAYOUT}"
-            )
+            listed = shown(", ".join(found[:10])) or "nothing"
+            raise DataError(f"{root}: no {shown(prefix)}{split}/<class>/ in it, found {listed}; {LAYOUT}")
     faults += _class_faults(prefix, splits)
     return Layout(splits={split: dict(sorted(splits[split].items())) for split in SPLITS}, prefix=prefix, faults=faults)
 
