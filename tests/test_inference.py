@@ -125,13 +125,16 @@ def test_what_is_no_picture_is_named_and_the_rest_goes_on(trained, tmp_path, cap
         code=74,
     )
     assert len(lines) == 1 and "good.png" in lines[0], "what follows what is missing is classified too"
-    assert "gone.png: there is no such file" in errors[0] and "empty.png: it is empty" in errors[1]
+    assert (
+        "gone.png: there is no such file" in errors[0]
+        and "empty.png: not a readable picture (it is empty)" in errors[1]
+    )
 
 
 def test_nothing_on_standard_input_is_an_error(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
     lines, (error,) = predict(capsys, "-", "--checkpoint", str(trained), code=74)
-    assert lines == [] and "standard input: it is empty" in error
+    assert lines == [] and "standard input: not a readable picture (it is empty)" in error
 
 
 def test_standard_input_may_be_closed(trained, tmp_path, capsys, monkeypatch):
@@ -323,7 +326,7 @@ def test_evaluate_tells_whether_the_data_are_those_of_the_run(trained, tmp_path,
     assert "warning: synthetic" in err and "not the images that the run was trained on" in err
     monkeypatch.setattr(dataset, "load_dataset", other(classes=("x", *CLASSES[1:])))
     assert main(["evaluate", str(trained)]) == 74
-    assert "its classes are x, ring" in capsys.readouterr().err
+    assert "not those of the model: it lacks disc; the model does not know x" in capsys.readouterr().err
 
 
 def arrays_of(**changes) -> dict[str, np.ndarray | bytes]:

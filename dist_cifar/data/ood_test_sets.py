@@ -48,8 +48,8 @@ def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) ->
         found = [path.name.removesuffix("_data.npy") for path in sorted(root.glob("cifar10.1_v*_data.npy"))]
         if (found or (root / "labels.npy").exists()) and tuple(classes) != CLASSES:
             logger.info(
-                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called {', '.join(classes)};"
-                " the accuracy means nothing unless they are the same in the same order"
+                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called"
+                f" {', '.join(classes[:10])}; the accuracy means nothing unless they are the same in the same order"
             )
         if found:
             sets = {name: _split(root / f"{name}_data.npy", root / f"{name}_labels.npy", classes) for name in found}
@@ -68,13 +68,17 @@ def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) ->
 
 def require_classes(data: str, found: Sequence[str], classes: Sequence[str]) -> None:
     """Raises `DataError` unless the classes `found` in `data` are those of the model, by name and in order."""
-    if list(map(normal_form, found)) != list(map(normal_form, classes)):
-        raise DataError(f"{data}: its classes are {_named(found)}, and the model's are {_named(classes)}")
-
-
-def _named(classes: Sequence[str]) -> str:
-    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    return f"{', '.join(classes[:10])}{more}"
+    here, wanted = list(map(normal_form, found)), list(map(normal_form, classes))
+    if here != wanted:
+        lacking, unknown = ([name for name in a if name not in b] for a, b in ((wanted, here), (here, wanted)))
+        differences = [
+            f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            for what, names in (("it lacks", lacking), ("the model does not know", unknown))
+            if names
+        ]
+        raise DataError(
+            f"{data}: its classes are not those of the model: {'; '.join(differences) or 'their order differs'}"
+        )
 
 
 def _corruptions(root: Path, classes: Sequence[str]) -> dict[str, Split]:
