@@ -1,4 +1,4 @@
-"""Who can change what is read from a folder that others use too, such as /tmp, /dev/shm or a shared cache.
+"""Guards against other users where a folder is shared, such as /tmp, /dev/shm or a cache of several.
 
 Contract: only this user can write in an `own_folder`. `private_in` is the folder that the config names, unless all can
 write to it. `require_trusted` refuses what another user or all could have changed. A disk that keeps no rights is used
@@ -15,7 +15,7 @@ from pathlib import Path
 from dist_cifar.errors import DataError
 
 FOLDER_MODE = 0o775
-"""Of folders that several users may read; the umask takes away from it, and all may never write."""
+"""The mode of folders that several users may read; the umask takes away from it, and all may never write."""
 
 
 def own_folder(shared: Path, key: str) -> Path:
