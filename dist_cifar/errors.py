@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of Unicode: control, format (which reverses text), lone surrogates (bytes of a file's name that are not
+UTF-8), line and paragraph separators."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -97,4 +102,15 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
 
 def one_line(error: Exception) -> str:
     """The message of another package's error, short enough for a line of the log."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which would move a terminal's cursor or reverse what stands beside them.
+
+    They are shown as Python writes them, e.g. `\\x1b`; tabs and ends of lines stay.
+    """
+    return "".join(
+        letter if letter in "\t\n" or unicodedata.category(letter) not in _UNPRINTABLE else ascii(letter)[1:-1]
+        for letter in text
+    )

@@ -7,10 +7,12 @@ the run's test split gives the number of its summary.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,9 @@ from torch import nn
 from dist_cifar.augment.cpu import normalize
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import Config, config_from_values
-from dist_cifar.data.decode import decode_image
-from dist_cifar.errors import CheckpointError, ConfigError, nearest_path, one_line
+from dist_cifar.data.decode import decode_image, read_file, read_stream, why_unreadable
+from dist_cifar.data.names import is_ignored
+from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
 from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
 from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
@@ -50,6 +53,8 @@ class Classifier:
     step: int
     sha256: str
     """`weights_sha256` of the weights."""
+    data_sha256: str
+    """Content hash of the data set of the run."""
 
     def probabilities(self, images: npt.NDArray[np.uint8], *, tta: bool = False) -> npt.NDArray[np.float32]:
         """Probabilities, float32 [n, classes], of images, uint8 [n, 32, 32, 3].
@@ -127,6 +132,7 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
         checkpoint=checkpoint.path,
         step=checkpoint.step,
         sha256=weights_sha256(checkpoint.tensors["model"]),
+        data_sha256=str(checkpoint.state["data_sha256"]),
     )
 
 
@@ -173,38 +179,64 @@ def _of_run(path: Path) -> Checkpoint:
 
 
 def load_images(
-    sources: Sequence[str], stdin: Callable[[], bytes]
+    sources: Sequence[str], stdin: Callable[[], IO[bytes]]
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
     """Yields each picture's name with its pixels, uint8 [32, 32, 3], or with the reason why it cannot be read.
 
-    A source is a file, a folder, of which every file counts but hidden ones, or `-`: the bytes of one picture from
-    standard input. Photos are turned upright as their EXIF tag says.
+    A source is a file, a folder, of which every file counts but hidden ones and those that systems leave, or `-`: the
+    bytes of one picture from what `stdin` returns. Pictures are decoded as those of a training are. Of a folder only
+    regular files are read; a source may also be a pipe.
     """
     for source in sources:
         path = Path(source)
-        if source == "-":
-            yield "-", _pixels(stdin)
-        elif path.is_dir():
-            files = [Path(top) / name for top, _, names in os.walk(path) for name in names]
-            visible = sorted(f for f in files if not any(part[0] == "." for part in f.relative_to(path).parts))
-            if not visible:
-                yield source, "the folder holds no file; give pictures"
-            for file in visible:
-                yield str(file), _pixels(file.read_bytes)
-        elif path.exists():
-            yield source, _pixels(path.read_bytes)
-        else:
-            near = nearest_path(path)
-            hint = f"did you mean {near}?" if near else "give a picture, a folder of them, or -"
-            yield source, f"there is no such file; {hint}"
+        try:
+            if source == "-":
+                yield "-", _pixels(lambda: read_stream(stdin()))
+            elif not source:
+                yield "an empty name", "give a picture, a folder of them, or -"
+            elif os.path.isdir(path):
+                yield from _folder_images(source)
+            elif os.path.isfile(path):
+                yield source, _pixels(partial(read_file, path))
+            elif os.path.exists(path):
+                yield source, _pixels(partial(_read_pipe, path))
+            else:
+                yield source, _why_missing(path)
+        except OSError as error:
+            yield source, f"cannot be read ({error.strerror})"
+
+
+def _folder_images(source: str) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
+    unlisted: list[OSError] = []
+    found = [Path(top) / name for top, _, names in os.walk(source, onerror=unlisted.append) for name in names]
+    visible = sorted(file for file in found if not is_ignored(file.relative_to(source).as_posix()))
+    for error in unlisted:
+        yield str(error.filename), f"cannot be listed ({error.strerror})"
+    if not visible and not unlisted:
+        yield source, "the folder holds no file; give pictures"
+    for file in visible:
+        yield str(file), _pixels(partial(read_file, file))
+
+
+def _read_pipe(path: Path) -> bytes:
+    if not stat.S_ISFIFO(os.stat(path).st_mode):
+        raise ValueError("neither a file nor a pipe")
+    with path.open("rb") as file:
+        return read_stream(file)
+
+
+def _why_missing(path: Path) -> str:
+    if path.is_symlink():
+        return f"it is {why_unreadable(path, FileNotFoundError())}"
+    near = nearest_path(path)
+    return f"there is no such file; {f'did you mean {near}?' if near else 'give a picture, a folder of them, or -'}"
 
 
 def _pixels(read: Callable[[], bytes]) -> npt.NDArray[np.uint8] | str:
     try:
-        data = read()
-        return decode_image(data, upright=True) if data else "it is empty; give a picture"
-    except (OSError, ValueError) as error:
-        return f"not a readable picture ({one_line(error)})"
+        return decode_image(read())
+    except ValueError as error:
+        return f"not a readable picture ({error})"
 
 
 def top_k(probabilities: npt.NDArray[np.float32], classes: Sequence[str], top: int) -> list[tuple[str, float]]:

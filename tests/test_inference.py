@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -16,8 +18,9 @@ import torch
 from PIL import Image
 
 from dist_cifar.cli.main import main
-from dist_cifar.data import ood_test_sets
+from dist_cifar.data import dataset, ood_test_sets
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
+from dist_cifar.errors import DataError
 from dist_cifar.inference import load_classifier
 from tests import small_runs
 
@@ -122,13 +125,63 @@ def test_what_is_no_picture_is_named_and_the_rest_goes_on(trained, tmp_path, cap
         code=74,
     )
     assert len(lines) == 1 and "good.png" in lines[0], "what follows what is missing is classified too"
-    assert "gone.png: there is no such file" in errors[0] and "empty.png: it is empty" in errors[1]
+    assert (
+        "gone.png: there is no such file" in errors[0]
+        and "empty.png: not a readable picture (it is empty)" in errors[1]
+    )
 
 
 def test_nothing_on_standard_input_is_an_error(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"")))
     lines, (error,) = predict(capsys, "-", "--checkpoint", str(trained), code=74)
-    assert lines == [] and "standard input: it is empty" in error
+    assert lines == [] and "standard input: not a readable picture (it is empty)" in error
+
+
+def test_standard_input_may_be_closed(trained, tmp_path, capsys, monkeypatch):
+    picture = save(synthetic_split(1, 1)[0][0], tmp_path / "a.png")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert len(predict(capsys, str(picture), "--checkpoint", str(trained))[0]) == 1
+    _, (error,) = predict(capsys, "-", "--checkpoint", str(trained), code=74)
+    assert "standard input: not a readable picture (it is closed)" in error
+
+
+def test_whatever_lies_in_a_folder_is_a_line(trained, tmp_path, capsys):
+    folder, picture = tmp_path / "x", synthetic_split(1, 1)[0][0]
+    folder.mkdir()
+    odd = os.fsencode(folder) + b"/caf\xe9\x1b[31m.png"
+    os.rename(save(picture, folder / "a.png"), odd)
+    (folder / "Thumbs.db").write_bytes(b"windows")
+    os.mkfifo(folder / "pipe")
+    (folder / "gone.png").symlink_to("nowhere")
+    with (folder / "movie.mp4").open("wb") as file:
+        file.truncate(4 << 30)
+    (line,), errors = predict(capsys, str(folder), "--checkpoint", str(trained), code=74)
+    assert r"caf\udce9\x1b[31m.png  " in line
+    assert [error.partition(f"{folder}/")[2] for error in errors] == [
+        "gone.png: not a readable picture (a link to nothing: nowhere)",
+        "movie.mp4: not a readable picture (4,294,967,296 bytes, more than 256,000,000)",
+        "pipe: not a readable picture (no regular file)",
+    ]
+    (line,), _ = predict(capsys, os.fsdecode(odd), "--json", "--checkpoint", str(trained))
+    assert json.loads(line)["image"] == os.fsdecode(odd)
+    for source, message in (
+        ("", "an empty name: give"),
+        (os.devnull, "neither a file nor a pipe"),
+        ("x" * 300, "File name too long"),
+        (str(folder / "gone.png"), "a link to nothing"),
+    ):
+        _, (error,) = predict(capsys, source, "--checkpoint", str(trained), code=74)
+        assert message in error
+
+
+def test_a_pipe_that_is_named_is_read(trained, tmp_path, capsys):
+    data = save(synthetic_split(1, 1)[0][0], tmp_path / "a.png").read_bytes()
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    (line,), _ = predict(capsys, f"/dev/fd/{read}", "--checkpoint", str(trained))
+    os.close(read)
+    assert "%" in line
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16"])
@@ -249,6 +302,72 @@ def test_published_layouts_are_read(trained, classifier, tmp_path):
     assert list(found) == [f"fog/{severity}" for severity in range(1, 6)]
     assert found["fog/1"] == found["fog/3"] and found["fog/1"]["accuracy"] == right
     assert found["fog/2"]["accuracy"] == 0.1  # one class for all
+
+
+def test_evaluate_tells_whether_the_data_are_those_of_the_run(trained, tmp_path, capsys, monkeypatch):
+    evaluate(tmp_path, str(trained))
+    out, err = capsys.readouterr()
+    assert re.search(r"data +synthetic, sha256 \w{12}, the data of the run", out) and err == ""
+    load = dataset.load_dataset
+
+    def other(images=None, classes=None):
+        def found(config):
+            here = load(config)
+            test = dataclasses.replace(here.test, images=here.test.images[:, ::-1].copy())
+            sha256 = here.content_sha256 if images is None else "ab" * 32
+            return dataclasses.replace(here, test=test, content_sha256=sha256, classes=classes or here.classes)
+
+        return found
+
+    monkeypatch.setattr(dataset, "load_dataset", other(images="other"))
+    evaluate(tmp_path, str(trained))
+    out, err = capsys.readouterr()
+    assert "sha256 abababababab, not the data of the run" in out
+    assert "warning: synthetic" in err and "not the images that the run was trained on" in err
+    monkeypatch.setattr(dataset, "load_dataset", other(classes=("x", *CLASSES[1:])))
+    assert main(["evaluate", str(trained)]) == 74
+    assert "not those of the model: it lacks disc; the model does not know x" in capsys.readouterr().err
+
+
+def arrays_of(**changes) -> dict[str, np.ndarray | bytes]:
+    return {"fog.npy": np.zeros((10, 32, 32, 3), np.uint8), "labels.npy": np.arange(10), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"labels.npy": b""}, "labels.npy: cannot be read"),
+        ({"fog.npy": b""}, "fog.npy: cannot be read"),
+        ({"fog.npy": b"<html>"}, "fog.npy: cannot be read"),
+        ({"fog.npy": np.lib.format.magic(1, 0) + b"\x10\0{'descr'"}, "fog.npy: cannot be read"),
+        ({"fog.npy": {"a": np.zeros(3)}}, "fog.npy: cannot be read .*archive of arrays"),
+        ({"labels.npy": {"a": np.zeros(3)}}, "labels.npy: cannot be read .*archive of arrays"),
+        ({"fog.npy": np.uint8(3)}, "fog.npy: images must be"),
+        ({"labels.npy": np.int64(1)}, "labels.npy: int64"),
+        ({"labels.npy": np.array(list("abcdefghij"))}, "are not the labels of 10 images"),
+        ({"labels.npy": np.arange(10) - 3}, "labels are not all from 0 to 9"),
+        ({"fog.npy": np.zeros((10, 3, 32, 32), np.uint8)}, "fog.npy: images must be"),
+        ({"fog.npy": np.asfortranarray(np.zeros((10, 32, 32, 3), np.uint8))}, None),
+        ({"labels.npy": np.arange(10).astype(">i8")}, None),
+        ({"labels.npy": np.arange(10).astype(np.uint64)}, None),
+    ],
+)
+def test_arrays_of_other_kinds_are_read_or_one_line(tmp_path, changes, problem):
+    for name, value in arrays_of(**changes).items():
+        if isinstance(value, bytes):
+            (tmp_path / name).write_bytes(value)
+        elif isinstance(value, dict):
+            np.savez(tmp_path / "x.npz", **value)
+            (tmp_path / "x.npz").rename(tmp_path / name)
+        else:
+            np.save(tmp_path / name, value)
+    if problem is None:
+        sets, sha256 = ood_test_sets.read_test_sets(tmp_path, ood_test_sets.CLASSES, None)
+        assert list(sets) == [f"fog/{severity}" for severity in range(1, 6)] and sha256 is None
+        assert sets["fog/2"].labels.tolist() == [2, 3]
+    else:
+        with pytest.raises(DataError, match=problem):
+            ood_test_sets.read_test_sets(tmp_path, ood_test_sets.CLASSES, None)
 
 
 @pytest.mark.parametrize(

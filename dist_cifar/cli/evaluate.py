@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_cifar.cli.arguments import Commands, add_local_rank, new_file
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, printable
 
 if TYPE_CHECKING:
     from dist_cifar.data.dataset import Split
     from dist_cifar.distributed.collectives import Communicator
     from dist_cifar.inference import Classifier
+
+logger = logging.getLogger(__name__)
 
 
 def add(commands: Commands) -> None:
@@ -56,29 +59,49 @@ def run(options: argparse.Namespace) -> int:
         log_to_stream(sys.stderr, "dist_cifar: ")
     device = choose_device(Config().run.device, env)
     classifier = load_classifier(options.run, device)
-    splits = _splits(classifier, options.data)
+    splits, data = _splits(classifier, options.data)
     facts = _shared_facts(classifier, splits, tta=options.tta) if env.world_size > 1 else {}
     communicator = connect(env, device, classifier.config.run.timeout_seconds, facts)
     results = {name: _measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()}
     communicator.close()
     if env.rank == 0:
         model = f"{classifier.checkpoint}" + (", mirror images averaged" if options.tta else "")
-        print(table([("model", model), *_rows(results)]))
+        print(printable(table([("model", model), ("data", data), *_rows(results)])))
         if options.json:
             facts = {"checkpoint": str(classifier.checkpoint), "weights_sha256": classifier.sha256, "tta": options.tta}
-            _write_json(options.json, facts | {"results": results})
+            _write_json(options.json, facts | {"data": data, "results": results})
     return EXIT_DONE
 
 
-def _splits(classifier: Classifier, path: Path | None) -> dict[str, Split]:
-    """What to evaluate on, by name: the test sets at `path`, or without one the run's test split."""
+def _splits(classifier: Classifier, path: Path | None) -> tuple[dict[str, Split], str]:
+    """What to evaluate on, by name: the test sets at `path`, or without one the run's test split.
+
+    Beside them, a text that says which data they are. Warns where the data at the run's own path are no longer the
+    run's; raises `DataError` for other classes.
+    """
     from dist_cifar.data.dataset import load_dataset
-    from dist_cifar.data.ood_test_sets import read_test_sets
+    from dist_cifar.data.ood_test_sets import read_test_sets, require_classes
 
     data = classifier.config.data
-    if path is None:
-        return {f"{data.source}, test split": load_dataset(dataclasses.replace(data, stage_dir=None)).test}
-    return read_test_sets(path, classifier.classes, data.cache_dir)
+    if path is not None:
+        sets, sha256 = read_test_sets(path, classifier.classes, data.cache_dir)
+        return sets, _of_data(str(path), sha256, classifier)
+    dataset = load_dataset(dataclasses.replace(data, stage_dir=None))
+    name = f"{data.source}, test split"
+    require_classes(name, dataset.classes, classifier.classes)
+    if dataset.content_sha256 != classifier.data_sha256:
+        logger.info(
+            f"warning: {data.source}, data.root={data.root}: these are not the images that the run was trained on"
+            f" (sha256 {dataset.content_sha256[:12]}, the run's {classifier.data_sha256[:12]}); the result is not"
+            " that of the run's test split"
+        )
+    return {name: dataset.test}, _of_data(data.source, dataset.content_sha256, classifier)
+
+
+def _of_data(name: str, sha256: str | None, classifier: Classifier) -> str:
+    if sha256 is None:
+        return name
+    return f"{name}, sha256 {sha256[:12]}, {'the' if sha256 == classifier.data_sha256 else 'not the'} data of the run"
 
 
 def _shared_facts(classifier: Classifier, splits: Mapping[str, Split], *, tta: bool) -> dict[str, object]:

@@ -8,11 +8,11 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from dist_cifar.cli.arguments import Commands, positive
 from dist_cifar.cli.error_line import print_error
-from dist_cifar.errors import EXIT_DATA, EXIT_DONE
+from dist_cifar.errors import EXIT_DATA, EXIT_DONE, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,15 +56,21 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is None:
         logger.info(f"with {classifier.checkpoint}")
     code = EXIT_DONE
-    for batch in batched(load_images(options.images, sys.stdin.buffer.read)):
+    for batch in batched(load_images(options.images, _standard_input)):
         for name, problem in batch:
             if isinstance(problem, str):
                 code = EXIT_DATA
-                print_error(f"{'standard input' if name == '-' else name}: {problem}")
+                print_error(printable(f"{'standard input' if name == '-' else name}: {problem}"))
         readable = [(name, pixels) for name, pixels in batch if not isinstance(pixels, str)]
         if readable:
             _classify(classifier, readable, options)
     return code
+
+
+def _standard_input() -> IO[bytes]:
+    if sys.stdin is None:
+        raise ValueError("it is closed")
+    return sys.stdin.buffer
 
 
 def _classify(
@@ -75,12 +81,13 @@ def _classify(
 
     from dist_cifar.inference import top_k
 
-    width = max(len(name) for name, _ in images)
+    shown = [printable(name) for name, _ in images]
+    width = max(map(len, shown))
     found = classifier.probabilities(np.stack([pixels for _, pixels in images]), tta=options.tta)
-    for (name, _), probabilities in zip(images, found, strict=True):
+    for (name, _), text, probabilities in zip(images, shown, found, strict=True):
         best = top_k(probabilities, classifier.classes, min(options.top, len(classifier.classes)))
         if options.json:
             listed = [{"class": label, "probability": share} for label, share in best]
             print(json.dumps({"image": name, "predictions": listed}))
         else:
-            print(f"{name:<{width}}  " + "  ".join(f"{label} {share:.1%}" for label, share in best))
+            print(f"{text:<{width}}  " + "  ".join(f"{printable(label)} {share:.1%}" for label, share in best))

@@ -49,6 +49,8 @@ def content_sha256(arrays: Arrays) -> str:
 def channel_statistics(images: npt.NDArray[np.uint8]) -> ImageStats:
     """Mean and population standard deviation of each channel of uint8 [n, height, width, channels].
 
+    A channel that does not vary, as of microscopes with one colour, has 1 for its deviation: it is centred, not scaled.
+
     The sums are integers, so the result does not depend on the order of the images and is exact but for one rounding.
     """
     channels = images.shape[-1]
@@ -63,5 +65,5 @@ def channel_statistics(images: npt.NDArray[np.uint8]) -> ImageStats:
         total = sum(value * times for value, times in enumerate(counts))
         squares = sum(value * value * times for value, times in enumerate(counts))
         mean.append(total / (count * 255))
-        std.append(math.sqrt((count * squares - total * total) / (count * 255) ** 2))
+        std.append(math.sqrt((count * squares - total * total) / (count * 255) ** 2) or 1.0)
     return ImageStats(mean=tuple(mean), std=tuple(std))

@@ -3,7 +3,8 @@
 Contract: `load_or_build` returns the arrays of a content key. Where they are missing or damaged one process builds
 them, under a lock, while the others wait. An entry is a directory that appears by a rename once its files are on the
 disk: a process that is killed at any time leaves a whole entry or none. A good entry is read without a lock, and from a
-read-only directory too. A reader checks its structure (sizes, types, label range) and not every byte.
+read-only directory too. A reader checks its structure (sizes, types, label range) and not every byte; an entry that
+other users could have changed is refused.
 
 `memoized` keeps what is slow to compute about a file, such as its hash, for as long as the file looks the same.
 """
@@ -26,6 +27,7 @@ import numpy.typing as npt
 from dist_cifar.augment.image import ImageStats, are_images
 from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
 from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.ownership import FOLDER_MODE, close_to_all, require_trusted
 from dist_cifar.errors import DataError
 from dist_cifar.run import atomic_io
 
@@ -68,11 +70,11 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
     entry cannot be written, and whatever `build` raises.
     """
     directory = entry_directory(cache_dir, name, key)
-    entry = read_entry(directory, key)
+    entry = _read_trusted(directory, key)
     if entry is not None:
         return entry
     with exclusive(directory.with_suffix(".lock"), key="data.cache_dir"):
-        entry = read_entry(directory, key)
+        entry = _read_trusted(directory, key)
         if entry is None:
             arrays = build()
             built = Entry(
@@ -95,6 +97,11 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
     return entry
 
 
+def _read_trusted(directory: Path, key: str) -> Entry | None:
+    require_trusted(directory, "data.cache_dir")
+    return read_entry(directory, key)
+
+
 def entry_directory(cache_dir: Path, name: str, key: str) -> Path:
     """The directory of the entry of the content `key`, which may not exist."""
     return cache_dir / f"{name}-{key[:32]}-v{FORMAT_VERSION}"
@@ -110,7 +117,7 @@ def memoized(cache_dir: Path, path: Path, signature: str, compute: Callable[[], 
     answer = compute()
     # A note that cannot be kept costs time, nothing else: a read-only cache is still a cache.
     with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
+        note.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         text = json.dumps({"path": str(path), "signature": signature, "answer": answer})
         atomic_io.write_atomic(note, text, writer=f"-{os.getpid()}")
     return answer
@@ -167,7 +174,7 @@ def write_entry(entry: Entry) -> None:
         if leftover.exists():
             atomic_io.remove_tree(leftover)
     try:
-        temporary.mkdir()
+        temporary.mkdir(mode=FOLDER_MODE)
         arrays = {f"{name}.npy": getattr(entry.arrays, name) for name in _DTYPES}
         sizes = {name: _write_array(temporary / name, array) for name, array in arrays.items()}
         meta = {
@@ -179,6 +186,7 @@ def write_entry(entry: Entry) -> None:
             "bytes": sizes,
         }
         atomic_io.write_file(temporary / _META, json.dumps(meta, indent=1).encode())
+        close_to_all(temporary)
         atomic_io.fsync_dir(temporary)
         atomic_io.move(temporary, directory)
     except BaseException:

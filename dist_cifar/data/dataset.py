@@ -7,6 +7,7 @@ returns depends on the content of the source alone. This module imports no torch
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import DataConfig, expand_path
 from dist_cifar.data import cache, node_staging
+from dist_cifar.data.ownership import private_in
 from dist_cifar.data.sources import SOURCES
 from dist_cifar.errors import ConfigError
 from dist_cifar.ops import philox
@@ -57,7 +59,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     `data.stage_dir`.
     """
     stage_dir = None if config.stage_dir is None else Path(expand_path(config.stage_dir, "data.stage_dir", os.environ))
-    cache_dir, source = cache.cache_directory(config.cache_dir), SOURCES[config.source]
+    cache_dir, source = _cache_dir(config), SOURCES[config.source]
     entry = cache.load_or_build(cache_dir, config.source, source.key(config, cache_dir), lambda: source.read(config))
     if stage_dir is not None:
         entry = node_staging.staged(entry, stage_dir)
@@ -72,20 +74,28 @@ def load_dataset(config: DataConfig) -> Dataset:
     )
 
 
+def _cache_dir(config: DataConfig) -> Path:
+    return private_in(cache.cache_directory(config.cache_dir), "data.cache_dir")
+
+
 def missing_download(config: DataConfig) -> str | None:
     """The address from which `load_dataset` would download the data set; None if it is here or is not downloaded."""
     source = SOURCES[config.source]
     url = source.missing_download(config)
     if url is None:
         return None
-    cache_dir = cache.cache_directory(config.cache_dir)
+    cache_dir = _cache_dir(config)
     key = source.key(config, cache_dir)
     is_cached = cache.read_entry(cache.entry_directory(cache_dir, config.source, key), key) is not None
     return None if is_cached else url
 
 
-def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def validation_split(
+    labels: npt.NDArray[np.int64], size: int, names: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Sorted indices of the training and of the `size` validation images among `labels`: int64 each.
+
+    `names` are those of the classes, for messages.
 
     Each class gives its share of `size`, rounded up or down. The choice is a function of `labels` and `size`, not of
     the run's seed, so that runs with different seeds can be compared. Raises `ConfigError` if a class would have no
@@ -104,8 +114,8 @@ def validation_split(labels: npt.NDArray[np.int64], size: int) -> tuple[npt.NDAr
     for label, count, share in zip(classes, counts, shares, strict=True):
         if share == count:
             raise ConfigError(
-                f"data.validation_size: {size} leaves no training image of class {label}, which has {count}; make it"
-                " smaller"
+                f"data.validation_size: {size} leaves no training image of class {names[label]}, which has {count};"
+                " make it smaller"
             )
         members = np.flatnonzero(labels == label)
         held_out[members[np.argsort(chance[members], kind="stable")[:share]]] = True

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import filelock
 
+from dist_cifar.data.ownership import FOLDER_MODE
 from dist_cifar.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def exclusive(path: Path, *, key: str) -> Iterator[None]:
     """
     lock = filelock.FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:

@@ -17,6 +17,7 @@ from pathlib import Path
 from dist_cifar.data.arrays import content_sha256
 from dist_cifar.data.cache import Entry, read_entry, write_entry
 from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.ownership import own_folder, require_trusted
 from dist_cifar.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,16 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
     Logs a line before the copy. Raises `DataError` if there is no good copy and none can be made.
     """
     # Each user's own folder: /dev/shm is everybody's, and nobody can lock or replace the files of another.
-    directory = stage_dir / f"dist_cifar-{os.getuid()}" / entry.directory.name
+    needed = sum(path.stat().st_size for path in entry.directory.iterdir())
+    try:
+        directory = own_folder(stage_dir, "data.stage_dir") / entry.directory.name
+    except OSError as error:
+        raise _cannot_copy(stage_dir, needed, error) from None
     copy = _verified(directory, entry)
     if copy is not None:
         return copy
-    needed = sum(path.stat().st_size for path in entry.directory.iterdir())
     lock = directory.with_suffix(".lock")
     try:
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
         raise _cannot_copy(stage_dir, needed, error) from None
@@ -57,7 +60,11 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
 
 
 def _verified(directory: Path, entry: Entry) -> Entry | None:
-    """The copy in `directory`; None unless it equals `entry` to the last bit."""
+    """The copy in `directory`; None unless it equals `entry` to the last bit.
+
+    Raises `DataError` for one that another user could change afterwards.
+    """
+    require_trusted(directory, "data.stage_dir")
     copy = read_entry(directory, entry.key)
     if copy is None or content_sha256(copy.arrays) != entry.content_sha256:
         return None

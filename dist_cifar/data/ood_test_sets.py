@@ -22,7 +22,8 @@ import numpy.typing as npt
 from dist_cifar.augment.image import require_images
 from dist_cifar.config import DataConfig
 from dist_cifar.data.dataset import Split, load_dataset
-from dist_cifar.errors import DataError, nearest_path
+from dist_cifar.data.names import normal_form
+from dist_cifar.errors import DataError, nearest_path, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 _LAYOUTS = "give a folder with cifar10.1_v6_data.npy, with CIFAR-10-C's labels.npy, or with train/ and test/"
 
 
-def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> dict[str, Split]:
+def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) -> tuple[dict[str, Split], str | None]:
     """The sets in `root` by name: `cifar10.1_v6`, or `fog/3` for severity 3 of a corruption. Raises `DataError`.
+
+    Beside them, the content hash of a folder or zip of images; None for published files.
 
     Logs a warning if the model's `classes` have other names than the labels of these files.
     """
@@ -45,24 +48,37 @@ def read_test_sets(root: Path, classes: Sequence[str], cache_dir: str | None) ->
         found = [path.name.removesuffix("_data.npy") for path in sorted(root.glob("cifar10.1_v*_data.npy"))]
         if (found or (root / "labels.npy").exists()) and tuple(classes) != CLASSES:
             logger.info(
-                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called {', '.join(classes)};"
-                " the accuracy means nothing unless they are the same in the same order"
+                f"warning: {root} has the labels of CIFAR-10, and the model's classes are called"
+                f" {', '.join(classes[:10])}; the accuracy means nothing unless they are the same in the same order"
             )
         if found:
-            return {name: _split(root / f"{name}_data.npy", root / f"{name}_labels.npy", classes) for name in found}
+            sets = {name: _split(root / f"{name}_data.npy", root / f"{name}_labels.npy", classes) for name in found}
+            return sets, None
         if (root / "labels.npy").exists():
-            return _corruptions(root, classes)
+            return _corruptions(root, classes), None
     if root.suffix == ".npy":
         raise DataError(f"--data {root}: this is one file of several; give its folder, {root.parent}")
     try:
         dataset = load_dataset(DataConfig(source="folder", root=str(root), cache_dir=cache_dir))
     except DataError as error:
         raise DataError(f"--data {str(error).replace('data.root', '--data')}") from None
-    if dataset.classes != tuple(classes):
+    require_classes(f"--data {root}", dataset.classes, classes)
+    return {"test": dataset.test}, dataset.content_sha256
+
+
+def require_classes(data: str, found: Sequence[str], classes: Sequence[str]) -> None:
+    """Raises `DataError` unless the classes `found` in `data` are those of the model, by name and in order."""
+    here, wanted = list(map(normal_form, found)), list(map(normal_form, classes))
+    if here != wanted:
+        lacking, unknown = ([name for name in a if name not in b] for a, b in ((wanted, here), (here, wanted)))
+        differences = [
+            f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            for what, names in (("it lacks", lacking), ("the model does not know", unknown))
+            if names
+        ]
         raise DataError(
-            f"--data {root}: its classes are {', '.join(dataset.classes)}, and the model's are {', '.join(classes)}"
+            f"{data}: its classes are not those of the model: {'; '.join(differences) or 'their order differs'}"
         )
-    return {"test": dataset.test}
 
 
 def _corruptions(root: Path, classes: Sequence[str]) -> dict[str, Split]:
@@ -83,7 +99,7 @@ def _corruptions(root: Path, classes: Sequence[str]) -> dict[str, Split]:
 
 
 def _split(images_path: Path, labels_path: Path, classes: Sequence[str]) -> Split:
-    images, labels = _array(images_path), _array(labels_path)
+    images, labels = np.ascontiguousarray(_array(images_path)), _array(labels_path)
     try:
         require_images(images)
     except ValueError as error:
@@ -99,6 +115,11 @@ def _split(images_path: Path, labels_path: Path, classes: Sequence[str]) -> Spli
 
 def _array(path: Path) -> npt.NDArray[Any]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); download it again") from None
+        if not path.is_file():
+            raise ValueError("no regular file")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of arrays")
+    except Exception as error:  # numpy raises anything for a file that is not one of its own
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); download it again") from None
+    return array

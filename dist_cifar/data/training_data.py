@@ -37,7 +37,9 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
     dataset = load_dataset(config.data)
     communicator.barrier()
     communicator.require_same({"the SHA-256 of the images in data.root": dataset.content_sha256})
-    train_indices, validation_indices = validation_split(dataset.train.labels, config.data.validation_size)
+    train_indices, validation_indices = validation_split(
+        dataset.train.labels, config.data.validation_size, dataset.classes
+    )
     plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
     batches = TrainingBatches(
         split=dataset.train,

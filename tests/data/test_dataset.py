@@ -167,7 +167,7 @@ def test_the_split_is_stratified(values, data):
     labels = np.array(values, np.int64)
     size = data.draw(st.integers(0, len(values) - 1))
     try:
-        train, validation = validation_split(labels, size)
+        train, validation = validation_split(labels, size, "abcde")
     except ConfigError as error:
         assert "data.validation_size" in str(error)  # only where the exact share, rounded up, is a whole class
         assert any(-(-size * count // len(labels)) == count for count in np.bincount(labels) if count)
@@ -183,7 +183,7 @@ def test_the_split_is_stratified(values, data):
 
 def test_the_split_of_cifar10_is_even_and_fixed():
     labels = np.arange(50_000) % 10
-    train, validation = validation_split(labels, 5000)
+    train, validation = validation_split(labels, 5000, "abcdefghij")
     assert (len(train), len(validation)) == (45_000, 5000)
     assert np.bincount(labels[validation]).tolist() == [500] * 10
     # Fixed for good: another choice would let old runs be validated on images that they were trained on.
@@ -192,12 +192,14 @@ def test_the_split_of_cifar10_is_even_and_fixed():
 
 
 def test_size_zero_holds_out_nothing():
-    train, validation = validation_split(np.array([0, 1, 1]), 0)
+    train, validation = validation_split(np.array([0, 1, 1]), 0, "ab")
     assert train.tolist() == [0, 1, 2]
     assert (validation.tolist(), validation.dtype) == ([], np.int64)
 
 
 @pytest.mark.parametrize(("labels", "size"), [([0, 1], 2), ([0, 1], 3), ([0] * 9 + [1], 9)])
 def test_a_split_without_training_images_is_refused(labels, size):
-    with pytest.raises(ConfigError, match=r"data\.validation_size: \d leaves no training image"):
-        validation_split(np.array(labels), size)
+    with pytest.raises(
+        ConfigError, match=r"data\.validation_size: \d leaves no training image(,| of class dog, which has 1)"
+    ):
+        validation_split(np.array(labels), size, ("cat", "dog"))

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cifar.data.sources import image_folder
-from dist_cifar.data.sources.image_folder import content_key, find_layout, read_folder, signature
-from dist_cifar.errors import DataError
+from dist_cifar.config import DataConfig
+from dist_cifar.data import decode, image_tree
+from dist_cifar.data.dataset import load_dataset
+from dist_cifar.data.sources.image_folder import ImageFolder, content_key, find_layout, read_folder, signature
+from dist_cifar.errors import DataError, UserError
 
 generator = np.random.default_rng(0)
 
@@ -126,8 +128,8 @@ def test_zip_and_folder_say_what_is_wrong(tmp_path, kind):
     without_test = {name: data for name, data in good.items() if name.startswith("train")}
     assert "no test/<class>/ in it, found train" in error(without_test)
     assert "no pictures/train/<class>/ in it, found 1.png" in error({"pictures/1.png": picture()})
-    assert "fox in train/ but not in test/" in error(good | {"train/fox/1.png": picture()})
-    assert "fox in test/ but not in train/" in error(good | {"test/fox/1.png": picture()})
+    assert "train/fox/ has no counterpart in test/" in error(good | {"train/fox/1.png": picture()})
+    assert "test/fox/ has no counterpart in train/" in error(good | {"test/fox/1.png": picture()})
     assert "lies below a class folder" in error(good | {"train/cat/more/1.png": picture()})
     unknown = error(good | {"test/cat/1.png": b"notes"})
     assert "test/cat/1.png is not a readable image (no format that Pillow knows)" in unknown
@@ -138,9 +140,11 @@ def test_zip_and_folder_say_what_is_wrong(tmp_path, kind):
 def test_an_empty_class_is_named(tmp_path):
     root = write_folder(tmp_path / "set", small_set())
     (root / "train" / "fox").mkdir()
-    with pytest.raises(DataError, match="train/fox/ is empty"):
+    (root / "train" / "fox" / "Thumbs.db").write_bytes(b"windows")
+    (root / "test" / "fox").mkdir()
+    with pytest.raises(DataError, match="2 faults: train/fox/ is empty; test/fox/ is empty"):
         read_folder(root)
-    path = write_zip(tmp_path / "set.zip", small_set() | {"train/fox/": b""})
+    path = write_zip(tmp_path / "set.zip", small_set() | {"train/fox/": b"", "test/fox/1.png": picture()})
     with pytest.raises(DataError, match="train/fox/ is empty"):
         read_folder(path)
 
@@ -190,22 +194,36 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monke
 
 @both
 def test_files_that_unpack_to_too_much_are_not_read(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(image_folder, "_MAX_FILE_BYTES", 10_000)
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image .*10000 bytes"):
+    for module in (decode, image_tree):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 10_000)
+    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image .*more than 10,000"):
         read_folder(write(kind, tmp_path, small_set() | {"train/cat/0.png": bytes(10_001)}))
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
     root = write_folder(tmp_path, small_set())
     os.mkfifo(root / "train" / "cat" / "0.png")
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image"):
-        read_folder(root)
-    with pytest.raises(DataError, match=r"train/cat/0\.png: neither a file nor a folder"):
-        signature(root)
-    (root / "train" / "cat" / "0.png").unlink()
-    (root / "train" / "cat" / "0.png").symlink_to("nowhere")
-    with pytest.raises(DataError, match=r"train/cat/0.png is not a readable image"):
-        read_folder(root)
+    (root / "train" / "cat" / "1.png").symlink_to("nowhere")
+    (root / "train" / "cat" / "2.txt").write_text("notes")
+    (root / "test" / "cat" / "loop").symlink_to("loop")
+    (root / "train" / "fox").symlink_to("gone")
+    (root / "test" / "dog" / "empty.png").touch()
+    for read in (read_folder, content_key):  # the key is asked for first, and has the whole list too
+        with pytest.raises(DataError) as caught:
+            read(root)
+        for fault in (
+            ": 6 faults: ",
+            "train/fox is a link to nothing: gone",
+            "train/cat/0.png is not a readable image (no regular file)",
+            "train/cat/1.png is not a readable image (a link to nothing: nowhere)",
+            "train/cat/2.txt is not a readable image (no format that Pillow knows)",
+            "test/cat/loop is not a readable image (",
+            "test/dog/empty.png is not a readable image (it is empty)",
+        ):
+            assert fault in str(caught.value)
+    assert signature(root) == signature(root)
+    with pytest.raises(DataError, match="neither a folder nor a zip"):
+        signature(root / "train" / "cat" / "0.png")
 
 
 def test_a_link_that_leads_back_up_ends(tmp_path):
@@ -218,7 +236,9 @@ def test_a_link_that_leads_back_up_ends(tmp_path):
 def test_layout_is_pure_and_ignores_order_and_repetition():
     names = ["test/a/1", "train/a/2", "train/a/10", "train/", "train/a/", "train/a/2"]
     expected = {"train": {"a": ["train/a/10", "train/a/2"]}, "test": {"a": ["test/a/1"]}}
-    assert find_layout(Path("r"), names) == find_layout(Path("r"), names[::-1]) == expected
+    found = find_layout(Path("r"), names)
+    assert found == find_layout(Path("r"), names[::-1])
+    assert (found.splits, found.prefix, found.faults) == (expected, "", [])
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -230,13 +250,63 @@ def test_the_key_is_of_the_content(tmp_path, kind):
     root = write(kind, tmp_path, files)
     before = content_key(root), signature(root)
 
-    moved = root.rename(tmp_path / "moved")
-    assert (content_key(moved), signature(moved)) == before
+    assert (content_key(root), signature(root)) == before
+    assert content_key(root.rename(tmp_path / "moved")) == before[0]
 
-    touched = moved if kind == "zip" else moved / "train/cat/10.png"
+    touched = tmp_path / "moved" if kind == "zip" else tmp_path / "moved/train/cat/10.png"
     os.utime(touched, ns=(1, 1))
-    assert content_key(moved) == before[0]
-    assert signature(moved) != before[1]
+    assert content_key(tmp_path / "moved") == before[0]
+    assert signature(tmp_path / "moved") != before[1]
+
+
+@both
+@pytest.mark.parametrize("how", ["written over", "replaced"])
+def test_the_signature_sees_other_bytes_of_the_same_size_and_time(tmp_path, kind, how):
+    root = write(kind, tmp_path, small_set())
+    file = root if kind == "zip" else root / "train/cat/2.bmp"
+    os.utime(file, ns=(1, 1))
+    before = signature(root)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if how == "replaced":
+        (tmp_path / "new").write_bytes(data)
+        os.utime(tmp_path / "new", ns=(1, 1))
+        os.replace(tmp_path / "new", file)
+    else:
+        file.write_bytes(data)
+        os.utime(file, ns=(1, 1))
+    assert signature(root) != before
+
+
+def test_a_folder_that_changes_while_it_is_decoded_is_refused(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "set", small_set())
+    decoded = decode.decode_image
+
+    def change(data):
+        (root / "train/cat/2.bmp").touch()
+        return decoded(data)
+
+    monkeypatch.setattr(decode, "decode_image", change)
+    with pytest.raises(DataError, match="changed while it was read"):
+        ImageFolder().read(DataConfig(source="folder", root=str(root)))
+
+
+@pytest.mark.parametrize("place", ["cache", ".", "set of 2026/cache", "set of 2026/train/.cache"])
+def test_a_cache_in_the_data_folder_is_no_data(tmp_path, place):
+    root = write_folder(tmp_path, {f"set of 2026/{name}": data for name, data in small_set().items()})
+    cache_dir = root / place
+    config = DataConfig(source="folder", root=str(root), cache_dir=str(cache_dir))
+    before = load_dataset(config).content_sha256
+    found = sorted(cache_dir.iterdir())
+    assert [load_dataset(config).content_sha256 for _ in range(2)] == [before] * 2
+    assert sorted(cache_dir.iterdir()) == found
+
+
+@pytest.mark.parametrize("place", ["train", "test/cat", "train/cache"])
+def test_a_cache_among_the_images_is_refused(tmp_path, place):
+    root = write_folder(tmp_path, small_set())
+    with pytest.raises(DataError, match=r"data\.cache_dir=.*: lies among the images"):
+        load_dataset(DataConfig(source="folder", root=str(root), cache_dir=str(root / place)))
 
 
 def test_the_key_of_a_folder_sees_bytes_and_names(tmp_path):
@@ -247,10 +317,12 @@ def test_the_key_of_a_folder_sees_bytes_and_names(tmp_path):
     keys.add(content_key(root))
     path.rename(root / "train/cat/11.png")
     keys.add(content_key(root))
-    (root / "train/fox").mkdir()
+    (root / "train/cat").rename(root / "train/fox")
+    (root / "test/cat").rename(root / "test/fox")
     keys.add(content_key(root))
     assert len(keys) == 4
-    (root / ".hidden").write_text("of no account")
+    for name in (".hidden", "README", "train/desktop.ini", "train/fox/Thumbs.db", "train/notes.txt"):
+        (root / name).write_text("of no account")
     assert content_key(root) in keys
 
 
@@ -259,3 +331,162 @@ def test_the_signature_reads_no_content(tmp_path, kind, monkeypatch):
     root = write(kind, tmp_path, small_set())
     monkeypatch.setattr("builtins.open", lambda *args: pytest.fail("read"))
     signature(root)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def test_the_two_forms_of_an_accent_are_one_class_in_one_order(tmp_path):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    shades = {name: picture() for name in "abcd"}
+
+    def pixels(root, first, second):
+        files = {
+            f"train/{first}/1.png": shades["a"],
+            f"train/{second}/2.png": shades["b"],
+            f"train/cafz/{first}.png": shades["c"],
+            f"test/{second}/1.png": shades["d"],
+            "test/cafz/1.png": shades["d"],
+        }
+        return read_folder(write_folder(root, files))
+
+    found = [pixels(tmp_path / str(i), *forms) for i, forms in enumerate(((nfc, nfc), (nfd, nfc), (nfc, nfd)))]
+    for arrays in found:
+        assert arrays.classes == ("cafz", nfc)
+        assert arrays.train_labels.tolist() == [0, 1, 1]
+        assert np.array_equal(arrays.train_images, found[0].train_images)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\x1b[31mred", b"a\nb", b"\x7f", "a\u2028b".encode()])
+def test_a_class_whose_name_cannot_be_stored_or_shown_is_refused(tmp_path, name):
+    root = write_folder(tmp_path, small_set())
+    for split in ("train", "test"):
+        os.rename(root / split / "cat", os.path.join(os.fsencode(root / split), name))
+    with pytest.raises(DataError, match=r"2 faults: .* cannot be a class: its name "):
+        content_key(root)
+
+
+def test_markup_and_odd_names_of_files_are_read(tmp_path):
+    root = write_folder(tmp_path, {f"{split}/<b>&amp;/1.png": picture() for split in ("train", "test")})
+    os.rename(root / "train/<b>&amp;/1.png", os.fsencode(root / "train/<b>&amp;") + b"/\xff\x1b.png")
+    assert read_folder(root).classes == ("<b>&amp;",)
+    load_dataset(DataConfig(source="folder", root=str(root), cache_dir=str(tmp_path / "c")))
+
+
+# --- zips of other systems, and hostile ones ----------------------------------------------------------------------
+
+
+def patched(path, at, value, size=2, record=b"PK\1\2"):
+    """Changes the field `at` of every entry in the directory of a zip, or in the header of every member."""
+    data = bytearray(path.read_bytes())
+    start = data.find(record)
+    while start >= 0:
+        data[start + at : start + at + size] = value.to_bytes(size, "little")
+        start = data.find(record, start + 1)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_zip_of_windows_is_read(tmp_path):
+    files = small_set()
+    plain = read_folder(write_zip(tmp_path / "plain.zip", files))
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name.replace("/", "\\")), data)
+    found = read_folder(tmp_path / "windows.zip")
+    assert found.classes == plain.classes and np.array_equal(found.train_images, plain.train_images)
+
+
+def test_a_zip_of_macos_has_the_names_that_were_written(tmp_path):
+    names = [f"{split}/cafe\u0301/1.png" for split in ("train", "test")]
+    path = write_zip(tmp_path / "x.zip", {name: picture() for name in names})
+    patched(patched(path, 8, 0), 6, 0, record=b"PK\3\4")  # without the flag of UTF-8
+    assert read_folder(path).classes == ("caf\u00e9",)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (6, 99, "zip file version 9.9"),
+        (8, 1, "is encrypted; make a zip without a password"),
+        (10, 9, "5 faults: .*compression"),
+        (24, 0xFFFFFFF0, "unpacks to .* as a decompression bomb does"),
+        (30, 0xFFF0, "neither a folder nor a zip"),
+    ],
+    ids=["version", "encrypted", "method", "bomb", "directory"],
+)
+def test_a_zip_that_cannot_be_read_is_one_line(tmp_path, at, value, message):
+    names = ["train/a/1", "train/a/2", "train/a/3", "train/a/4", "test/a/1"]
+    path = write_zip(tmp_path / "x.zip", {name: picture() for name in names})
+    with pytest.raises(DataError, match=message) as caught:
+        read_folder(patched(path, at, value, size=4 if at == 24 else 2))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_zip_without_end_or_with_a_name_that_is_no_utf8(tmp_path):
+    path = write_zip(tmp_path / "x.zip", small_set() | {"train/caf\u00e9/1.png": picture()})
+    data = path.read_bytes()
+    path.write_bytes(data.replace("caf\u00e9".encode(), b"caf\xff\xff"))
+    with pytest.raises(DataError, match=r"x\.zip: neither a folder nor a zip that can be read"):
+        read_folder(path)
+    path.write_bytes(data[:-30])
+    with pytest.raises(DataError, match=r"x\.zip: neither a folder nor a zip that can be read"):
+        read_folder(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_that_are_twice_in_a_zip_and_links_are_faults(tmp_path):
+    path = write_zip(tmp_path / "x.zip", small_set())
+    link = zipfile.ZipInfo("train/cat/link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train/cat/10.png", picture())
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(DataError, match=r"2 faults: train/cat/10\.png is in it twice; .*link\.png .*\(a link\)"):
+        read_folder(path)
+
+
+def test_a_member_unpacks_to_no_more_than_it_declares(tmp_path):
+    """A reader that unpacks a whole chunk of such a method at once would need gigabytes."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for split in ("train", "test"):
+            archive.writestr(f"{split}/a/1.png", bytes(20_000_000))
+    with pytest.raises(DataError, match="2 faults"):
+        read_folder(patched(path, 24, 100, size=4))
+
+
+def test_the_first_ten_faults_are_listed_and_the_others_counted(tmp_path):
+    root = write_folder(tmp_path, small_set() | {f"train/cat/{i:02}.txt": b"text" for i in range(13)})
+    with pytest.raises(DataError) as caught:
+        read_folder(root)
+    assert ": 13 faults: train/cat/00.txt" in str(caught.value) and "; and 3 more;" in str(caught.value)
+    assert "09.txt" in str(caught.value) and "10.txt" not in str(caught.value)
+
+
+def test_damaged_zips_and_images_raise_nothing_but_errors_of_the_user(tmp_path):
+    """Bytes of the directory, of headers and of pictures, changed at random."""
+    random = np.random.default_rng(1)
+    plain = write_zip(tmp_path / "plain.zip", small_set()).read_bytes()
+    directory = plain.find(b"PK\1\2")
+    path, read = tmp_path / "x.zip", 0
+    for _ in range(400):
+        data = bytearray(plain)
+        for _ in range(random.choice((1, 1, 2, 4))):
+            data[random.integers(directory if random.random() < 0.7 else 0, len(data))] = random.integers(256)
+        path.write_bytes(data)
+        try:
+            read_folder(path)
+            read += 1
+        except UserError as error:
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1
+    assert 0 < read < 400
+    for data in small_set().values():
+        for _ in range(60):
+            damaged = bytearray(data)
+            for _ in range(random.choice((1, 4, 16))):
+                damaged[random.integers(min(200, len(data)))] = random.integers(256)
+            try:
+                assert decode.decode_image(bytes(damaged)).shape == (32, 32, 3)
+            except ValueError as error:
+                assert len(str(error)) < 400
