@@ -7,8 +7,14 @@ the program and exits with `EXIT_INTERNAL`.
 from __future__ import annotations
 
 import difflib
+import errno
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Categories of Unicode: control, format (which reverses text), lone surrogates (bytes of a file's name that are not
+UTF-8), line and paragraph separators."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -16,6 +22,9 @@ EXIT_INTERNAL = 70
 EXIT_DATA = 74
 EXIT_SAVED = 75
 """Stopped by a signal, everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+
+EXIT_SIGINT = 130
+"""Ended by Ctrl-C before anything was to be saved: what shells expect."""
 
 
 class UserError(ValueError):
@@ -55,6 +64,12 @@ class TrainingError(UserError):
         self.rank = rank
 
 
+class StoppedError(UserError):
+    """A signal has stopped a training before its first step."""
+
+    exit_code = EXIT_SAVED
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a person who typed `word` most likely meant, if there is one."""
     words = list(known)
@@ -88,6 +103,46 @@ def nearest_path(path: Path, *folders: Path) -> Path | None:
     return None
 
 
+_SYSTEM_ERRORS = {
+    getattr(errno, name, None): advice
+    for names, advice in (
+        ("ENOSPC EDQUOT EFBIG", "free space, or raise the quota or the limit of the size of files, and run again"),
+        ("EROFS EACCES EPERM", "give another path, or the right to write there, and run again"),
+        ("EMFILE ENFILE ENOMEM EAGAIN", "raise the limit of the system that it names, and run again"),
+        ("ENOLCK ENOSYS EOPNOTSUPP", "the disk cannot do that; use another one"),
+        (
+            "EIO ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN EREMOTEIO ENXIO ENODEV",
+            "",
+        ),
+    )
+    for name in names.split()
+}
+_OF_A_DISK = "look whether the disk and its server are well, and run again"
+
+
+def system_error(error: BaseException) -> str | None:
+    """The line for an error of the system on a path or a disk, with what to do; None for any other error.
+
+    An error that names a file is one whatever its number is, e.g. a folder that was deleted meanwhile.
+    """
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+        return None
+    if error.errno not in _SYSTEM_ERRORS and error.filename is None:
+        return None
+    return f"{one_line(error)}; {_SYSTEM_ERRORS.get(error.errno) or _OF_A_DISK}"
+
+
 def one_line(error: Exception) -> str:
     """The message of another package's error, short enough for a line of the log."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which would move a terminal's cursor or reverse what stands beside them.
+
+    They are shown as Python writes them, e.g. `\\x1b`; tabs and ends of lines stay.
+    """
+    return "".join(
+        letter if letter in "\t\n" or unicodedata.category(letter) not in _UNPRINTABLE else ascii(letter)[1:-1]
+        for letter in text
+    )

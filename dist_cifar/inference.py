@@ -24,9 +24,18 @@ from dist_cifar.data.decode import decode_image
 from dist_cifar.errors import CheckpointError, ConfigError, nearest_path, one_line
 from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
-from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from dist_cifar.run.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointStore,
+    is_checkpoint_name,
+    read_checkpoint,
+    weights_sha256,
+)
+from dist_cifar.run.checkpoint_state import foreign, require_state
 from dist_cifar.run.predictions import softmax
 from dist_cifar.run.run_dir import RunDir, is_run, latest_run, require_run
+from dist_cifar.run.run_files import read_bytes
 
 _Item = TypeVar("_Item")
 
@@ -106,16 +115,7 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
     """
     path = latest_run(Path("runs")) if path is None else path
     checkpoint = _of_run(path) if is_run(path) else _named(path)
-    state = checkpoint.state
-    try:
-        config = config_from_values(state["config"])
-        classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: it was written by another version of dist_cifar ({error}); use that one"
-        ) from None
-    model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
-    model.load_state_dict(checkpoint.tensors["model"])
+    config, classes, stats, model = _rebuild(checkpoint)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     set_precision(model, config.compute.precision, device)
     return Classifier(
@@ -128,6 +128,19 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
         step=checkpoint.step,
         sha256=weights_sha256(checkpoint.tensors["model"]),
     )
+
+
+def _rebuild(checkpoint: Checkpoint) -> tuple[Config, tuple[str, ...], ImageStats, nn.Module]:
+    """The config, the classes, the statistics and the model of a checkpoint. Raises `CheckpointError`."""
+    state = require_state(checkpoint)
+    try:
+        config = config_from_values(state["config"])
+        classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
+        model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
+        model.load_state_dict(checkpoint.tensors["model"])
+    except Exception as error:  # what a config or tensors of another version raise is not known
+        raise foreign(checkpoint, one_line(error)) from None
+    return config, classes, stats, model
 
 
 def _named(path: Path) -> Checkpoint:
@@ -144,7 +157,12 @@ def _directory_of(path: Path) -> Path:
     """
     folder = path
     if path.name in ("best", "latest") and path.is_file():
-        folder = path.parent / path.read_text().strip()
+        named = (read_bytes(path) or b"").decode(errors="replace").strip()
+        if not is_checkpoint_name(named):
+            raise CheckpointError(
+                f"{path}: does not name a checkpoint; give the run directory, or one in {path.parent}"
+            )
+        folder = path.parent / named
     if (folder / MANIFEST).exists():
         return folder
     near = path.parent if (path.parent / MANIFEST).exists() else None

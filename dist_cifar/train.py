@@ -9,6 +9,9 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, its folder is first on the path, and the package may not be installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from dist_cifar import stopping
+
+    stopping.install()
     from dist_cifar.cli.main import main
 
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
+from dist_cifar import stopping
 from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
@@ -145,6 +146,7 @@ class Trainer:
             return True
         resume_step = self.checkpoints.saved_step
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
+        stopping.defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
         with (

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_cifar.cli.arguments import Commands, add_local_rank, new_file
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, printable
 
 if TYPE_CHECKING:
     from dist_cifar.data.dataset import Split
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     communicator.close()
     if env.rank == 0:
         model = f"{classifier.checkpoint}" + (", mirror images averaged" if options.tta else "")
-        print(table([("model", model), *_rows(results)]))
+        print(printable(table([("model", model), *_rows(results)])))
         if options.json:
             facts = {"checkpoint": str(classifier.checkpoint), "weights_sha256": classifier.sha256, "tta": options.tta}
             _write_json(options.json, facts | {"results": results})
@@ -122,6 +122,6 @@ def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
     import json
 
-    from dist_cifar.run.atomic_io import write_atomic
+    from dist_cifar.run.atomic_io import write_output
 
-    write_atomic(path, json.dumps(facts, indent=2) + "\n")
+    write_output(path, json.dumps(facts, indent=2) + "\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dist_cifar.cli.arguments import Commands, positive
 from dist_cifar.cli.error_line import print_error
-from dist_cifar.errors import EXIT_DATA, EXIT_DONE
+from dist_cifar.errors import EXIT_DATA, EXIT_DONE, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is None:
         logger.info(f"with {classifier.checkpoint}")
     code = EXIT_DONE
-    for batch in batched(load_images(options.images, sys.stdin.buffer.read)):
+    for batch in batched(load_images(options.images, lambda: sys.stdin.buffer.read())):
         for name, problem in batch:
             if isinstance(problem, str):
                 code = EXIT_DATA
@@ -83,4 +83,5 @@ def _classify(
             listed = [{"class": label, "probability": share} for label, share in best]
             print(json.dumps({"image": name, "predictions": listed}))
         else:
-            print(f"{name:<{width}}  " + "  ".join(f"{label} {share:.1%}" for label, share in best))
+            line = f"{name:<{width}}  " + "  ".join(f"{label} {share:.1%}" for label, share in best)
+            print(printable(line))

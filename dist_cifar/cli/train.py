@@ -9,8 +9,9 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dist_cifar import stopping
 from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, StoppedError
 
 if TYPE_CHECKING:
     from dist_cifar.config import Config
@@ -42,15 +43,18 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs this process as one rank of the training. Returns the exit code."""
     from dist_cifar.distributed.launch_env import launcher_rank, refuse_lone_task
+    from dist_cifar.run.run_dir import RunDir, where_it_lies
 
-    config = config_of(options)
+    config = where_it_lies(config_of(options), options.config, options.overrides)
     if options.print_config or options.print_run_dir:
         if launcher_rank(os.environ) == "0":
             _print_of(config, options)
         return EXIT_DONE
 
+    from dist_cifar.cli import streams
     from dist_cifar.cli.job import enter_job
 
+    streams.survive_lost_output()
     refuse_lone_task(os.environ)
     env = enter_job(config, options.local_rank)
     threads = _set_threads(config, env)
@@ -63,7 +67,6 @@ def run(options: argparse.Namespace) -> int:
     from dist_cifar.cli.job import connect
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
-    from dist_cifar.run.run_dir import RunDir
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
 
@@ -83,6 +86,9 @@ def run(options: argparse.Namespace) -> int:
             resume_anyway=options.resume_anyway,
             trackers=[ReportTracker],
         )
+    except stopping.Stopped as stop:
+        stopping.report(stop)
+        return failure_exit.fail(StoppedError(str(stop)), detector)
     except Exception as error:
         return failure_exit.fail(error, detector)
     if detector is not None:

@@ -17,6 +17,7 @@ from dist_cifar.config import AtResume, Config, at_resume, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError
 from dist_cifar.run.checkpoint import Checkpoint, CheckpointStore, Tensors, weights_sha256
+from dist_cifar.run.checkpoint_state import require_state
 from dist_cifar.run.provenance import numerics_fingerprint, versions
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.state import StepTotals, TrainState
@@ -88,6 +89,7 @@ class RunCheckpoints:
                         f"--resume: {self._run_dir.path} holds no checkpoint; leave --resume out to start a new run"
                     )
                 return None
+            require_state(checkpoint)
             self._compare(checkpoint, resume_anyway)
             tensors.update(checkpoint.tensors)
             return checkpoint.state

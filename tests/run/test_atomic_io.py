@@ -67,7 +67,7 @@ MUTANTS = {
     "overwritten in place": (
         check_write_atomic,
         "atomic_io",
-        'path.with_name(f".tmp-{path.name}{writer}")',
+        'path.with_name(f".tmp-{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(4)}")',
         "path",
     ),
 }
