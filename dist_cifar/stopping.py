@@ -1,7 +1,7 @@
 """What stops a run before it is done: a signal, or the end of the job's time.
 
 Contract: after `install`, every signal by which a person, a shell or a scheduler ends a job raises `Stopped` in the
-main thread, once. A process that has not ended `GRACE_SECONDS` later, because its main thread is in code that is not
+main thread. A process that has not ended `GRACE_SECONDS` later, because its main thread is in code that is not
 Python's, is ended with the line and the exit code that it would have had. After `defer`, signals only make
 `stop_requested` true: the training loop asks between steps, and saves. SIGHUP stays ignored where nohup ignores it.
 Processes that are forked have none of this. Install the handlers before anything else is imported: a signal may come
@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from dist_cifar.errors import EXIT_SAVED, EXIT_SIGINT
 
@@ -70,6 +70,19 @@ def defer() -> None:
     """From now on signals only make `stop_requested` true."""
     global _deferred
     _deferred = True
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Lets a signal end the process in a `with` block that may take long and after which there is nothing to save."""
+    global _deferred
+    before, _deferred = _deferred, False
+    try:
+        if _received:
+            raise Stopped(first_received())
+        yield
+    finally:
+        _deferred = before
 
 
 def stop_requested() -> bool:

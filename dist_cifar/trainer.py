@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_cifar import stopping
 from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
@@ -35,7 +34,7 @@ from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.state import Evaluation, StepTotals, TrainState
-from dist_cifar.stopping import Deadline, seconds_left, stop_requested
+from dist_cifar.stopping import Deadline, defer, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.strategy.compute import build_evaluator, compile_kernels
@@ -146,7 +145,7 @@ class Trainer:
             return True
         resume_step = self.checkpoints.saved_step
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
-        stopping.defer()  # from here on there is something to save
+        defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
         with (

@@ -112,7 +112,10 @@ def send(times=1):
     for _ in range(times): os.kill(os.getpid(), number)
 try:
     if "deferred" in sys.argv:
-        stopping.defer(); send(10); print(stopping.stop_requested(), stopping.first_received()); sys.exit(0)
+        stopping.defer(); send(10)
+        if "at_once" in sys.argv:
+            with stopping.at_once(): print("not here")
+        print(stopping.stop_requested(), stopping.first_received()); sys.exit(0)
     if "stuck" in sys.argv:
         if os.fork() == 0: time.sleep(0.2); os.kill(os.getppid(), number); os._exit(0)
         import ctypes
@@ -137,6 +140,7 @@ LINE = "dist_cifar: stopped by {}; nothing was lost, run it again\n"
         (["SIGINT"], 130, "", LINE.format("SIGINT")),
         (["SIGHUP", "nohup"], 0, "goes on\n", ""),
         (["SIGTERM", "deferred"], 0, "True SIGTERM\n", ""),
+        (["SIGTERM", "deferred", "at_once"], 75, "", LINE.format("SIGTERM")),
         (["SIGTERM", "stuck"], 75, "", LINE.format("SIGTERM")),
         (["SIGTERM", "forked"], 0, "-15 False\n", ""),
     ],

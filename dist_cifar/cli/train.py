@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     streams.survive_lost_output()
     refuse_lone_task(os.environ)
     env = enter_job(config, options.local_rank)
+    if env.world_size > 1:
+        stopping.defer()  # the ranks stop together: where they wait for each other or for data, or after a step
     threads = _set_threads(config, env)
     # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -34,9 +34,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports
 from dist_cifar.distributed.timeouts import Timeouts
-from dist_cifar.errors import LaunchError
+from dist_cifar.errors import EXIT_SAVED, LaunchError
 
 _MAGIC = "dist_cifar 1"
 _HOLD = b"[]\n"
@@ -85,7 +86,14 @@ class _Wait:
         self._waited = f"{timeouts.run_seconds:g} s" + (f" ({setting})" if setting else "")
 
     def is_over(self) -> bool:
-        """Whether to give up."""
+        """Whether to give up. Raises `LaunchError` after a signal to stop."""
+        if stopping.stop_requested():
+            error = LaunchError(
+                f"launch: {self._who} was stopped by {stopping.first_received()} before all ranks had connected; run it"
+                " again"
+            )
+            error.exit_code = EXIT_SAVED
+            raise error
         return time.monotonic() > self._deadline
 
     def error(self, what: str) -> LaunchError:

@@ -24,6 +24,7 @@ from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
+from dist_cifar.distributed.processes import was_alive_at
 from dist_cifar.errors import ConfigError, DataError, LaunchError, UserError, nearest, nearest_path
 from dist_cifar.run.atomic_io import write_atomic
 from dist_cifar.run.run_files import (
@@ -32,12 +33,11 @@ from dist_cifar.run.run_files import (
     ROWS,
     STATUS,
     SUMMARY,
-    is_count,
-    is_time,
     read_bytes,
     read_object,
     read_records,
 )
+from dist_cifar.stopping import at_once
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +80,11 @@ class RunDir:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
-            why = self._wait_for_lock(descriptor, wait_seconds)
-            if why is not None:
-                logger.info(f"warning: {self.path} cannot be locked ({why}): another job is seen only while it writes")
-                self._wait_for_silence(wait_seconds)
+            with at_once():
+                why = self._wait_for_lock(descriptor, wait_seconds)
+                if why is not None:
+                    logger.info(f"warning: {self.path} cannot be locked ({why}): another job is seen only if it writes")
+                    self._wait_for_silence(wait_seconds)
             self.open()
             facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
             os.ftruncate(descriptor, 0)
@@ -122,7 +123,7 @@ class RunDir:
             return
         holder = f"another job (host {status.get('host')}, pid {status.get('pid')})"
         if status.get("host") == socket.gethostname():
-            if _is_alive(status.get("pid"), since=status.get("time")):
+            if was_alive_at(status.get("pid", 0), status.get("time", 0.0)):
                 raise self._in_use(holder)
             return
         logger.info(f"waiting {wait_seconds:g} s to see whether {holder} still writes to {self.path}")
@@ -335,16 +336,6 @@ def latest_run(folder: Path) -> Path:
     if not written:
         raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
     return max(written, key=written.__getitem__)
-
-
-def _is_alive(pid: Any, *, since: Any) -> bool:
-    """Whether the process `pid` of this host is the one that lived at the time `since`."""
-    import psutil
-
-    try:
-        return is_count(pid) and is_time(since) and psutil.Process(pid).create_time() <= since + 1
-    except psutil.Error:
-        return False
 
 
 def _holder(descriptor: int) -> str:

@@ -27,6 +27,7 @@ from dist_cifar.run.provenance import device_name, git_revision
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.summary import build_summary, result_rows
 from dist_cifar.state import Evaluation, TrainState
+from dist_cifar.stopping import first_received, stop_requested
 from dist_cifar.strategy import properties
 from dist_cifar.tracking.base import OpenTracker, Results, Tracker
 from dist_cifar.tracking.console import table
@@ -174,7 +175,8 @@ class RunRecords:
                 tracker.finish(EXIT_SAVED)
             self.run_dir.append_event("saved", step=state.step)
             self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)
-        logger.info(f"stopped at step {state.step} and saved; run the same command again to resume")
+        why = first_received() if stop_requested() else "the end of its time, or a signal to another rank"
+        logger.info(f"stopped at step {state.step} and saved ({why}); run the same command again to resume")
 
     def finished(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_cifar import stopping
 from dist_cifar.distributed import rendezvous
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports, read_env
 from dist_cifar.distributed.timeouts import Timeouts
@@ -351,6 +353,14 @@ def test_a_rank_that_connected_and_died_is_missing(start, port):
         assert one.recv(100) == rendezvous._HOLD
     two = start(ranks[2], 3)
     assert "have not connected: 1;" in refused(zero) and "for rank 0 at" in refused(two)
+
+
+def test_a_signal_ends_the_wait(port, monkeypatch):
+    monkeypatch.setattr(stopping, "_received", [signal.SIGTERM])
+    for env in job("a", 2, port):
+        with pytest.raises(LaunchError, match=rf"rank {env.rank} of 2 was stopped by SIGTERM before") as caught:
+            rendezvous.open_store(env, Timeouts(run_seconds=SECONDS))
+        assert caught.value.exit_code == 75
 
 
 # --- the interface -----------------------------------------------------------------------------------------------
