@@ -95,6 +95,7 @@ def _record_signal(received: list[int], number: int, frame: object) -> None:
 def check_signals() -> Finding:
     """Checks whether the signals that stop a run arrive in this process."""
     lost = []
+    watched = signal.set_wakeup_fd(-1)  # what it sends to itself is not to end it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         received: list[int] = []
         before = signal.signal(number, partial(_record_signal, received))
@@ -105,6 +106,7 @@ def check_signals() -> Finding:
                 time.sleep(0.001)
         finally:
             signal.signal(number, before)
+    signal.set_wakeup_fd(watched, warn_on_full_buffer=False)
         lost += [] if received else [number.name]
     if lost:
         return failed(
