@@ -106,8 +106,8 @@ def check_signals() -> Finding:
                 time.sleep(0.001)
         finally:
             signal.signal(number, before)
-    signal.set_wakeup_fd(watched, warn_on_full_buffer=False)
         lost += [] if received else [number.name]
+    signal.set_wakeup_fd(watched, warn_on_full_buffer=False)
     if lost:
         return failed(
             "signals", f"{', '.join(lost)} blocked", "the process inherits that: look at what starts the ranks"
