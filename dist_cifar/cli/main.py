@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = system_error(error)
             if message is None:
                 raise
+            if isinstance(error, streams.OutputError):
+                streams.discard(sys.stdout)  # what is left would fail again at the end of the process
             report_error(message)
             return EXIT_DATA
 
