@@ -7,7 +7,10 @@ from dist_cifar import stopping
 
 def run() -> int:
     """Runs the command line of this process; signals are heeded before anything else is imported."""
-    stopping.install()
+    return stopping.run_stoppable(_main)
+
+
+def _main() -> int:
     from dist_cifar.cli.main import main
 
     return main()

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dist_cifar.errors import EXIT_SAVED, EXIT_SIGINT
 
@@ -64,6 +64,18 @@ def install() -> None:
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     threading.Thread(target=_end_if_stuck, args=(watched,), name="signals", daemon=True).start()
     os.register_at_fork(after_in_child=_forget)
+
+
+def run_stoppable(program: Callable[[], int]) -> int:
+    """Runs a whole program, its imports included; returns its exit code, or that of a signal that stopped it."""
+    try:
+        install()
+        return program()
+    except Stopped as stop:
+        report(stop)
+        return stop.exit_code
+    finally:
+        defer()  # the interpreter is about to end
 
 
 def defer() -> None:

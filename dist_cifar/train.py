@@ -11,7 +11,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from dist_cifar import stopping
 
-    stopping.install()
-    from dist_cifar.cli.main import main
+    def run() -> int:
+        """Runs the command; signals are heeded before anything else is imported."""
+        from dist_cifar.cli.main import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+        return main(["train", *sys.argv[1:]])
+
+    sys.exit(stopping.run_stoppable(run))

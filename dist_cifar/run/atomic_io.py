@@ -23,8 +23,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Replaces the content of `path` as a whole; text is UTF-8.
 
     The temporary file beside it has a name that no other writer has: several may write to one path at the same time,
-    and the last one counts.
+    and the last one counts. A device, a pipe or a folder is not replaced: that is an error.
     """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "Not a regular file, and not replaced by one", os.fspath(path))
     temporary = path.with_name(f".tmp-{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(4)}")
     try:
         write_file(temporary, data.encode() if isinstance(data, str) else data)

@@ -74,6 +74,15 @@ def test_a_link_keeps_its_place_and_its_target_is_written(tmp_path):
         assert link.is_symlink() and target.read_text() == "new"
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(FileExistsError, match="Not a regular file"):
+            atomic_io.write_atomic(path, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 def test_a_device_and_a_pipe_are_written_through(tmp_path):
     atomic_io.write_output(Path(os.devnull), "new")
     assert Path(os.devnull).is_char_device()
