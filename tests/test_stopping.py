@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from dist_cifar import stopping
 from dist_cifar.stopping import Deadline, seconds_left
+from tests import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,12 @@ LINE = "dist_cifar: stopped by {}; nothing was lost, run it again\n"
 def test_every_signal_ends_the_process_or_is_deferred(arguments, code, out, err):
     done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+@pytest.mark.parametrize("program", [["-m", "dist_cifar"], [str(REPOSITORY / "dist_cifar/train.py")]])
+def test_a_signal_during_the_imports_is_one_line(tmp_path, program):
+    """It comes from a module that is imported before the command line is."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\n")
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    done = subprocess.run([sys.executable, *program], capture_output=True, text=True, timeout=60, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", LINE.format("SIGUSR2"))
