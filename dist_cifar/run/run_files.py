@@ -53,7 +53,8 @@ def is_positive(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """A number, which may be nan or infinite."""
-    return type(value) in (int, float) and (not math.isfinite(value) or abs(value) <= 1e100)
+    is_special = type(value) is float and not math.isfinite(value)  # of an int that no float holds it is an error
+    return is_special or (type(value) in (int, float) and abs(value) <= 1e100)
 
 
 def is_finite(value: Any) -> bool:
