@@ -65,18 +65,18 @@ def test_what_is_compiled():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_a_compiled_module_gives_the_same_gradients():
-    """In float64: in float32 a sum near zero may pass ReLU in one and not in the other, for one draw in six."""
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
+    """One block of a ResNet, whose graph has every kind of layer. In float64: in float32 a sum near zero may pass ReLU
+    in one and not in the other."""
+    images = torch.randn(4, 16, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
     gradients = []
     for compiled in ("off", "on"):
-        module = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0).double()
+        module = build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0).double().layer2[0]
+        names = list(module.state_dict())
         prepare_forward(
             module, ComputeConfig(precision="fp32", compile=compiled), CPU, auto_compile=True, bitwise=False
         )
         module(images).square().mean().backward()
         gradients.append(module.conv1.weight.grad)
-        assert list(module.state_dict()) == list(
-            build_model(ModelConfig(name="resnet20", norm="group"), num_classes=10, seed=0).state_dict()
-        )
+        assert list(module.state_dict()) == names
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     assert not torch.equal(gradients[0], torch.zeros_like(gradients[0]))

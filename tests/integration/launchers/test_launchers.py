@@ -291,10 +291,10 @@ def test_killed_at_a_random_step_and_started_again(config, tmp_path):
     directory, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     # Long enough that the process which kills it is in time on a busy machine.
     command = f"torchrun --standalone --nproc-per-node 2 dist_cifar/train.py --config {config}"
-    command += " train.epochs=50 eval.every_epochs=7 checkpoint.every_steps=9"
+    command += " train.epochs=20 eval.every_epochs=7 checkpoint.every_steps=9"
     assert run(f"{command} run.dir={undisturbed}")[0] == 0
     command += f" run.dir={directory}"
-    step = random.Random(os.urandom(8)).randrange(1, 60)
+    step = random.Random(os.urandom(8)).randrange(1, 40)
     process = start(command)
     wait_for_step(directory, step)
     assert len(processes_with(f"run.dir={directory}")) >= 3
