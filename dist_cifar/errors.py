@@ -7,6 +7,7 @@ the program and exits with `EXIT_INTERNAL`.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import unicodedata
 from collections.abc import Iterable
@@ -22,6 +23,9 @@ EXIT_INTERNAL = 70
 EXIT_DATA = 74
 EXIT_SAVED = 75
 """Stopped by a signal, everything saved: run the same command again (EX_TEMPFAIL of sysexits.h)."""
+
+EXIT_SIGINT = 130
+"""Ended by Ctrl-C before anything was to be saved: what shells expect."""
 
 
 class UserError(ValueError):
@@ -61,6 +65,12 @@ class TrainingError(UserError):
         self.rank = rank
 
 
+class StoppedError(UserError):
+    """A signal has stopped a training before its first step."""
+
+    exit_code = EXIT_SAVED
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that a person who typed `word` most likely meant, if there is one."""
     words = list(known)
@@ -98,6 +108,35 @@ def counted(number: float, noun: str, plural: str | None = None) -> str:
     """A number with its noun: `1 step`, `1,200 steps`, `0.5 epochs`."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {noun if number == 1 else plural or noun + 's'}"
+
+
+_SYSTEM_ERRORS = {
+    getattr(errno, name, None): advice
+    for names, advice in (
+        ("ENOSPC EDQUOT EFBIG", "free space, or raise the quota or the limit of the size of files, and run again"),
+        ("EROFS EACCES EPERM", "give another path, or the right to write there, and run again"),
+        ("EMFILE ENFILE ENOMEM EAGAIN", "raise the limit of the system that it names, and run again"),
+        ("ENOLCK ENOSYS EOPNOTSUPP", "the disk cannot do that; use another one"),
+        (
+            "EIO ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOTCONN EREMOTEIO ENXIO ENODEV",
+            "",
+        ),
+    )
+    for name in names.split()
+}
+_OF_A_DISK = "look whether the disk and its server are well, and run again"
+
+
+def system_error(error: BaseException) -> str | None:
+    """The line for an error of the system on a path or a disk, with what to do; None for any other error.
+
+    An error that names a file is one whatever its number is, e.g. a folder that was deleted meanwhile.
+    """
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+        return None
+    if error.errno not in _SYSTEM_ERRORS and error.filename is None:
+        return None
+    return f"{one_line(error)}; {_SYSTEM_ERRORS.get(error.errno) or _OF_A_DISK}"
 
 
 def one_line(error: Exception) -> str:

@@ -24,12 +24,21 @@ from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import Config, config_from_values
 from dist_cifar.data.decode import decode_image, read_file, read_stream, why_unreadable
 from dist_cifar.data.names import is_ignored
-from dist_cifar.errors import CheckpointError, ConfigError, nearest_path
+from dist_cifar.errors import CheckpointError, ConfigError, nearest_path, one_line
 from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
-from dist_cifar.run.checkpoint import MANIFEST, Checkpoint, CheckpointStore, read_checkpoint, weights_sha256
+from dist_cifar.run.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointStore,
+    is_checkpoint_name,
+    read_checkpoint,
+    weights_sha256,
+)
+from dist_cifar.run.checkpoint_state import foreign, require_state
 from dist_cifar.run.predictions import softmax
 from dist_cifar.run.run_dir import RunDir, is_run, latest_run, require_run
+from dist_cifar.run.run_files import read_bytes
 
 _Item = TypeVar("_Item")
 
@@ -111,16 +120,7 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
     """
     path = latest_run(Path("runs")) if path is None else path
     checkpoint = _of_run(path) if is_run(path) else _named(path)
-    state = checkpoint.state
-    try:
-        config = config_from_values(state["config"])
-        classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: it was written by another version of dist_cifar ({error}); use that one"
-        ) from None
-    model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
-    model.load_state_dict(checkpoint.tensors["model"])
+    config, classes, stats, model = _rebuild(checkpoint)
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     set_precision(model, config.compute.precision, device)
     return Classifier(
@@ -134,6 +134,19 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
         sha256=weights_sha256(checkpoint.tensors["model"]),
         data_sha256=str(checkpoint.state["data_sha256"]),
     )
+
+
+def _rebuild(checkpoint: Checkpoint) -> tuple[Config, tuple[str, ...], ImageStats, nn.Module]:
+    """The config, the classes, the statistics and the model of a checkpoint. Raises `CheckpointError`."""
+    state = require_state(checkpoint)
+    try:
+        config = config_from_values(state["config"])
+        classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
+        model = build_model(config.model, num_classes=len(classes), seed=config.run.seed)
+        model.load_state_dict(checkpoint.tensors["model"])
+    except Exception as error:  # what a config or tensors of another version raise is not known
+        raise foreign(checkpoint, one_line(error)) from None
+    return config, classes, stats, model
 
 
 def _named(path: Path) -> Checkpoint:
@@ -150,7 +163,12 @@ def _directory_of(path: Path) -> Path:
     """
     folder = path
     if path.name in ("best", "latest") and path.is_file():
-        folder = path.parent / path.read_text().strip()
+        named = (read_bytes(path) or b"").decode(errors="replace").strip()
+        if not is_checkpoint_name(named):
+            raise CheckpointError(
+                f"{path}: does not name a checkpoint; give the run directory, or one in {path.parent}"
+            )
+        folder = path.parent / named
     if (folder / MANIFEST).exists():
         return folder
     near = path.parent if (path.parent / MANIFEST).exists() else None

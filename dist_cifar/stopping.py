@@ -1,33 +1,156 @@
 """What stops a run before it is done: a signal, or the end of the job's time.
 
-Contract: after `install`, SIGTERM, SIGUSR1 and SIGINT make `stop_requested` true and do nothing else; further signals
-change nothing. The training loop asks between steps. Install the handlers before torch is imported: a signal may come
-early. The end of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall
-clock does not move it. When a launcher dies, its ranks are killed.
+Contract: after `install`, every signal by which a person, a shell or a scheduler ends a job raises `Stopped` in the
+main thread. A process that has not ended `GRACE_SECONDS` later, because its main thread is in code that is not
+Python's, is ended with the line and the exit code that it would have had. After `defer`, signals only make
+`stop_requested` true: the training loop asks between steps, and saves. SIGHUP stays ignored where nohup ignores it.
+Processes that are forked have none of this. Install the handlers before anything else is imported: a signal may come
+early.
+
+The end of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall clock
+does not move it. When a launcher dies, its ranks are killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+from dist_cifar.errors import EXIT_SAVED, EXIT_SIGINT
 
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 """From Linux's <sys/prctl.h>."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_SECONDS = 3.0
+"""How long the main thread may take to end after a signal that is not deferred."""
+
 _received: list[signal.Signals] = []
+_deferred = False
+_installed = False
+_reported = False
+
+
+class Stopped(BaseException):
+    """A signal wants the process to end; nothing is lost that was not saved before."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is that of the signal, e.g. `SIGTERM`."""
+        super().__init__(f"stopped by {name}")
+        self.name = name
+
+    @property
+    def exit_code(self) -> int:
+        """What shells expect of a program that Ctrl-C has ended, or that it can be started again."""
+        return EXIT_SIGINT if self.name == "SIGINT" else EXIT_SAVED
 
 
 def install() -> None:
-    """Installs the signal handlers. Main thread only."""
+    """Installs the signal handlers. Main thread only; further calls do nothing."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     for number in _SIGNALS:
-        signal.signal(number, lambda received, frame: _received.append(signal.Signals(received)))
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _receive)
+    watched, woken = os.pipe()
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    threading.Thread(target=_end_if_stuck, args=(watched,), name="signals", daemon=True).start()
+    os.register_at_fork(after_in_child=_forget)
+
+
+def run_stoppable(program: Callable[[], int]) -> int:
+    """Runs a whole program, its imports included; returns its exit code, or that of a signal that stopped it."""
+    try:
+        install()
+        return program()
+    except Stopped as stop:
+        report(stop)
+        return stop.exit_code
+    finally:
+        defer()  # the interpreter is about to end
+
+
+def defer() -> None:
+    """From now on signals only make `stop_requested` true."""
+    global _deferred
+    _deferred = True
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Lets a signal end the process in a `with` block that may take long and after which there is nothing to save."""
+    global _deferred
+    before, _deferred = _deferred, False
+    try:
+        if _received:
+            raise Stopped(first_received())
+        yield
+    finally:
+        _deferred = before
+
+
+def stop_requested() -> bool:
+    """Whether one of the signals has been received."""
+    return bool(_received)
+
+
+def first_received() -> str:
+    """The name of the signal that was received first, e.g. `SIGTERM`; only after `stop_requested`."""
+    return _received[0].name
+
+
+def report(stop: Stopped) -> None:
+    """Prints the line that says what has stopped the process, unless that was printed or is left to another rank."""
+    if not _reported:
+        be_quiet()
+        with contextlib.suppress(OSError):
+            os.write(2, f"dist_cifar: {stop}; nothing was lost, run it again\n".encode())
+
+
+def be_quiet() -> None:
+    """Leaves it to another rank to say what has stopped the job."""
+    global _reported
+    _reported = True
+
+
+def _receive(number: int, frame: object) -> None:
+    _received.append(signal.Signals(number))
+    if len(_received) == 1 and not _deferred:
+        raise Stopped(first_received())
+
+
+def _end_if_stuck(watched: int) -> None:
+    """Ends the process that a signal has not ended; the bytes of the pipe are the numbers of the signals."""
+    while True:
+        stops = [number for number in os.read(watched, 64) if number in _SIGNALS]
+        if stops and not _deferred:
+            time.sleep(GRACE_SECONDS)
+            if not _deferred:
+                stop = Stopped(signal.Signals(stops[0]).name)
+                report(stop)
+                os._exit(stop.exit_code)
+
+
+def _forget() -> None:
+    """Gives a forked process the signals that any other has."""
+    global _installed, _deferred
+    _installed = _deferred = False
+    _received.clear()
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _receive:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def die_with_launcher() -> None:
@@ -41,16 +164,6 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:  # it died before the kernel knew
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop_requested() -> bool:
-    """Whether one of the signals has been received."""
-    return bool(_received)
-
-
-def first_received() -> str:
-    """The name of the signal that was received first, e.g. `SIGTERM`; only after `stop_requested`."""
-    return _received[0].name
 
 
 # --- the end of the job's time -----------------------------------------------------------------------------------

@@ -9,6 +9,12 @@ from pathlib import Path
 if __name__ == "__main__":
     # Started as a file, its folder is first on the path, and the package may not be installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from dist_cifar.cli.main import main
+    from dist_cifar import stopping
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    def run() -> int:
+        """Runs the command; signals are heeded before anything else is imported."""
+        from dist_cifar.cli.main import main
+
+        return main(["train", *sys.argv[1:]])
+
+    sys.exit(stopping.run_stoppable(run))

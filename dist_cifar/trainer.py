@@ -22,19 +22,18 @@ from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due,
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
-from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.models import build_model
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
-from dist_cifar.run.checkpointing import RunCheckpoints
+from dist_cifar.run.checkpointing import RunCheckpoints, unfit
 from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
 from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.state import Evaluation, StepTotals, TrainState
-from dist_cifar.stopping import Deadline, seconds_left, stop_requested
+from dist_cifar.stopping import Deadline, defer, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.strategy.compute import build_evaluator, compile_kernels
@@ -145,6 +144,7 @@ class Trainer:
             return True
         resume_step = self.checkpoints.saved_step
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
+        defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
         vote = AsyncAnyReduce(self.communicator, 2)
         with (
@@ -255,13 +255,10 @@ class Trainer:
             return
         try:
             self.evaluator.model.load_state_dict(restored.model)
-        except RuntimeError as error:  # only after --resume-anyway
-            raise ConfigError(
-                f"run.dir={self.config.run.dir}: its weights are not those of model.name={self.config.model.name}"
-                f" ({' '.join(str(error).split())[:200]}); give another run.dir"
-            ) from None
-        self.strategy.load(restored.model, restored.optimizer, restored.per_rank)
-        self.schedule.load_state_dict(restored.schedule)
+            self.strategy.load(restored.model, restored.optimizer, restored.per_rank)
+            self.schedule.load_state_dict(restored.schedule)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise unfit(self.config, error) from None
         self.state = restored.train_state
         self.log.start(self.state)
         if self.communicator.rank == 0:

@@ -1,10 +1,12 @@
-"""Suggestions for a word or a path that was mistyped, and numbers with their nouns."""
+"""Suggestions for what was mistyped, numbers with their nouns, errors of the system as lines, and what may be shown."""
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
-from dist_cifar.errors import counted, nearest_path
+from dist_cifar.errors import counted, nearest_path, printable, system_error
 
 
 def test_names_that_share_an_extension_alone_are_not_alike(tmp_path):
@@ -26,3 +28,43 @@ def test_one_is_singular(number, noun, expected):
 
 def test_a_plural_of_its_own():
     assert counted(2, "class", "classes") == "2 classes" and counted(1, "class", "classes") == "1 class"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "[Errno 28] No space left on device; free space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x"), "[Errno 122] Disk quota exceeded: 'x'; free space"),
+        (OSError(errno.EFBIG, "File too large"), "[Errno 27] File too large; free space, or raise"),
+        (OSError(errno.EROFS, "Read-only file system"), "[Errno 30] Read-only file system; give another path"),
+        (OSError(errno.ESTALE, "Stale file handle"), "[Errno 116] Stale file handle; look whether the disk"),
+        (OSError(errno.ETIMEDOUT, "Timed out"), "[Errno 110] Timed out; look whether"),
+        (OSError(errno.EHOSTDOWN, "Host is down"), "[Errno 112] Host is down; look"),
+        (OSError(errno.EREMOTEIO, "Remote I/O error"), "[Errno 121] Remote I/O error; look"),
+        (OSError(errno.ENOLCK, "No locks available"), "[Errno 37] No locks available; the disk cannot"),
+        (OSError(errno.ENOENT, "No such file or directory", "a\x1b[2J"), "[Errno 2] No such file or directory: 'a"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "[Errno 36] File name too long: 'x'; look"),
+        (OSError(errno.EBADF, "Bad file descriptor"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), None),
+        (ValueError("x"), None),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error, line):
+    found = system_error(error)
+    assert found is None if line is None else found is not None and found.startswith(line) and "\x1b" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("été 猫", "été 猫"),
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\u202eb", "a\\u202eb"),
+        ("\udce9", "\\udce9"),
+        ("a\rb\x7f\x9b", "a\\rb\\x7f\\x9b"),
+        ("a\u2028b", "a\\u2028b"),
+    ],
+)
+def test_what_would_move_a_cursor_is_shown_as_python_writes_it(text, shown):
+    assert printable(text) == shown

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dist_cifar import stopping
 from dist_cifar.stopping import Deadline, seconds_left
+from tests import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -101,3 +106,63 @@ def test_no_end_is_never_near(clock):
     end = Deadline(None)
     clock.now = 1e9
     assert not end.is_near(0.0)
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, signal, sys, time
+from dist_cifar import stopping
+stopping.GRACE_SECONDS = 0.3
+if "nohup" in sys.argv: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+stopping.install()
+number = getattr(signal, sys.argv[1])
+def send(times=1):
+    for _ in range(times): os.kill(os.getpid(), number)
+try:
+    if "deferred" in sys.argv:
+        stopping.defer(); send(10)
+        if "at_once" in sys.argv:
+            with stopping.at_once(): print("not here")
+        print(stopping.stop_requested(), stopping.first_received()); sys.exit(0)
+    if "stuck" in sys.argv:
+        if os.fork() == 0: time.sleep(0.2); os.kill(os.getppid(), number); os._exit(0)
+        import ctypes
+        while True: ctypes.CDLL(None).select(0, None, None, None, None)
+    if "forked" in sys.argv:
+        if os.fork() == 0: send(); time.sleep(10)
+        code = os.waitstatus_to_exitcode(os.wait()[1]); print(code, stopping.stop_requested()); sys.exit(0)
+    send()
+    print("goes on")
+except stopping.Stopped as stop:
+    send(3)
+    stopping.report(stop)
+    sys.exit(stop.exit_code)
+"""
+LINE = "dist_cifar: stopped by {}; nothing was lost, run it again\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [
+        *[([name], 75, "", LINE.format(name)) for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")],
+        (["SIGINT"], 130, "", LINE.format("SIGINT")),
+        (["SIGHUP", "nohup"], 0, "goes on\n", ""),
+        (["SIGTERM", "deferred"], 0, "True SIGTERM\n", ""),
+        (["SIGTERM", "deferred", "at_once"], 75, "", LINE.format("SIGTERM")),
+        (["SIGTERM", "stuck"], 75, "", LINE.format("SIGTERM")),
+        (["SIGTERM", "forked"], 0, "-15 False\n", ""),
+    ],
+)
+def test_every_signal_ends_the_process_or_is_deferred(arguments, code, out, err):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+@pytest.mark.parametrize("program", [["-m", "dist_cifar"], [str(REPOSITORY / "dist_cifar/train.py")]])
+def test_a_signal_during_the_imports_is_one_line(tmp_path, program):
+    """It comes from a module that is imported before the command line is."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\n")
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    done = subprocess.run([sys.executable, *program], capture_output=True, text=True, timeout=60, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", LINE.format("SIGUSR2"))

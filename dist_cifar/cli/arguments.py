@@ -65,7 +65,11 @@ def new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
-    _require_writable(path.parent, text)
+    if path.exists() and not path.is_file():  # a device or a pipe, which is written through
+        if not os.access(path, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text} is not writable; give another one")
+        return path
+    _require_writable(Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent, text)
     return path
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
 
 from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import launcher_rank
+from dist_cifar.errors import printable
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _RANK0_SECONDS = 3.0
 """How long the other ranks leave it to rank 0 to report an error that all ranks have."""
 
@@ -29,14 +28,4 @@ def report_error(message: str) -> None:
 def print_error(message: str, rank: str = "0") -> None:
     """Prints the message at once, with the rank in front of it if that is not 0."""
     prefix = "" if rank == "0" else f"rank {rank}: "
-    print(f"dist_cifar: error: {prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-def is_disk_error(error: Exception) -> bool:
-    """Whether the disk is at fault, full or not writable, and not this program."""
-    return isinstance(error, OSError) and error.errno in _DISK_ERRORS
-
-
-def with_disk_advice(error: Exception) -> str:
-    """The message of a disk error with what to do about it."""
-    return f"{error}; free space or fix it, and run again"
+    print(f"dist_cifar: error: {prefix}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)

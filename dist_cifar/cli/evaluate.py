@@ -158,6 +158,6 @@ def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
     import json
 
-    from dist_cifar.run.atomic_io import write_atomic
+    from dist_cifar.run.atomic_io import write_output
 
-    write_atomic(path, json.dumps(facts, indent=2) + "\n")
+    write_output(path, json.dumps(facts, indent=2) + "\n")

@@ -13,9 +13,9 @@ import threading
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_cifar.cli.error_line import is_disk_error, print_error, with_disk_advice
+from dist_cifar.cli.error_line import print_error
 from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
-from dist_cifar.errors import EXIT_INTERNAL, DataError, UserError
+from dist_cifar.errors import EXIT_INTERNAL, EXIT_SAVED, DataError, StoppedError, UserError, system_error
 from dist_cifar.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class FailureExit:
 
     def fail(self, error: Exception, detector: FailureDetector | None) -> int:
         """Ends a rank whose training raised `error`. Returns the exit code only if it is the job's only rank."""
-        if is_disk_error(error):
-            message = f"run.dir={self._run_dir.path}: {with_disk_advice(error)}"
-            error = DataError(message).with_traceback(None)
+        message = system_error(error)
+        if message is not None:
+            error = DataError(f"run.dir={self._run_dir.path}: {message}").with_traceback(None)
         if detector is None:
             failure = own_failure(error, self._rank, self._communicator.step)
         else:
@@ -49,7 +49,7 @@ class FailureExit:
         if not isinstance(error, UserError):
             print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
             traceback.print_exception(error)
-        elif not is_shared:
+        elif not is_shared and not isinstance(error, StoppedError):
             print_error(str(error), str(self._rank))
         if not is_first and not is_shared:
             self._print_first(failure)
@@ -62,7 +62,7 @@ class FailureExit:
         _limit_last_words()
         self._print_first(failure)
         self._write_status(failure)
-        leave(EXIT_INTERNAL)
+        leave(EXIT_SAVED if failure.is_stop else EXIT_INTERNAL)
 
     def _print_first(self, failure: Failure) -> None:
         line = f"rank {self._rank}: {failure.sentence(self._communicator.identities)}"
@@ -71,7 +71,11 @@ class FailureExit:
     def _write_status(self, failure: Failure) -> None:
         first = self._communicator.identities[0]
         with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed; it is reported anyway
-            self._run_dir.write_failure((first.host, first.pid), failure.rank, failure.conclusion)
+            job = (first.host, first.pid)
+            if failure.is_stop:
+                self._run_dir.write_stop(job)
+            else:
+                self._run_dir.write_failure(job, failure.rank, failure.conclusion)
 
 
 def _limit_last_words() -> None:

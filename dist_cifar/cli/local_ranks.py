@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 
+from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import DistEnv, rank_environ
 from dist_cifar.errors import EXIT_INTERNAL
 
@@ -26,6 +27,7 @@ _GRACE_SECONDS = 30.0
 
 def run_ranks(count: int, command: Sequence[str] | None = None, *, environ: Mapping[str, str] | None = None) -> int:
     """Starts `count` ranks of `command`, by default this process's own, and returns their exit code."""
+    stopping.defer()  # the ranks answer a signal, in their own time
     command = command or [sys.executable, *sys.orig_argv[1:]]
     environ = os.environ if environ is None else environ
     job = uuid.uuid4()

@@ -12,30 +12,43 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from dist_cifar.cli.error_line import is_disk_error, report_error, with_disk_advice
+from dist_cifar import stopping
+from dist_cifar.cli import streams
+from dist_cifar.cli.error_line import report_error
 from dist_cifar.cli.parser import parse
 from dist_cifar.distributed.launch_env import launcher_rank
-from dist_cifar.errors import EXIT_DATA, EXIT_DONE, UserError
+from dist_cifar.errors import EXIT_DATA, EXIT_DONE, EXIT_SIGINT, UserError, system_error
 from dist_cifar.tracking.console import ROOT_LOGGER, log_to_stream
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    streams.secure()
     with _logging_by_rank():
         try:
             options = parse(sys.argv[1:] if argv is None else argv)
             code: int = options.command(options)
+            sys.stdout.flush()
             return code
         except UserError as error:
             report_error(str(error))
             return error.exit_code
+        except stopping.Stopped as stop:
+            stopping.report(stop)
+            return stop.exit_code
+        except KeyboardInterrupt:  # where no handlers are installed
+            stopping.report(stopping.Stopped("SIGINT"))
+            return EXIT_SIGINT
         except BrokenPipeError:  # the reader of our output has left, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            streams.discard(sys.stdout)
             return EXIT_DONE
         except OSError as error:
-            if not is_disk_error(error):
+            message = system_error(error)
+            if message is None:
                 raise
-            report_error(with_disk_advice(error))
+            if isinstance(error, streams.OutputError):
+                streams.discard(sys.stdout)  # what is left would fail again at the end of the process
+            report_error(message)
             return EXIT_DATA
 
 
@@ -44,7 +57,10 @@ def _logging_by_rank() -> Iterator[None]:
     """Shows warnings of rank 0, and of other ranks only errors; what a command shows beyond that ends with it."""
     before = ROOT_LOGGER.handlers[:], ROOT_LOGGER.level, ROOT_LOGGER.propagate
     log_to_stream(sys.stderr, "dist_cifar: ")
-    ROOT_LOGGER.setLevel(logging.WARNING if launcher_rank(os.environ) == "0" else logging.ERROR)
+    is_rank0 = launcher_rank(os.environ) == "0"
+    ROOT_LOGGER.setLevel(logging.WARNING if is_rank0 else logging.ERROR)
+    if not is_rank0:
+        stopping.be_quiet()
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.cli.arguments import Commands
-from dist_cifar.errors import EXIT_DONE, ConfigError, DataError, did_you_mean
+from dist_cifar.errors import EXIT_DONE, ConfigError, DataError, did_you_mean, printable
 
 
 def add(commands: Commands) -> None:
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if options.field is None:
         width = max(map(len, status))
         for name, value in status.items():
-            print(f"{name:<{width}}  {_text(value)}")
+            print(f"{printable(name):<{width}}  {_text(value)}")
     elif options.field in status:
         print(_text(status[options.field]))
     else:
@@ -46,4 +46,4 @@ def run(options: argparse.Namespace) -> int:
 
 def _text(value: Any) -> str:
     """A string as it is, on one line; anything else as JSON writes it."""
-    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+    return printable(" ".join(value.split())) if isinstance(value, str) else json.dumps(value)

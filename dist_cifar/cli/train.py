@@ -9,8 +9,9 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dist_cifar import stopping
 from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, positive
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, StoppedError
 
 if TYPE_CHECKING:
     from dist_cifar.config import Config
@@ -45,21 +46,26 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs this process as one rank of the training, or with `--ranks` starts its ranks. Returns the exit code."""
     from dist_cifar.distributed.launch_env import launcher_rank, refuse_lone_task, starts_ranks
+    from dist_cifar.run.run_dir import RunDir, where_it_lies
 
-    config = config_of(options)
+    config = where_it_lies(config_of(options), options.config, options.overrides)
     if options.print_config or options.print_run_dir:
         if launcher_rank(os.environ) == "0":
             _print_of(config, options)
         return EXIT_DONE
 
+    from dist_cifar.cli import streams
     from dist_cifar.cli.job import enter_job
 
     if options.ranks is not None and starts_ranks(os.environ, options.ranks):
         from dist_cifar.cli.local_ranks import run_ranks
 
         return run_ranks(options.ranks)
+    streams.survive_lost_output()
     refuse_lone_task(os.environ)
     env = enter_job(config, options.local_rank)
+    if env.world_size > 1:
+        stopping.defer()  # the ranks stop together: where they wait for each other or for data, or after a step
     threads = _set_threads(config, env)
     # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -71,7 +77,6 @@ def run(options: argparse.Namespace) -> int:
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
     from dist_cifar.run.provenance import shared_facts
-    from dist_cifar.run.run_dir import RunDir
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
 
@@ -91,6 +96,9 @@ def run(options: argparse.Namespace) -> int:
             resume_anyway=options.resume_anyway,
             trackers=[ReportTracker],
         )
+    except stopping.Stopped as stop:
+        stopping.report(stop)
+        return failure_exit.fail(StoppedError(str(stop)), detector)
     except Exception as error:
         return failure_exit.fail(error, detector)
     if detector is not None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dist_cifar import stopping
 from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, new_file
-from dist_cifar.cli.error_line import is_disk_error
-from dist_cifar.errors import DataError
+from dist_cifar.errors import DataError, system_error
 
 
 def add(commands: Commands) -> None:
@@ -44,11 +44,14 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs this process's share of the test. Returns the exit code."""
+    from dist_cifar.cli import streams
     from dist_cifar.cli.job import enter_job
     from dist_cifar.tools.verify import verify
 
     config = config_of(options)
     env = enter_job(config, options.local_rank)
+    stopping.defer()  # it asks in each of its waits, and ends its ranks
+    streams.survive_lost_output()  # its exit code is its result
     try:
         return verify(
             config,
@@ -59,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
             json_file=options.json,
         )
     except OSError as error:
-        if not is_disk_error(error):
+        message = system_error(error)
+        if message is None:
             raise
-        raise DataError(f"verify: {error}; free space, or give a directory that can be written with --dir") from error
+        raise DataError(f"verify: {message}; --dir gives another directory") from error

@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from dist_cifar import stopping
 from dist_cifar.cli.arguments import Commands, port
-from dist_cifar.errors import ConfigError
+from dist_cifar.errors import EXIT_DONE, ConfigError
 
 
 def add(commands: Commands) -> None:
@@ -34,4 +35,9 @@ def run(options: argparse.Namespace) -> int:
     if options.terminal and len(runs) > 1:
         raise ConfigError("watch: --terminal shows one run; leave it out to compare several on one page")
     log_to_stream(sys.stderr, "dist_cifar: ")
-    return show(runs[0]) if options.terminal else serve(runs, options.port)
+    try:
+        return show(runs[0]) if options.terminal else serve(runs, options.port)
+    except stopping.Stopped as stop:
+        if stop.name != "SIGINT":  # Ctrl-C is how one leaves it
+            raise
+        return EXIT_DONE

@@ -119,7 +119,7 @@ def memoized(cache_dir: Path, path: Path, signature: str, compute: Callable[[], 
     with contextlib.suppress(OSError):
         note.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         text = json.dumps({"path": str(path), "signature": signature, "answer": answer})
-        atomic_io.write_atomic(note, text, writer=f"-{os.getpid()}")
+        atomic_io.write_atomic(note, text)
     return answer
 
 

@@ -13,6 +13,7 @@ from dist_cifar.data.batching import BatchPlan, TrainingBatches, plan_batches
 from dist_cifar.data.dataset import Dataset, load_dataset, validation_split
 from dist_cifar.data.sampler import GlobalBatchSampler
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.stopping import at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
     `slices`: see `plan_batches`.
     """
     rank, world_size = communicator.rank, communicator.world_size
-    dataset = load_dataset(config.data)
-    communicator.barrier()
+    with at_once():  # decoding may take minutes
+        dataset = load_dataset(config.data)
+        communicator.barrier()
     communicator.require_same({"the SHA-256 of the images in data.root": dataset.content_sha256})
     train_indices, validation_indices = validation_split(
         dataset.train.labels, config.data.validation_size, dataset.classes

@@ -28,9 +28,9 @@ from typing import Any, Protocol
 
 from dist_cifar.distributed.processes import Identity, RankProcess
 from dist_cifar.distributed.timeouts import Timeouts
-from dist_cifar.errors import TrainingError, UserError
+from dist_cifar.errors import StoppedError, TrainingError, UserError
 
-_FAILED = "failed"
+_FAILED, _STOPPED = "failed", "was stopped"
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 _ALARM, _CONCLUSION, _LOST, _TOLD = "alarm", "conclusion", "lost", "told"
@@ -88,7 +88,12 @@ class Failure:
     @property
     def is_own(self) -> bool:
         """Whether a rank raised an error of its own, which others may raise as well."""
-        return self.what == _FAILED
+        return self.what in (_FAILED, _STOPPED)
+
+    @property
+    def is_stop(self) -> bool:
+        """Whether a signal ended the job before its first step."""
+        return self.what == _STOPPED
 
     @property
     def conclusion(self) -> str:
@@ -351,9 +356,8 @@ class FailureDetector:
 def own_failure(error: BaseException, rank: int, step: int | None) -> Failure:
     """The failure record for an error this rank raised: against the rank that the error names, or else this one."""
     named = error.rank if isinstance(error, TrainingError) else None
-    return Failure(
-        rank=rank if named is None else named, what=_FAILED, reason=describe_error(error), step=step, by=rank
-    )
+    what = _STOPPED if isinstance(error, StoppedError) else _FAILED
+    return Failure(rank=rank if named is None else named, what=what, reason=describe_error(error), step=step, by=rank)
 
 
 def describe_error(error: BaseException) -> str:

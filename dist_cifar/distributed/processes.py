@@ -107,3 +107,13 @@ class RankProcess:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
             finally:
                 os.close(handle)
+
+
+def was_alive_at(pid: int, wall_time: float) -> bool:
+    """Whether the process that has the id `pid` on this host now had it at a time, in seconds since 1970."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).create_time() <= wall_time + 1
+    except psutil.Error:
+        return False

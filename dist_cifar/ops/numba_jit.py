@@ -8,8 +8,9 @@ the first step what it would otherwise wait for.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,18 @@ def compiled(function: Callable[..., Any]) -> Any:
 
     numba notices no change of another module: helpers and constants must stand in the module of `function`.
     """
+    if _has_no_home():
+        return inlined(function)
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no directory can be written: compile in every process
         return inlined(function)
+
+
+def _has_no_home() -> bool:
+    """Whether numba would cache in a folder called `~`, because it has no other place and this user has no home."""
+    has_place = "NUMBA_CACHE_DIR" in os.environ or os.access(Path(__file__).parents[1], os.W_OK)
+    return not has_place and os.path.expanduser("~").startswith("~")
 
 
 def load(use: Callable[[], None]) -> bool:
@@ -52,9 +61,14 @@ def warm_up(use: Callable[[], None]) -> None:
     """
     if load(use):
         return
-    cache = _nothing.stats.cache_path
-    lock = FileLock(Path(cache) / "dist_cifar.lock") if cache else nullcontext()
-    with lock, event.install_listener("numba:compile", _Announcer()):
+    with ExitStack() as held:
+        cache = _nothing.stats.cache_path
+        if cache:
+            try:
+                held.enter_context(FileLock(Path(cache) / "dist_cifar.lock"))
+            except (OSError, NotImplementedError) as error:
+                logger.info(f"warning: {cache} cannot be locked ({error}): processes may compile at the same time")
+        held.enter_context(event.install_listener("numba:compile", _Announcer()))
         use()
 
 

@@ -1,8 +1,8 @@
 """Atomic and durable file operations: the one place that writes, renames and deletes what must survive a crash.
 
 Contract: when `write_atomic` or `move` returns, its effect is on the disk, not only in the page cache; a process that
-is killed inside it leaves either the state before or the state after. Errors are `OSError`s. One process writes to a
-directory at a time.
+is killed inside it leaves either the state before or the state after, and at most a temporary file. Errors are
+`OSError`s.
 """
 
 from __future__ import annotations
@@ -10,15 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 from pathlib import Path
 
+_NAME_CHARACTERS = 40
+"""How much of a file's name its temporary file shows: with the rest it must not be too long for a disk."""
+_OPEN_FILES = re.compile(r"/dev/(?P<name>stdin|stdout|stderr)|/(?:dev|proc/self)/fd/(?P<number>\d+)", re.ASCII)
 
-def write_atomic(path: Path, data: bytes | str, *, writer: str = "") -> None:
-    """Replaces the content of `path` as a whole; text is UTF-8. The temporary file is `.tmp-<name><writer>` beside it.
 
-    Processes that may write to the same path at the same time each give a `writer` of their own.
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replaces the content of `path` as a whole; text is UTF-8.
+
+    The temporary file beside it has a name that no other writer has: several may write to one path at the same time,
+    and the last one counts. A device, a pipe or a folder is not replaced: that is an error.
     """
-    temporary = path.with_name(f".tmp-{path.name}{writer}")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "Not a regular file, and not replaced by one", os.fspath(path))
+    temporary = path.with_name(f".tmp-{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(4)}")
     try:
         write_file(temporary, data.encode() if isinstance(data, str) else data)
         move(temporary, path)
@@ -26,6 +35,27 @@ def write_atomic(path: Path, data: bytes | str, *, writer: str = "") -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_output(path: Path, data: bytes | str) -> None:
+    """Writes a file that a person has named: what is not a regular file is written through, never replaced.
+
+    A link keeps its place, and its target is written; a device or a pipe takes the bytes; `/dev/stdout` and `/dev/fd/N`
+    are the open file itself, after what it holds.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    open_file = _OPEN_FILES.fullmatch(os.fspath(path))
+    if open_file:
+        named = open_file["name"]
+        _write_all(int(open_file["number"] or ("stdin", "stdout", "stderr").index(named)), data)
+    elif path.exists() and not path.is_file():
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            _write_all(descriptor, data)
+        finally:
+            os.close(descriptor)
+    else:
+        write_atomic(Path(os.path.realpath(path)) if path.is_symlink() else path, data)
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -36,12 +66,16 @@ def write_file(path: Path, *parts: bytes | memoryview) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         for part in parts:
-            rest = memoryview(part)
-            while rest:  # one call writes 2 GiB at most
-                rest = rest[os.write(descriptor, rest) :]
+            _write_all(descriptor, part)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:  # one call writes 2 GiB at most
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def fsync_dir(path: Path) -> None:

@@ -36,7 +36,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ import torch
 
 from dist_cifar.errors import CheckpointError
 from dist_cifar.run import atomic_io
+from dist_cifar.run.run_files import Shape, by_name, is_count, is_flag, is_text, misfit
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} is {'missing' if name in entries else 'not in the manifest'}")
         contents: dict[str, Any] = {}
         for name, entry in entries.items():
+            if not (path / name).is_file():
+                raise CheckpointError(f"{path}: {name} is not a regular file")
             size = os.path.getsize(path / name)
             if size != entry["bytes"]:
                 raise CheckpointError(f"{path}: {name} has {size} bytes, its manifest says {entry['bytes']}")
@@ -120,6 +123,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             contents[name.removesuffix(SUFFIX)] = _parse(path, name, data)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if STATE not in contents:
+        raise CheckpointError(f"{path}: {STATE} is missing")
     state = contents.pop(STATE)
     return Checkpoint(step=manifest["step"], path=path, tensors=contents, state=state)
 
@@ -212,20 +217,12 @@ class CheckpointStore:
         `wait` does.
         """
         self.wait()
-        return self._load(self._paths())
+        return self._load(self._paths)
 
     def load_best(self) -> Checkpoint | None:
         """The newest good checkpoint that was saved as the best, or None if none was; otherwise as `load_newest`."""
         self.wait()
-        candidates = []
-        for path in self._paths():
-            try:
-                best = _read_manifest(path)["best"]
-            except CheckpointError:
-                best = True  # it may be: `_load` says what is wrong with it
-            if best:
-                candidates.append(path)
-        return self._load(candidates)
+        return self._load(lambda: [path for path in self._paths() if _may_be_best(path)])
 
     def best_and_last(self) -> dict[str, Path]:
         """The directories of the newest checkpoint that was saved as the best (`best`) and of the newest (`last`)."""
@@ -234,24 +231,36 @@ class CheckpointStore:
         found = {"best": [path for path in newest if _says_best(path)], "last": newest}
         return {name: paths[0] for name, paths in found.items() if paths}
 
-    def _load(self, paths: list[Path]) -> Checkpoint | None:
-        found: list[str] = []
-        for path in paths:
-            try:
-                checkpoint = read_checkpoint(path)
-            except CheckpointError as error:
-                self._bad.add(path.name)
-                found.append(str(error))
-                logger.info(f"damaged checkpoint passed over: {error}")
-                continue
-            self._bad.discard(path.name)
-            if found:
-                logger.info(f"falling back to {path}")
-            return checkpoint
+    def _load(self, candidates: Callable[[], list[Path]]) -> Checkpoint | None:
+        """The first good one of the candidates, which are listed anew when one of them has vanished: the run that
+        writes them deletes what it no longer keeps."""
+        found: dict[Path, CheckpointError] = {}
+        for _ in range(_LISTINGS):
+            vanished = False
+            for path in (path for path in candidates() if path not in found):
+                try:
+                    checkpoint = read_checkpoint(path)
+                except CheckpointError as error:
+                    vanished = not os.path.lexists(path)
+                    if vanished:
+                        break
+                    self._bad.add(path.name)
+                    found[path] = error
+                    kind = "unreadable" if isinstance(error.__cause__, OSError) else "damaged"
+                    logger.info(f"{kind} checkpoint passed over: {error}")
+                    continue
+                self._bad.discard(path.name)
+                if found:
+                    logger.info(f"falling back to {path}")
+                return checkpoint
+            if not vanished:
+                break
+        else:
+            raise CheckpointError(f"{self.directory}: checkpoints are deleted as fast as they are read; try again")
         if found:
             raise CheckpointError(
-                f"{self.directory}: no checkpoint is good: {'; '.join(found)}. Restore one from a copy,"
-                " or move the directory away to start from the beginning"
+                f"{self.directory}: no checkpoint is good: {'; '.join(map(str, found.values()))}. Restore one from a"
+                " copy, or move the directory away to start from the beginning"
             )
         return None
 
@@ -354,6 +363,13 @@ class CheckpointStore:
 
 
 _NO_POSITION = (-1, 0)
+_LISTINGS = 100
+"""How often the checkpoints of a run that is writing are listed, because the one to be read is gone."""
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a checkpoint's directory may have this name."""
+    return _position(name) != _NO_POSITION
 
 
 def _position(name: str) -> tuple[int, int]:
@@ -397,7 +413,7 @@ def _safetensors(tensors: Tensors) -> memoryview:
 def _parse(path: Path, name: str, data: bytes) -> Any:
     try:
         return json.loads(data) if name == STATE else safetensors.torch.load(data)
-    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError, MemoryError) as error:
         raise CheckpointError(
             f"{path}: {name} has the SHA-256 of its manifest, but is not what it should be ({error})"
         ) from error
@@ -407,6 +423,14 @@ def _seal(content: Mapping[str, Any]) -> bytes:
     """The text of a manifest: the content and a SHA-256 over it."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+_FILE: Shape = {"bytes": is_count, "sha256": is_text}
+_MANIFEST: Shape = {
+    "step": is_count,
+    "best": is_flag,
+    "files": by_name(lambda entry: isinstance(entry, dict) and misfit(entry, _FILE) is None),
+}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -424,8 +448,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         sealed = None
     if sealed != data:
         raise CheckpointError(f"{path}: {MANIFEST} is damaged: it does not match the SHA-256 in it")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: has format {content['format']}, this version reads {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}")
+    wrong = misfit(content, _MANIFEST)
+    if wrong:
+        raise CheckpointError(f"{path}: {MANIFEST} is not one of this version ({wrong})")
     return content
 
 
@@ -434,6 +461,14 @@ def _says_best(path: Path) -> bool:
         return _read_manifest(path)["best"]
     except CheckpointError:
         return False
+
+
+def _may_be_best(path: Path) -> bool:
+    """Whether a checkpoint was saved as the best, or cannot be asked: reading it says what is wrong."""
+    try:
+        return _read_manifest(path)["best"]
+    except CheckpointError:
+        return True
 
 
 def _explain(directory: Path, step: int, contents: Mapping[str, memoryview], error: Exception) -> str:

@@ -15,8 +15,10 @@ import torch
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AtResume, Config, at_resume, batch_differences, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.errors import CheckpointError, ConfigError
+from dist_cifar.distributed.failure_detector import is_lost_peer
+from dist_cifar.errors import CheckpointError, ConfigError, one_line
 from dist_cifar.run.checkpoint import Checkpoint, CheckpointStore, Tensors, weights_sha256
+from dist_cifar.run.checkpoint_state import require_state
 from dist_cifar.run.provenance import numerics_fingerprint, versions
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.state import StepTotals, TrainState
@@ -88,6 +90,7 @@ class RunCheckpoints:
                         f"--resume: {self._run_dir.path} holds no checkpoint; leave --resume out to start a new run"
                     )
                 return None
+            require_state(checkpoint)
             self._compare(checkpoint, resume_anyway)
             tensors.update(checkpoint.tensors)
             return checkpoint.state
@@ -199,3 +202,14 @@ class RunCheckpoints:
         noted = {key for key in found if at_resume(key) is AtResume.ROUNDING}
         refused = [text for key, text in found.items() if key not in noted]
         return refused + data, [text for key, text in found.items() if key in noted] + rounding
+
+
+def unfit(config: Config, error: Exception) -> Exception:
+    """The error for tensors or a schedule that do not fit the config: of another model, after --resume-anyway, or of
+    another program. An error that another rank has caused is what it was."""
+    if is_lost_peer(error):
+        return error
+    return ConfigError(
+        f"run.dir={config.run.dir}: its weights are not those of model.name={config.model.name}, or its state not"
+        f" that of this training ({one_line(error)[:200]}); give another run.dir"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.augment import cpu
-from dist_cifar.augment.image import UNSCALED
+from dist_cifar.augment.image import IMAGE_SHAPE, UNSCALED
 from dist_cifar.augment.params import sample_params
 from dist_cifar.config import AugmentConfig
-from dist_cifar.errors import DataError
+from dist_cifar.errors import DataError, one_line
 from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.run.run_files import MAX_BYTES, read_bytes
 
 NAME = "predictions.npz"
 AUGMENTATION_SAMPLES, AUGMENTATION_EPOCHS = 6, 9
@@ -107,14 +109,45 @@ def write(run_dir: Path, predictions: Predictions) -> None:
 def read(run_dir: Path) -> Predictions | None:
     """Reads the predictions of a run; None before the run has finished. Raises `DataError` for a damaged file."""
     path = run_dir / NAME
-    if not path.exists():
+    data = read_bytes(path)
+    if data is None:
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             values = {name: arrays[name] for name in Predictions.__dataclass_fields__}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, or run the training's end again") from None
+        _require_shapes(values)
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for bytes that are not theirs
+        raise DataError(
+            f"{path}: not what this version writes ({one_line(error)}); move it away, the end of a training writes it"
+            " again"
+        ) from None
     return Predictions(**values | {"classes": tuple(values["classes"].tolist())})
+
+
+def _require_shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Raises `ValueError` unless the arrays are those of a `Predictions` and agree with each other."""
+    kinds = {"labels": "i", "probabilities": "f", "classes": "U", "worst_indices": "i"}
+    for name, array in arrays.items():
+        if array.dtype.kind != kinds.get(name, "u"):
+            raise ValueError(f"{name} has the type {array.dtype}")
+    labels, probabilities, indices = arrays["labels"], arrays["probabilities"], arrays["worst_indices"]
+    fits = (
+        probabilities.shape == (len(labels), len(arrays["classes"]))
+        and labels.shape == (len(labels),)
+        and arrays["worst_images"].shape == (len(indices), *IMAGE_SHAPE)
+        and arrays["augmented"].shape == (*arrays["augmented"].shape[:2], *IMAGE_SHAPE)
+    )
+    if not fits or min(*probabilities.shape, *arrays["augmented"].shape) < 1:
+        raise ValueError(f"its shapes are {', '.join(f'{name} {array.shape}' for name, array in arrays.items())}")
+    if not (labels.min() >= 0 and labels.max() < probabilities.shape[1]):
+        raise ValueError("a label is that of no class")
+    if len(indices) and not (indices.min() >= 0 and indices.max() < len(labels)):
+        raise ValueError("an index is that of no image")
+    if not ((probabilities >= 0) & (probabilities <= 1.001)).all():
+        raise ValueError("a probability is not between 0 and 1")
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:

@@ -124,19 +124,23 @@ def installed_version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit of the source, with `-dirty` if it was changed; None outside a checkout."""
+    """The commit of the source, with `-dirty` if it was changed; None unless git tracks the source.
+
+    A package that is installed in a folder of another project is not part of its history.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(dist_cifar.__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        _git("ls-files", "--error-unmatch", "--", "__init__.py")
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    """What git says about the source."""
+    folder = Path(dist_cifar.__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
 
 
 def device_name(device: torch.device) -> str:

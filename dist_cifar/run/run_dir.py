@@ -9,22 +9,36 @@ history, `checkpoints/` all that a resume needs. Only rank 0 writes, except that
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_cifar import config as configuration
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError, DataError, LaunchError, nearest, nearest_path
+from dist_cifar.distributed.processes import was_alive_at
+from dist_cifar.errors import ConfigError, DataError, LaunchError, UserError, nearest, nearest_path
 from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.run.run_files import (
+    EVENTS,
+    PROFILE,
+    ROWS,
+    STATUS,
+    SUMMARY,
+    read_bytes,
+    read_object,
+    read_records,
+)
+from dist_cifar.stopping import at_once
 
 logger = logging.getLogger(__name__)
 
@@ -53,59 +67,89 @@ class RunDir:
         assert config.run.dir is not None
         return cls(config.run.dir)
 
-    def open(self) -> None:
-        """Creates the directory. Raises `DataError` if it cannot be written."""
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / ".writable", "")
-            (self.path / ".writable").unlink()
-        except OSError as error:
-            raise DataError(
-                f"run.dir={self.path}: cannot be written ({error.strerror}); give another with run.dir=PATH"
-            ) from None
-
     @contextmanager
     def lock(self, *, wait_seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """Creates the directory and keeps other jobs out of it for a `with` block.
 
         Waits for a job that uses it, and logs that; raises `LaunchError`, which names that job, if it does not leave.
-        Where the file system has no locks, it logs a warning and continues.
+        Where locks cannot be trusted (there are none, or two at a time), it logs a warning, and a living job is seen
+        from what it writes. Raises `DataError` if the directory cannot be written.
         """
-        self.open()
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                self._wait_for_lock(descriptor, wait_seconds)
-            except OSError as error:
-                logger.info(
-                    f"warning: {self.path} cannot be locked ({error.strerror}): make sure that no other job uses this"
-                    " run directory"
-                )
-            else:
-                facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            with at_once():
+                why = self._wait_for_lock(descriptor, wait_seconds)
+                if why is not None:
+                    logger.info(f"warning: {self.path} cannot be locked ({why}): another job is seen only if it writes")
+                    self._wait_for_silence(wait_seconds)
+            self.open()
+            facts = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(facts).encode(), 0)
             yield
         finally:
             os.close(descriptor)  # and with it the lock
 
-    def _wait_for_lock(self, descriptor: int, wait_seconds: float) -> None:
+    def _wait_for_lock(self, descriptor: int, wait_seconds: float) -> str | None:
+        """Takes the lock; returns None, or why there is no such thing on this file system."""
         deadline = time.monotonic() + wait_seconds
         waits = False
         while True:
             try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return "two locks at a time succeed" if not self._is_locked() else None
             except BlockingIOError:
                 holder = _holder(descriptor)
+            except OSError as error:
+                return error.strerror
             if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"run.dir={self.path}: {holder} is using it; stop that job, or give another run directory with"
-                    " run.dir=PATH"
-                )
+                raise self._in_use(holder)
             if not waits:
                 logger.info(f"waiting up to {wait_seconds:g} s for {holder} to leave {self.path}")
                 waits = True
             time.sleep(0.1)
+
+    def _wait_for_silence(self, wait_seconds: float) -> None:
+        """Raises `LaunchError` if the job that `status.json` names as running is alive: its process on this host, or,
+        of another one, if it writes while one waits."""
+        try:
+            status = self.status()
+        except DataError:
+            return
+        if status.get("status") != "running" or status.get("pid") == os.getpid():
+            return
+        holder = f"another job (host {status.get('host')}, pid {status.get('pid')})"
+        if status.get("host") == socket.gethostname():
+            if was_alive_at(status.get("pid", 0), status.get("time", 0.0)):
+                raise self._in_use(holder)
+            return
+        logger.info(f"waiting {wait_seconds:g} s to see whether {holder} still writes to {self.path}")
+        before = self._silence_seconds()
+        time.sleep(wait_seconds)
+        if self._silence_seconds() < before + wait_seconds / 2:
+            raise self._in_use(holder)
+
+    def _in_use(self, holder: str) -> LaunchError:
+        return LaunchError(
+            f"run.dir={self.path}: {holder} is using it; stop that job, or give another run directory with run.dir=PATH"
+        )
+
+    def open(self) -> None:
+        """Creates the directory. Raises `DataError` if it cannot be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{secrets.token_hex(4)}"
+            write_atomic(probe, "")
+            probe.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"run.dir={self.path}: cannot be written ({error.strerror}); give another with run.dir=PATH")
 
     def write_config(self, config: Config) -> None:
         """Saves the resolved config. A file of that name that a person wrote, or edited, is kept beside it."""
@@ -119,13 +163,14 @@ class RunDir:
     def previous_config(self) -> Config | None:
         """The config that was saved last, or None if there is no readable one."""
         try:
-            return configuration.load_config(self._config) if self._config.exists() else None
-        except ConfigError:
+            return self.config()
+        except UserError:
             return None
 
     def write_status(self, status: str, **details: Any) -> None:
         """Writes `status.json`."""
-        facts = {"status": status, **details, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "path": os.path.realpath(self.path)}
+        facts = {"status": status, **details, **me, "time": time.time()}
         write_atomic(self._status, json.dumps(facts, indent=2) + "\n")
 
     def write_failure(self, job: tuple[str, int], rank: int | None, reason: str) -> None:
@@ -134,12 +179,19 @@ class RunDir:
         `job` is host and process id of the job's rank 0. Nothing is written if `status.json` is another job's, or if it
         already has how this one ended: the first failure counts.
         """
+        self._write_end(job, "failed", rank=rank, reason=reason)
+
+    def write_stop(self, job: tuple[str, int]) -> None:
+        """Records that a signal stopped the job before its first step, as `write_failure` records a failure."""
+        self._write_end(job, "saved")
+
+    def _write_end(self, job: tuple[str, int], end: str, **facts: Any) -> None:
         status = self.status()
         if status.get("status") == "running" and (status.get("host"), status.get("pid")) == job:
-            facts = {**status, "status": "failed", "rank": rank, "reason": reason, "time": time.time()}
-            writer = f"-{socket.gethostname()}-{os.getpid()}"  # other ranks write theirs
-            write_atomic(self._status, json.dumps(facts, indent=2) + "\n", writer=writer)
-            self.append_event("failed", step=status.get("step"), rank=rank, reason=reason)
+            write_atomic(
+                self._status, json.dumps({**status, "status": end, **facts, "time": time.time()}, indent=2) + "\n"
+            )
+            self.append_event(end, step=status.get("step"), **facts)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""
@@ -168,17 +220,40 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         """The content of `status.json`; empty if there is none. Raises `DataError`."""
-        return _object(self._status)
+        return read_object(self._status, STATUS)
+
+    def copied_from(self) -> str | None:
+        """The run directory of which this one is a copy; None if it is where it was, or was moved.
+
+        `status.json` names the directory in which it was written. What lies there has the same history, if it is the
+        original.
+        """
+        try:
+            there = self.status().get("path")
+            if there is None or not is_run(Path(there)) or os.path.samefile(there, self.path):
+                return None
+            begins = [run_dir.events()[0][:1] for run_dir in (self, RunDir(there))]
+        except (DataError, OSError, ValueError):
+            return None
+        return str(there) if begins[0] and begins[0] == begins[1] else None
 
     def is_lost(self) -> bool:
-        """Whether `status.json` says `running` although the job has died: nobody holds its lock."""
+        """Whether `status.json` says `running` although the job has died: nobody holds its lock. Raises `DataError`."""
         if self.status().get("status") != "running" or self._is_locked():
             return False
         status = self.status()  # again: a job that has just ended wrote it before it released the lock
-        files = [path for path in self.path.iterdir() if path.is_file()]
-        silence = time.time() - max(path.stat().st_mtime for path in files)
-        is_seen = status.get("host") == socket.gethostname() or silence > _SILENCE_SECONDS
+        is_seen = status.get("host") == socket.gethostname() or self._silence_seconds() > _SILENCE_SECONDS
         return status.get("status") == "running" and is_seen
+
+    def _silence_seconds(self) -> float:
+        """How long ago a file of the run was written to; files may be replaced meanwhile."""
+        written = 0.0
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.path):
+                with contextlib.suppress(OSError):
+                    if entry.is_file():
+                        written = max(written, entry.stat().st_mtime)
+        return time.time() - written
 
     def _is_locked(self) -> bool:
         """Whether a job holds the lock; True also where that cannot be told."""
@@ -191,27 +266,32 @@ class RunDir:
             return True
         return False
 
-    def events(self) -> list[dict[str, Any]]:
-        """The lines of `events.jsonl`, oldest first."""
-        return _rows(self.path / "events.jsonl")
+    def events(self) -> tuple[list[dict[str, Any]], int]:
+        """The events, oldest first, and the number of lines of `events.jsonl` that are none. Raises `DataError`."""
+        return read_records(self.path / "events.jsonl", "event", EVENTS)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`, as they were logged."""
-        return _rows(self.path / "metrics.jsonl")
+    def metrics(self) -> tuple[list[dict[str, Any]], int]:
+        """The rows, and the number of lines of `metrics.jsonl` that are none. Raises `DataError`."""
+        return read_records(self.path / "metrics.jsonl", "kind", ROWS)
 
     def config(self) -> Config:
-        """The config of the latest start. Raises `ConfigError`."""
-        if not self._config.exists():
+        """The config of the latest start. Raises `ConfigError` or `DataError`."""
+        if read_bytes(self._config) is None:
             raise ConfigError(f"{self.path}: no training has begun here, there is no {self._config.name}; train first")
         return configuration.load_config(self._config)
 
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty if there is none. Raises `DataError`."""
-        return _object(self._summary)
+        found = read_object(self._summary, SUMMARY)
+        if found and len(found["test_class_accuracy"]) != len(found["test_confusion"]):
+            raise DataError(
+                f"{self._summary}: test_class_accuracy and test_confusion are of other classes; move it away"
+            )
+        return found
 
     def profile_summary(self) -> dict[str, Any]:
         """The content of `profile/summary.json`; empty if there is none. Raises `DataError`."""
-        return _object(self.profile / "summary.json")
+        return read_object(self.profile / "summary.json", PROFILE)
 
 
 _OWN = "# Written by dist_cifar, which replaces it at each start; SHA-256 of what follows: "
@@ -257,6 +337,20 @@ def _suggestion(path: Path) -> str:
     return "give the run.dir of a training"
 
 
+def where_it_lies(config: Config, file: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a run directory's own `config.yaml` names the directory as it was called when it was written: this
+    one, where the run lies now, unless `overrides` name another."""
+    if file is None or file.name != "config.yaml" or not is_run(file.parent):
+        return config
+    if any(override.startswith("run.dir=") for override in overrides) or not (file.parent / "events.jsonl").exists():
+        return config
+    written = RunDir.of(config).path
+    if os.path.realpath(written) == os.path.realpath(file.parent):
+        return config
+    logger.warning(f"warning: {file}: the run of {written} was moved or copied; it continues in {file.parent}")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(file.parent)))
+
+
 def is_run(path: Path) -> bool:
     """Whether `path` is a directory to which a training has begun to write."""
     return (path / "checkpoints").is_dir()
@@ -269,26 +363,6 @@ def latest_run(folder: Path) -> Path:
     if not written:
         raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
     return max(written, key=written.__getitem__)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no file. Raises `DataError` if it is damaged."""
-    try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-        if not isinstance(found, dict):
-            raise ValueError("not an object of JSON")
-        return found
-    except ValueError as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove it, and run the training again") from None
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines: the last one may be half written."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def _holder(descriptor: int) -> str:

@@ -5,9 +5,11 @@ Contract: nothing is written, and the run knows nothing of it. The page is serve
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_cifar.errors import EXIT_DONE, LaunchError, UserError, counted
+from dist_cifar.errors import EXIT_DONE, DataError, LaunchError, UserError, counted, one_line, printable
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.report import Run, read_run, render
 from dist_cifar.tools.report.formats import duration
@@ -53,6 +55,9 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not is_own_host(self.headers.get("Host", "")):
+                self._send(403, "text/plain", "this page is for this machine: open it as http://127.0.0.1")
+                return
             try:
                 if self.path == "/version":
                     self._send(200, "text/plain", version(paths))
@@ -61,33 +66,62 @@ def make_server(paths: Sequence[Path], port: int) -> http.server.ThreadingHTTPSe
                     self._send(200, "text/html", page)
                 else:
                     self._send(404, "text/plain", "there is / and /version")
-            except UserError as error:
-                self._send(500, "text/plain", str(error))
+            except ConnectionError:
+                raise
+            except (UserError, OSError) as error:
+                self._send(500, "text/plain", one_line(error))
 
         def _send(self, status: int, kind: str, text: str) -> None:
-            data = text.encode()
+            data = text.encode(errors="replace")
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             self.wfile.write(data)
 
         def log_message(self, format: str, *arguments: Any) -> None:
             """Keeps a line for each request, one every two seconds, out of the terminal."""
 
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    return _Server(("127.0.0.1", port), Handler)
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    """Keeps quiet about browsers that leave before they have read, and answers on in spite of whatever else fails."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            logger.warning(f"watch: a request failed: {type(error).__name__}: {one_line(error)}")
+
+
+def is_own_host(host: str) -> bool:
+    """Whether the `Host` that a browser asked for is a name of the loopback address.
+
+    Another site may point a name of its own at 127.0.0.1, and its page would read this one as its own.
+    """
+    name = re.sub(r":[0-9]*$", "", host.strip().lower())
+    return name in ("localhost", "127.0.0.1", "[::1]") or name.endswith(".localhost")
 
 
 def version(paths: Sequence[Path]) -> str:
     """A text that changes when a file of one of the runs changes, or its job dies."""
     found = []
     for path in paths:
-        found.append("lost" if RunDir(path).is_lost() else "")
+        lost = False
+        with contextlib.suppress(DataError):  # the page says what is wrong
+            lost = RunDir(path).is_lost()
+        found.append("lost" if lost else "")
         for name in _FILES:
-            file = path / name
-            status = file.stat() if file.exists() else None
-            found.append("-" if status is None else f"{status.st_mtime_ns}.{status.st_size}")
+            try:
+                status = (path / name).stat()
+            except OSError:
+                found.append("-")
+            else:
+                found.append(f"{status.st_mtime_ns}.{status.st_size}")
     return " ".join(found)
 
 
@@ -127,15 +161,16 @@ def screen(run: Run, width: int) -> str:
         ("eval accuracy", evaluated, "accuracy"),
         ("images/s", trained, "images_per_second"),
     ):
-        values = [row[key] for row in rows if isinstance(row.get(key), float) and math.isfinite(row[key])]
+        values = [row[key] for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if values:
             lines.append(f"{title:<14} {sparkline(values, max(10, width - 34))}  {values[-1]:,.4g}")
     lines += [format_row(row) for row in (*trained[-3:], *evaluated[-5:], *run.of_kind("test"))]
-    return "\n".join(line[:width] for line in lines)
+    lines += [f"note: {note}" for note in run.notes]
+    return "\n".join(printable(line)[:width] for line in lines)
 
 
 def _progress(step: int, total: int, seconds: float | None, width: int) -> str:
-    share = step / total
+    share = min(1.0, step / total)
     cells = max(10, min(50, width - 60))
     bar = "#" * int(share * cells) + "." * (cells - int(share * cells))
     line = f"[{bar}] step {step:,} of {total:,}, {share:.0%}"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from dist_cifar.errors import printable
+
 ROOT_LOGGER = logging.getLogger("dist_cifar")
 
 
@@ -36,6 +38,7 @@ class Console:
     def line(self, line: str) -> None:
         """Prints one line."""
         if self._is_main_process:
+            line = printable(line)
             self._bar.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
@@ -79,7 +82,7 @@ class LineHandler(logging.Handler):
 
 def log_to_stream(stream: TextIO, prefix: str = "") -> None:
     """Shows the package's lines on `stream`, for a command that trains nothing."""
-    ROOT_LOGGER.handlers = [LineHandler(lambda line: print(f"{prefix}{line}", file=stream, flush=True))]
+    ROOT_LOGGER.handlers = [LineHandler(lambda line: print(f"{prefix}{printable(line)}", file=stream, flush=True))]
     ROOT_LOGGER.propagate = False
     ROOT_LOGGER.setLevel(logging.INFO)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.run.run_files import is_count, is_text, read_lines
 from dist_cifar.tracking.base import Results
 
 
@@ -23,40 +24,31 @@ def encode(row: Mapping[str, Any]) -> str:
     return json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False)
 
 
-def decode(line: str) -> dict[str, Any]:
-    """The row of a line that `encode` made."""
-    return {name: _number(value) for name, value in json.loads(line).items()}
+def rows_until(path: Path, step: int) -> dict[tuple[str, int], tuple[str, dict[str, Any]]]:
+    """The lines of a file up to and including `step`, each as text and as a row, by (kind, step), the first of each.
 
-
-def rows_until(text: str, step: int) -> dict[tuple[str, int], str]:
-    """The lines of `text` up to and including `step`, by (kind, step), the first of each; broken lines are left out."""
-    lines: dict[tuple[str, int], str] = {}
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a crash, or the nothing after the last newline
-            continue
-        if row["step"] <= step:
-            lines.setdefault((row["kind"], row["step"]), line)
-    return lines
+    Lines that hold no row are left out.
+    """
+    rows: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {}
+    for line, row in read_lines(path):
+        if row is not None and is_text(row.get("kind")) and is_count(row.get("step")) and row["step"] <= step:
+            rows.setdefault((row["kind"], row["step"]), (line, row))
+    return rows
 
 
 class JsonlTracker:
     """Appends rows to `path`. `resume_step` is the step from which the run resumes; with `None` the file is emptied."""
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
-        kept: dict[tuple[str, int], str] = {}
-        if resume_step is not None and path.exists():
-            # A machine that lost power may have left bytes that are no text; their lines are broken lines.
-            kept = rows_until(path.read_text(encoding="utf-8", errors="replace"), resume_step)
-        write_atomic(path, "".join(f"{line}\n" for line in kept.values()))
+        kept = {} if resume_step is None else rows_until(path, resume_step)
+        write_atomic(path, "".join(f"{line}\n" for line, _ in kept.values()))
         self._kept = kept
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
 
     @property
     def kept(self) -> list[dict[str, Any]]:
         """The rows that were there before the resume, up to its step."""
-        return [decode(line) for line in self._kept.values()]
+        return [row for _, row in self._kept.values()]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Appends the row, unless the file had it before the resume (an evaluation done again at the same step)."""
@@ -77,10 +69,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     return value
-
-
-def _number(value: Any) -> Any:
-    """The inverse of `_jsonable` for the values of a row."""
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value

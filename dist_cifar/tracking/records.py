@@ -18,7 +18,7 @@ from dist_cifar.config import Config, differences, flatten
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, counted
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.run import predictions, step_profiler
@@ -27,6 +27,7 @@ from dist_cifar.run.provenance import device_name, git_revision
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.summary import build_summary, result_rows
 from dist_cifar.state import Evaluation, TrainState
+from dist_cifar.stopping import first_received, stop_requested
 from dist_cifar.strategy import properties
 from dist_cifar.tracking.base import OpenTracker, Results, Tracker
 from dist_cifar.tracking.console import table
@@ -87,8 +88,14 @@ class RunRecords:
         logger.info(f"schedule   {schedule.describe()}")
 
     def is_done(self, state: TrainState) -> bool:
-        """Whether the run directory holds a run of at least as many steps that is done."""
-        return state.step >= self._plan.total_steps and self.run_dir.status().get("status") == "done"
+        """Whether the run directory holds a run of at least as many steps that is done, with its result."""
+        if state.step < self._plan.total_steps:
+            return False
+        try:
+            return self.run_dir.status().get("status") == "done" and bool(self.run_dir.summary())
+        except DataError as error:
+            logger.info(f"warning: {error}")
+            return False
 
     def show_result(self) -> None:
         """Shows the result of a run that was done before."""
@@ -118,6 +125,9 @@ class RunRecords:
         config, world_size = self._config, self._communicator.world_size
         previous_config = self.run_dir.previous_config() if resume_step is None else None
         config_changed = previous_config is not None and bool(differences(flatten(previous_config), config))
+        original = self.run_dir.copied_from()
+        if original is not None:
+            logger.info(f"copy       of {original}: a run of its own, with a new id for W&B and other trackers")
         self.run_dir.write_config(config)
         self.run_dir.write_status("running", step=state.step, world_size=world_size)
         self.run_dir.append_event(
@@ -135,6 +145,7 @@ class RunRecords:
             self.run_dir.path,
             resume_step=resume_step,
             config_changed=config_changed,
+            is_copy=original is not None,
             git_revision=git_revision,
         )
         self._of_caller = [open_tracker(config, self.run_dir.path) for open_tracker in trackers]
@@ -167,7 +178,8 @@ class RunRecords:
                 tracker.finish(EXIT_SAVED)
             self.run_dir.append_event("saved", step=state.step)
             self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)
-        logger.info(f"stopped at step {state.step} and saved; run the same command again to resume")
+        why = first_received() if stop_requested() else "the end of its time, or a signal to another rank"
+        logger.info(f"stopped at step {state.step} and saved ({why}); run the same command again to resume")
 
     def finished(
         self,

@@ -27,16 +27,18 @@ def open_trackers(
     *,
     resume_step: int | None,
     config_changed: bool = False,
+    is_copy: bool = False,
     git_revision: Callable[[], str | None] = lambda: None,
 ) -> list[Tracker]:
     """The trackers of a run, in the order in which they are to be called. Call it on rank 0 only.
 
     `run_dir` exists. `resume_step` is the step of the checkpoint from which the run resumes, `None` at a fresh start.
     `config_changed` says that the directory holds what another config began, none of which is of this run.
+    `is_copy` says that another directory holds the run that was begun here.
     `git_revision` names the source, and is called if W&B is used.
     Raises `ConfigError` if W&B or another tracker is asked for and not installed.
     """
-    if config_changed:
+    if config_changed or is_copy:
         forget_wandb(run_dir)
         forget_accelerate_trackers(config, run_dir)
     # First: their ConfigErrors must not leave a truncated metrics.jsonl.

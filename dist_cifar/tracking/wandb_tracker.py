@@ -56,12 +56,20 @@ FINISH_TIMEOUT_SECONDS = 5
 UPLOAD_TIMEOUT_SECONDS = 600
 """The timeout of finishing where checkpoints are to be uploaded."""
 
+_TRUE = ("1", "true", "t", "yes", "y", "on")
 _MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
 
 def wanted_mode(asked: str, environ: Mapping[str, str]) -> str:
-    """`online`, `offline`, `disabled` or `auto` (online if there is a key). Asked for `auto`, `WANDB_MODE` decides."""
-    return asked if asked != "auto" else _MODES.get(environ.get("WANDB_MODE", ""), "auto")
+    """`online`, `offline`, `disabled` or `auto` (online if there is a key, unless W&B's own settings say otherwise).
+
+    Asked for `auto`, `WANDB_DISABLED` and `WANDB_MODE` decide.
+    """
+    if asked != "auto":
+        return asked
+    if environ.get("WANDB_DISABLED", "").strip().lower() in _TRUE:
+        return "disabled"
+    return _MODES.get(environ.get("WANDB_MODE", "").strip().lower(), "auto")
 
 
 def is_wanted_online(config: Config, environ: Mapping[str, str]) -> bool:
@@ -217,11 +225,13 @@ def _open(config: Config, run_dir: Path, mode: str, git_revision: Callable[[], s
         offline = mode == "offline"
         return WandbTracker(run, run_dir, offline=offline, row_count=in_files if offline else run.starting_step)
 
-    base_url = wandb.setup(quiet).settings.base_url
-    if mode == "offline":
+    settings = wandb.setup(quiet).settings
+    if mode == "auto" and settings.mode == "disabled":  # `wandb disabled` was typed in this folder
+        return None
+    if mode == "offline" or (mode == "auto" and settings.mode == "offline"):  # or `wandb offline`
         return init("offline")
     try:
-        if not has_key(base_url):
+        if not has_key(settings.base_url):
             if mode == "auto":
                 return None
             raise ConfigError("no API key: run `wandb login` or set WANDB_API_KEY")

@@ -25,7 +25,7 @@ LONE_RANK: Any = SimpleNamespace(rank=0, step=3, identities=[own_identity()])
         (
             OSError(28, "No space left on device"),
             74,
-            "run.dir={}: [Errno 28] No space left on device; free space or fix",
+            "run.dir={}: [Errno 28] No space left on device; free space",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from dist_cifar import stopping
 from dist_cifar.cli import export
 from dist_cifar.cli.main import main
 from dist_cifar.config import load_config
@@ -30,7 +31,7 @@ def test_the_help_imports_nothing_slow():
         (ConfigError("set\n it"), 2, "set it"),
         (CheckpointError("none"), 74, "none"),
         (TrainingError("nan"), 70, "nan"),
-        (OSError(28, "No space left on device", "x"), 74, "[Errno 28] No space left on device: 'x'; free space or fix"),
+        (OSError(28, "No space left on device", "x"), 74, "[Errno 28] No space left on device: 'x'; free space"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line, rank):
@@ -55,11 +56,22 @@ def test_another_rank_leaves_it_to_rank_0_that_ends_the_job(monkeypatch, capsys)
 
 def test_a_defect_is_no_one_line_error(monkeypatch):
     def fail(options):
-        raise OSError(2, "No such file or directory", "x")
+        raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(export, "run", fail)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="Bad file"):
         main(["export", "x", "--to", "onnx"])
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGHUP", 75)])
+def test_a_signal_is_one_line_and_an_exit_code(monkeypatch, capfd, name, code):
+    def stop(options):
+        raise stopping.Stopped(name)
+
+    monkeypatch.setattr(stopping, "_reported", False)
+    monkeypatch.setattr(export, "run", stop)
+    assert main(["export", "x", "--to", "onnx"]) == code
+    assert capfd.readouterr().err == f"dist_cifar: stopped by {name}; nothing was lost, run it again\n"
 
 
 def test_a_full_disk_is_one_line(monkeypatch, capsys):

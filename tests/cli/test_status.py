@@ -35,7 +35,7 @@ def test_all_fields_and_one(run, capsys):
         ('{"status": "done"}', ["stauts"], 2, "status.json has no field stauts; did you mean status?"),
         ('{"status": "done"}', ["reason"], 2, "status.json has no field reason; it has status"),
         (None, ["status"], 74, "there is no status.json"),
-        ('{"status', [], 74, "status.json: cannot be read"),
+        ('{"status', [], 74, "status.json: not what this version writes (not JSON: "),
         ('["done"]', [], 74, "status.json"),
     ],
 )

@@ -60,6 +60,60 @@ def test_a_file_system_without_directory_syncs(tmp_path):
             atomic_io.fsync_dir(tmp_path)
 
 
+# --- what a person names as an output ----------------------------------------------------------------------------
+
+
+def test_a_link_keeps_its_place_and_its_target_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for target in (tmp_path / "elsewhere/there", tmp_path / "elsewhere/new"):
+        if target.name == "there":
+            target.write_text("old")
+        link = tmp_path / f"link-{target.name}"
+        link.symlink_to(target)
+        atomic_io.write_output(link, "new")
+        assert link.is_symlink() and target.read_text() == "new"
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(FileExistsError, match="Not a regular file"):
+            atomic_io.write_atomic(path, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_device_and_a_pipe_are_written_through(tmp_path):
+    atomic_io.write_output(Path(os.devnull), "new")
+    assert Path(os.devnull).is_char_device()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic_io.write_output(pipe, "new")
+    assert os.read(reader, 10) == b"new" and pipe.is_fifo()
+    os.close(reader)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_io.write_output(Path("/dev/full"), "new")
+
+
+def test_an_open_file_is_written_after_what_it_holds(tmp_path, capfd):
+    print("before", flush=True)
+    atomic_io.write_output(Path("/dev/stdout"), "out\n")
+    atomic_io.write_output(Path("/dev/fd/2"), b"err\n")
+    assert capfd.readouterr() == ("before\nout\n", "err\n")
+    with open(tmp_path / "log", "w") as log:
+        log.write("before ")
+        log.flush()
+        atomic_io.write_output(Path(f"/proc/self/fd/{log.fileno()}"), "after")
+    assert (tmp_path / "log").read_text() == "before after"
+
+
+def test_a_long_name_has_room_for_its_temporary_file(tmp_path):
+    atomic_io.write_atomic(tmp_path / ("x" * 255), "new")
+    atomic_io.write_atomic(tmp_path / ("猫" * 85), "new")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 # --- mutants ----------------------------------------------------------------------------------------------------
 
 MUTANTS = {
@@ -67,7 +121,7 @@ MUTANTS = {
     "overwritten in place": (
         check_write_atomic,
         "atomic_io",
-        'path.with_name(f".tmp-{path.name}{writer}")',
+        'path.with_name(f".tmp-{path.name[:_NAME_CHARACTERS]}-{secrets.token_hex(4)}")',
         "path",
     ),
 }

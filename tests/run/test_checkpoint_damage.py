@@ -190,7 +190,7 @@ MUTANTS = {
     "fallback not said": (
         check_bit_flips,
         "checkpoint",
-        '                logger.info(f"damaged checkpoint passed over: {error}")\n',
+        '                    logger.info(f"{kind} checkpoint passed over: {error}")\n',
         "",
     ),
 }

@@ -6,14 +6,16 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import threading
 import time
 from typing import NoReturn
 
 import pytest
 
 from dist_cifar.config import load_config
-from dist_cifar.errors import LaunchError
-from dist_cifar.run.run_dir import RunDir
+from dist_cifar.errors import DataError, LaunchError
+from dist_cifar.run.run_dir import RunDir, where_it_lies
 
 
 def test_one_job_at_a_time(tmp_path, said):
@@ -162,3 +164,108 @@ def test_a_link_to_a_persons_config_is_kept(tmp_path):
     (tmp_path / "run/config.yaml").symlink_to("../mine.yaml")
     RunDir(tmp_path / "run").write_config(load_config())
     assert (tmp_path / "mine.yaml").read_text() == "run: {seed: 1}" == (tmp_path / "run/config.kept.yaml").read_text()
+
+
+# --- locks that cannot be trusted ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ENOLCK", "ENOSYS", "EOPNOTSUPP", "always"])
+def no_locks(request, monkeypatch):
+    def flock(file: object, operation: int) -> None:
+        if request.param != "always":
+            raise OSError(getattr(errno, request.param), request.param)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def running(run_dir: RunDir, **facts: object) -> None:
+    run_dir.open()
+    run_dir.write_status("running", step=1)
+    status = run_dir.status() | facts
+    (run_dir.path / "status.json").write_text(json.dumps(status))
+
+
+def test_a_living_job_of_this_host_is_seen_from_its_status(tmp_path, no_locks, said):
+    run_dir = RunDir(tmp_path / "run")
+    running(run_dir, pid=os.getppid())
+    with pytest.raises(LaunchError, match=f"another job .*pid {os.getppid()}.* is using it"), run_dir.lock():
+        pass
+    assert len(said) == 1 and "cannot be locked" in said[0]
+
+
+@pytest.mark.parametrize("facts", [{"pid": 2**22 + 1}, {"time": 1.0}, {"status": "saved"}, {"status": None}])
+def test_a_dead_job_of_this_host_is_not_waited_for(tmp_path, no_locks, facts):
+    run_dir = RunDir(tmp_path / "run")
+    running(run_dir, **{"pid": os.getppid()} | facts)
+    with run_dir.lock():
+        pass
+
+
+def test_a_job_of_another_host_is_alive_while_it_writes(tmp_path, no_locks):
+    run_dir = RunDir(tmp_path / "run")
+    running(run_dir, host="another", pid=1)
+    with run_dir.lock(wait_seconds=0.2):
+        pass
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(0.02):
+            (run_dir.path / "metrics.jsonl").write_text("x")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with pytest.raises(LaunchError, match="host another, pid 1"), run_dir.lock(wait_seconds=0.5):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file/run", tmp_path / ("x" * 300)):
+        with pytest.raises(DataError, match="cannot be written"), RunDir(path).lock():
+            pass
+
+
+# --- moved and copied ----------------------------------------------------------------------------------------------
+
+
+def begun(path) -> RunDir:
+    run_dir = RunDir(path)
+    run_dir.open()
+    config = load_config(None, [f"run.dir={path}"])
+    run_dir.write_config(config)
+    start = {"total_steps": 4, "steps_per_epoch": 2, "world_size": 2, "host": "h", "device": "cpu", "strategy": "exact"}
+    run_dir.append_event("started", step=0, **start)
+    run_dir.write_status("saved", step=1)
+    return run_dir
+
+
+def test_a_copy_knows_its_original_and_a_moved_run_has_none(tmp_path):
+    original = begun(tmp_path / "a")
+    assert original.copied_from() is None
+    copy = RunDir(shutil.copytree(tmp_path / "a", tmp_path / "b"))
+    assert copy.copied_from() == str(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert RunDir(tmp_path / "link").copied_from() is None
+    shutil.rmtree(tmp_path / "a")
+    assert copy.copied_from() is None  # moved
+    time.sleep(0.01)
+    begun(tmp_path / "a")  # another run where the original was
+    assert copy.copied_from() is None
+    copy.write_status("saved")
+    assert copy.copied_from() is None
+
+
+def test_a_run_continues_where_it_lies(tmp_path, said):
+    begun(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    file = tmp_path / "b/config.yaml"
+    config = load_config(file)
+    assert where_it_lies(config, file, []).run.dir == str(tmp_path / "b")
+    assert len(said) == 1 and "was moved or copied" in said[0]
+    assert where_it_lies(config, file, ["run.dir=c"]) is config
+    (tmp_path / "b/events.jsonl").unlink()  # a person's own config in a folder
+    assert where_it_lies(config, file, []) is config and where_it_lies(config, None, []) is config

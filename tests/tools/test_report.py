@@ -394,18 +394,18 @@ def test_the_command_writes_and_refuses(trained, other, tmp_path, capsys, monkey
     assert f"did you mean {trained}?" in capsys.readouterr().err
 
 
-def test_a_damaged_file_is_named(trained, tmp_path, capsys):
+def test_a_damaged_file_is_named_and_left_out(trained, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "predictions.npz").write_bytes((run / "predictions.npz").read_bytes()[:1000])
-    assert main(["report", str(run)]) == 74
-    assert "predictions.npz: cannot be read" in capsys.readouterr().err
+    assert main(["report", str(run)]) == 0
+    assert "predictions.npz: not what this version writes" in capsys.readouterr().err
+    assert "predictions.npz: not what this version writes" in (run / "report.html").read_text()
     (run / "predictions.npz").unlink()
     for name in ("profile/summary.json", "summary.json", "status.json"):
         (run / name).write_text('{"a"')
-        assert main(["report", str(run)]) == 74
-        (line,) = capsys.readouterr().err.splitlines()
-        assert f"{run / name}: cannot be read" in line
+        assert main(["report", str(run)]) == 0
+        assert f"{run / name}: not what this version writes (not JSON" in capsys.readouterr().err
 
 
 def test_only_mistakes_are_worst():
@@ -495,6 +495,22 @@ def test_the_live_page_follows_the_run(server):
     assert "0.1235 at epoch 7.5" in get(address)
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(address + "../../etc/passwd")
+    foreign = urllib.request.Request(address, headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign, timeout=10)
+    shutil.move(run, run.parent / "gone")
+    with pytest.raises(urllib.error.HTTPError, match="500"):
+        get(address)
+
+
+def test_a_page_of_a_person_is_not_overwritten(trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    assert main(["report", str(run)]) == 0  # its own page is
+    (run / "report.html").write_text("my own page")
+    assert main(["report", str(run)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err and (run / "report.html").read_text() == "my own page"
+    assert main(["report", str(run), "--out", str(run / "report.html")]) == 0  # named
 
 
 def test_the_page_is_for_this_machine_alone():

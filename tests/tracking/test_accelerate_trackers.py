@@ -36,7 +36,7 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def expected(run_dir) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
-    for row in RunDir(run_dir).metrics():
+    for row in RunDir(run_dir).metrics()[0]:
         for name, value in named(row).items():
             if isinstance(value, int | float):
                 curves.setdefault(name, []).append((row["step"], pytest.approx(value, rel=1e-6)))

@@ -119,6 +119,21 @@ def test_wandb_mode_decides_only_where_auto_is_asked():
     assert wanted_mode("online", {"WANDB_MODE": "disabled"}) == "online"
 
 
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [
+        ({"WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "1", "WANDB_MODE": "online"}, "disabled"),
+        ({"WANDB_DISABLED": " Yes "}, "disabled"),
+        ({"WANDB_DISABLED": "false"}, "auto"),
+        ({"WANDB_DISABLED": ""}, "auto"),
+        ({"WANDB_MODE": "Offline"}, "offline"),
+    ],
+)
+def test_the_users_off_is_obeyed(environ, mode):
+    assert wanted_mode("auto", environ) == mode and wanted_mode("online", environ) == "online"
+
+
 def test_the_config_goes_up_without_passwords():
     config = load_config(None, ["data.url=https://me:secret@mirror.org:8080/c.tar.gz?sig=secret", "optimizer.lr=1e-2"])
     public = public_config(config)

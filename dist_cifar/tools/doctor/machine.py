@@ -95,6 +95,7 @@ def _record_signal(received: list[int], number: int, frame: object) -> None:
 def check_signals() -> Finding:
     """Checks whether the signals that stop a run arrive in this process."""
     lost = []
+    watched = signal.set_wakeup_fd(-1)  # what it sends to itself is not to end it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         received: list[int] = []
         before = signal.signal(number, partial(_record_signal, received))
@@ -106,6 +107,7 @@ def check_signals() -> Finding:
         finally:
             signal.signal(number, before)
         lost += [] if received else [number.name]
+    signal.set_wakeup_fd(watched, warn_on_full_buffer=False)
     if lost:
         return failed(
             "signals", f"{', '.join(lost)} blocked", "the process inherits that: look at what starts the ranks"

@@ -17,7 +17,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.failure_detector import Failure
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import EXIT_DONE, LaunchError
-from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.run.atomic_io import write_output
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.doctor import data, disk, exactness, machine, network
 from dist_cifar.tools.doctor.findings import Finding, attempt, failed, ok, table, worst
@@ -105,7 +105,7 @@ class _Examination:
             if self._json_file is not None:
                 listed = [asdict(finding) for finding in self.findings]
                 facts = {"ok": code == EXIT_DONE, "world_size": self._env.world_size, "findings": listed}
-                write_atomic(self._json_file, json.dumps(facts, indent=2) + "\n")
+                write_output(self._json_file, json.dumps(facts, indent=2) + "\n")
         return code
 
     def _end_without(self, failure: Failure, communicator: Communicator) -> NoReturn:

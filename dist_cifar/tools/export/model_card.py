@@ -20,6 +20,9 @@ from dist_cifar.run.predictions import wilson_interval
 MODEL_FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
 """The file that each kind of export is written to; beside its name with `.py.j2` lies a program that runs it."""
 
+OWN_MARK = b"that was trained by dist_cifar on the images of"
+"""Part of every card."""
+
 
 def model_metadata(classifier: Classifier) -> dict[str, Any]:
     """The facts inside an exported model: its input, its output and where it comes from."""

@@ -209,7 +209,7 @@ def bar_chart(
 
 def ticks(low: float, high: float) -> list[float]:
     """About five round numbers between `low` and `high`."""
-    raw = (high - low) / 5
+    raw = max((high - low) / 5, 1e-300)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.errors import ConfigError
+from dist_cifar.run.atomic_io import write_output
 from dist_cifar.run.run_dir import RunDir
+from dist_cifar.run.run_files import read_bytes
 from dist_cifar.tools.report import comparison, formats, sections
 from dist_cifar.tools.report.charts import curves
 from dist_cifar.tools.report.drawing import line_chart
@@ -24,7 +27,11 @@ from dist_cifar.tools.report.timeline import timeline
 if TYPE_CHECKING:
     import jinja2
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = "dist_cifar.tools.report"
+OWN_MARK = b"<footer>dist_cifar, "
+"""Part of every page."""
 NAME = "report.html"
 """Name of the page about several runs, in the current directory."""
 
@@ -33,7 +40,12 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Writes the page about the runs at `paths`; returns its path."""
     if out is None:
         out = RunDir(paths[0]).report if len(paths) == 1 else Path(NAME)
-    write_atomic(out, render([read_run(path) for path in paths]))
+        if out.exists() and OWN_MARK not in (read_bytes(out) or b""):
+            raise ConfigError(f"{out}: is not a report, and would be overwritten; name a file with --out")
+    runs = [read_run(path) for path in paths]
+    for note in (note for run in runs for note in run.notes):
+        logger.warning(note)
+    write_output(out, render(runs))
     return out
 
 

@@ -1,20 +1,26 @@
 """Reads run directories for the report, and derives how far a run has come.
 
-Contract: nothing is written. A file that a run has not written yet is empty or None; a damaged one is an error.
+Contract: nothing is written. A file that a run has not written yet is empty or None; so is one that is not what a run
+writes, and `Run.notes` says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dist_cifar.config import Config
+from dist_cifar.errors import DataError
 from dist_cifar.run import predictions
 from dist_cifar.run.predictions import Predictions, wilson_interval
 from dist_cifar.run.run_dir import RunDir
+from dist_cifar.tools.report.formats import counted
+
+_Part = TypeVar("_Part")
 
 LOST = "terminated without a final status (killed, or its node died)"
 """The end of a job that left no event of its end."""
@@ -34,6 +40,8 @@ class Run:
     events: list[dict[str, Any]]
     predictions: Predictions | None
     profile: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """What was left out of it because it could not be read, one line each."""
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` that have this `kind`."""
@@ -76,6 +84,8 @@ class Run:
         if self.status.get("status") != "running" or not self.starts or not trained:
             return None
         last = trained[-1]
+        if not last["step"] or not last["images_per_second"]:
+            return None
         samples_per_step = last["samples"] / last["step"]
         return (self.starts[-1]["total_steps"] - last["step"]) * samples_per_step / last["images_per_second"]
 
@@ -88,19 +98,38 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run directory. Raises `ConfigError` or `DataError` for files that are not what a run writes."""
+    """Reads a run directory. What is not what a run writes is left out, and `notes` says so.
+
+    Raises `ConfigError` or `DataError` if the config is missing or cannot be read.
+    """
     run_dir = RunDir(path)
-    config, status = run_dir.config(), run_dir.status()
-    if run_dir.is_lost():
+    notes: list[str] = []
+
+    def part(read: Callable[[], _Part], otherwise: _Part) -> _Part:
+        try:
+            return read()
+        except DataError as error:
+            notes.append(str(error))
+            return otherwise
+
+    config = run_dir.config()
+    status = part(run_dir.status, dict[str, Any]())
+    if part(run_dir.is_lost, False):
         status["status"] = "lost"
+    nothing: tuple[list[dict[str, Any]], int] = ([], 0)
+    (rows, strange_rows), (events, strange_events) = part(run_dir.metrics, nothing), part(run_dir.events, nothing)
+    for name, count in (("metrics.jsonl", strange_rows), ("events.jsonl", strange_events)):
+        if count:
+            notes.append(f"{path / name}: {counted(count, 'line')} not as this version writes them, left out")
     return Run(
         path=path,
         name=config.run.name,
         config=config,
         status=status,
-        summary=run_dir.summary(),
-        rows=run_dir.metrics(),
-        events=run_dir.events(),
-        predictions=predictions.read(path),
-        profile=run_dir.profile_summary(),
+        summary=part(run_dir.summary, dict[str, Any]()),
+        rows=rows,
+        events=events,
+        predictions=part(lambda: predictions.read(path), None),
+        profile=part(run_dir.profile_summary, dict[str, Any]()),
+        notes=list(dict.fromkeys(notes)),
     )

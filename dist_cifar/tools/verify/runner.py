@@ -31,7 +31,7 @@ from dist_cifar.errors import (
     TrainingError,
     UserError,
 )
-from dist_cifar.run.atomic_io import write_atomic
+from dist_cifar.run.atomic_io import write_atomic, write_output
 from dist_cifar.tools.verify.compare import (
     Outcome,
     Row,
@@ -213,7 +213,7 @@ class Coordinator:
                 "difference": None if difference is None else asdict(difference),
                 "numerics": numerics,
             }
-            write_atomic(json_file, json.dumps(result, indent=2) + "\n")
+            write_output(json_file, json.dumps(result, indent=2) + "\n")
         if difference is not None:
             raise TrainingError(f"verify: {describe(difference, outcomes[0].name)}")
         print(f"all equal: {outcomes[0].digest}", flush=True)

@@ -205,7 +205,7 @@ def run(
             resumed.append(begun)
             done = _steps_done(lines) or 0
             allowed = 2 * CHECKPOINT_STEPS
-        if segment and set(codes) == {75}:
+        if segment and set(codes) == {75} and begun is not None:  # else the run is as it was
             assert (job.status()["status"], job.status()["step"]) == ("saved", done), job
             allowed = 0
         if hit:

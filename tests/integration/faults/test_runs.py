@@ -154,9 +154,9 @@ DEATHS = [
     # Step whose checkpoint is being written, call, on what, how often before; the checkpoint that is there afterwards.
     ((2, "mkdir", r"\.tmp-step.*", 1, 1), (4, "write", r"state\.json", 1, 3), (6, "write", r"model\..*", 1, 5)),
     ((2, "fsync", r"optimizer\..*", 1, 1), (4, "write", r"manifest\.json", 1, 3), (6, "fsync", r"\.tmp-step.*", 1, 5)),
-    ((2, "replace", r"\.tmp-step.*", 1, 1), (4, "fsync", r"checkpoints", 2, 4), (6, "write", r"\.tmp-latest", 1, 6)),
-    ((2, "replace", r"\.tmp-best", 1, 2), (4, "replace", r"step-.*", 1, 4), (5, "unlink", r"model\..*", 1, 5)),
-    ((2, "replace", r"\.tmp-latest", 1, 2), (4, "rmdir", r"\.tmp-step.*", 1, 4), (5, "fsync", "checkpoints", 4, 5)),
+    ((2, "replace", r"\.tmp-step.*", 1, 1), (4, "fsync", r"checkpoints", 2, 4), (6, "write", r"\.tmp-latest-.*", 1, 6)),
+    ((2, "replace", r"\.tmp-best-.*", 1, 2), (4, "replace", r"step-.*", 1, 4), (5, "unlink", r"model\..*", 1, 5)),
+    ((2, "replace", r"\.tmp-latest-.*", 1, 2), (4, "rmdir", r"\.tmp-step.*", 1, 4), (5, "fsync", "checkpoints", 4, 5)),
 ]
 
 
