@@ -24,6 +24,8 @@ SCRIPT = Path(__file__).with_name("cluster.sh")
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 _OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _LOG_TAIL_CHARACTERS = 6000
+_PATIENCE_SECONDS = 600.0
+"""How long what happens in seconds on an idle machine may take on a busy one."""
 
 
 def missing() -> list[str]:
@@ -91,7 +93,9 @@ class Cluster:
             **(env or {}),
             **self._variables,
         }
-        done = subprocess.run(command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE_SECONDS
+        )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -121,13 +125,18 @@ class Cluster:
         """The nodes that a job has, or had last."""
         return self.run("scontrol", "show", "hostnames", self.job(job)["NodeList"]).split()
 
-    def wait(self, job: int | str, seconds: float) -> dict[str, str]:
+    def wait(self, job: int | str) -> dict[str, str]:
         """Waits for the end of a job, over all its requeues; returns `job`."""
-        self.wait_until(lambda: self.state(job) in _ENDED, seconds, f"the end of job {job}", job)
+        self.wait_until(lambda: self.state(job) in _ENDED, f"the end of job {job}", job)
         return self.job(job)
 
     def wait_until(
-        self, condition: Callable[[], bool], seconds: float, what: str, job: int | str | None = None
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        job: int | str | None = None,
+        *,
+        seconds: float = _PATIENCE_SECONDS,
     ) -> None:
         """Waits for a condition. The error has the jobs, the nodes and the end of the log of `job`."""
         deadline = time.monotonic() + seconds
@@ -157,7 +166,7 @@ class Cluster:
     def run_on(self, node: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on a node, which may fail."""
         line = [SCRIPT, "inside", node, *command]
-        return subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=60)
+        return subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
 
     def processes(self, node: str, pattern: str) -> list[int]:
         """The processes of a node whose command line matches, oldest first, by their numbers on the node."""
@@ -201,12 +210,13 @@ class Cluster:
         def idle() -> bool:
             return not self.run("squeue", "--noheader") and set(self.states().values()) == {"idle"}
 
-        self.wait_until(idle, 60, "no job, and every node idle")
+        self.wait_until(idle, "no job, and every node idle")
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **self._variables}
 
     def _script(self, *arguments: str) -> str:
-        done = subprocess.run([SCRIPT, *arguments], env=self._environment(), capture_output=True, text=True, timeout=90)
+        line = [SCRIPT, *arguments]
+        done = subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
         assert done.returncode == 0, f"cluster.sh {' '.join(arguments)}: {done.stderr}"
         return done.stdout

@@ -61,9 +61,9 @@ class Recorded:
         """What has been noted since the last `expect`."""
         return self._log.read_text().splitlines()[self._noted :] if self._log.exists() else []
 
-    def expect(self, lines: set[str], seconds: float = 20) -> None:
+    def expect(self, lines: set[str]) -> None:
         """Waits until these lines, in any order, are what has been noted since the last call."""
-        self.cluster.wait_until(lambda: set(self.lines) >= lines, seconds, f"{lines} in {self._log}", self.job)
+        self.cluster.wait_until(lambda: set(self.lines) >= lines, f"{lines} in {self._log}", self.job)
         assert set(self.lines) == lines
         self._noted += len(self.lines)
 
@@ -107,7 +107,7 @@ def test_nodes_are_apart(cluster, script, tmp_path):
     look = 'echo "$(hostname) $(hostname -i) $(echo /dev/shm/*) $(pgrep --count --full "cluster[.]sh liv[e]")"'
     options = [f"--output={tmp_path}/log", "--nodes=2"]
     job = cluster.sbatch(script(f"srun --output={tmp_path}/out-%t bash -c '{look}'"), options=options)
-    assert cluster.wait(job, 30)["JobState"] == "COMPLETED"
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
     seen = [(tmp_path / f"out-{task}").read_text().split() for task in (0, 1)]
     assert [line[0] for line in seen] == cluster.nodes_of(job)
     assert len({line[1] for line in seen}) == 2
@@ -118,7 +118,7 @@ def test_nodes_are_apart(cluster, script, tmp_path):
 def test_gpus(cluster, script, tmp_path):
     options = [f"--output={tmp_path}/log", "--gpus-per-node=2"]
     job = cluster.sbatch(script("srun bash -c 'echo $CUDA_VISIBLE_DEVICES'"), options=options)
-    assert cluster.wait(job, 30)["JobState"] == "COMPLETED"
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
     assert (tmp_path / "log").read_text() == "0,1\n"
 
 
@@ -128,7 +128,7 @@ def test_environment_of_jobs(cluster, script, tmp_path, monkeypatch):
     look = "import sys, dist_cifar; print(sys.prefix, dist_cifar.__file__)"
     text = f'echo "$RANK-$SLURM_NTASKS-$MINE"; srun python -c "{look}"'
     job = cluster.sbatch(script(text), options=[f"--output={tmp_path}/log"], env={"MINE": "x"})
-    assert cluster.wait(job, 30)["JobState"] == "COMPLETED"
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
     package = REPOSITORY / "dist_cifar" / "__init__.py"
     assert (tmp_path / "log").read_text().splitlines() == ["--x", f"{sys.prefix} {package}"]
 
@@ -149,7 +149,7 @@ def test_who_gets_a_signal_that_is_sent(cluster, recorded):
     job.expect({"batch end"})  # the task was killed, without a TERM before
     cluster.scancel(job.job)
     job.expect({"batch CONT", "batch TERM"})
-    assert cluster.wait(job.job, 30)["JobState"] == "CANCELLED"
+    assert cluster.wait(job.job)["JobState"] == "CANCELLED"
 
 
 @pytest.mark.slow
@@ -157,12 +157,12 @@ def test_requeue_and_scancel_ask_everyone_and_then_kill(cluster, recorded):
     job = recorded("job")
     cluster.run("scontrol", "requeue", str(job.job))
     job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
-    job.expect(READY, 40)
+    job.expect(READY)
     assert cluster.job(job.job)["Restarts"] == "1"
     cluster.scancel(job.job)
     job.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})
-    assert cluster.wait(job.job, 30)["JobState"] == "CANCELLED"
-    cluster.wait_until(lambda: not any(cluster.processes(node, "recorder") for node in cluster.nodes), 20, "no process")
+    assert cluster.wait(job.job)["JobState"] == "CANCELLED"
+    cluster.wait_until(lambda: not any(cluster.processes(node, "recorder") for node in cluster.nodes), "no process")
 
 
 @pytest.mark.slow
@@ -173,10 +173,10 @@ def test_who_gets_a_signal_at_the_end_of_the_time_and_at_preemption(cluster, rec
     options = ["--partition=high", "--nodelist=node3", "--exclusive", "--output=/dev/null", "--wrap=true"]
     winner = int(cluster.run("sbatch", "--parsable", *options))
     victim.expect({"task CONT", "task TERM"})  # at once, and nothing for the batch script
-    batch.expect({"batch USR1", "batch CONT"}, 40)
-    task.expect({"task USR1", "task CONT"}, 40)
-    victim.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"}, 50)  # after the grace time
-    assert cluster.wait(winner, 30)["JobState"] == "COMPLETED"
+    batch.expect({"batch USR1", "batch CONT"})
+    task.expect({"task USR1", "task CONT"})
+    victim.expect({"batch CONT", "batch TERM", "task CONT", "task TERM"})  # after the grace time
+    assert cluster.wait(winner)["JobState"] == "COMPLETED"
     assert cluster.job(victim.job)["Restarts"] == "1"
 
 
@@ -186,7 +186,7 @@ def test_a_job_leaves_a_dead_node(cluster, recorded):
     (dead,) = cluster.nodes_of(job.job)
     cluster.fail(dead)
     assert "is dead" in cluster.run_on(dead, "true").stderr
-    job.expect(READY, 60)
+    job.expect(READY)
     assert cluster.nodes_of(job.job) != [dead]
     assert cluster.job(job.job)["Restarts"] == "1"
 
@@ -194,12 +194,12 @@ def test_a_job_leaves_a_dead_node(cluster, recorded):
 @pytest.mark.slow
 def test_a_node_is_back_before_slurm_has_missed_it(cluster, script):
     job = cluster.sbatch(script("srun sleep 600"), options=["--nodes=2", "--output=/dev/null"])
-    cluster.wait_until(lambda: cluster.state(job) == "RUNNING", 20, "a running job")
+    cluster.wait_until(lambda: cluster.state(job) == "RUNNING", "a running job")
     _, other = cluster.nodes_of(job)
-    cluster.wait_until(lambda: cluster.processes(other, "sleep 600"), 20, "a task")
+    cluster.wait_until(lambda: cluster.processes(other, "sleep 600"), "a task")
     cluster.fail(other)
     cluster.heal(other)
-    cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", 40, "a restart")
+    cluster.wait_until(lambda: cluster.job(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", "a restart")
 
 
 def hears(cluster: Cluster, node: str, other: str) -> bool:
@@ -210,14 +210,16 @@ def hears(cluster: Cluster, node: str, other: str) -> bool:
 def test_a_cut_node_hears_nothing_and_runs_on(cluster, recorded):
     cluster.fail("node2")
     cluster.heal("node2")
-    cluster.wait_until(lambda: hears(cluster, "node1", "node2"), 2, "a link")  # at once, though it has a new one
+    cluster.wait_until(
+        lambda: hears(cluster, "node1", "node2"), "a link", seconds=2
+    )  # at once, though it has a new one
     cluster.cut("node2")
     assert not hears(cluster, "node1", "node2")
     assert not hears(cluster, "node2", "node1")
     assert hears(cluster, "node1", "node3")
     assert cluster.processes("node2", "^slurmd ")
     cluster.heal("node2")
-    cluster.wait_until(lambda: hears(cluster, "node1", "node2"), 20, "a link")
+    cluster.wait_until(lambda: hears(cluster, "node1", "node2"), "a link")
 
 
 def test_a_session_that_is_killed_is_cleaned_up_by_the_next(cluster, tmp_path):
@@ -229,7 +231,7 @@ def test_a_session_that_is_killed_is_cleaned_up_by_the_next(cluster, tmp_path):
         from tests.integration.slurm.clusters import Cluster
         cluster = Cluster(2, pathlib.Path({str(directory)!r}))
         cluster.run("sbatch", "--output=/dev/null", "--nodes=2", "--wrap=srun sleep 600")
-        cluster.wait_until(lambda: cluster.processes("node2", "sleep 600"), 20, "a task")
+        cluster.wait_until(lambda: cluster.processes("node2", "sleep 600"), "a task")
         cluster.fail("node1")
         os.kill(os.getpid(), signal.SIGKILL)
         """)

@@ -29,11 +29,11 @@ def test_workers_that_are_killed_start_again_by_themselves(cluster, golden, tmp_
             for node in (head, other)
         ]
     for node, step in ((other, 7), (head, 14)):
-        cluster.wait_until(lambda step=step: run.step() >= step, 90, f"step {step}")
+        cluster.wait_until(lambda step=step: run.step() >= step, f"step {step}")
         workers = cluster.processes(node, r"^\S*python\S* -u \S*train.py")
         assert len(workers) == 1
         cluster.run_on(node, "kill", f"-{signal.SIGKILL}", str(workers[0]))
-    cluster.wait_until(lambda: all(agent.poll() is not None for agent in agents), 120, "the end of both agents")
+    cluster.wait_until(lambda: all(agent.poll() is not None for agent in agents), "the end of both agents")
     assert [agent.returncode for agent in agents] == [0, 0], run.log()
     assert run.log().count("from the checkpoint of step") == 2
     run.require_equal(golden, once=False)
