@@ -340,8 +340,8 @@ def spoken(communicator: Communicator, config: Config) -> str:
 def test_automatic_precision_is_said_and_kept_by_the_run_directory(ranks, tiny, monkeypatch):
     config = tiny("compute.precision=auto")
     assert (
-        "precision  bf16: a convolution"
-        in ranks.run(2, spoken_with, config, ("bf16", "precision  bf16: a convolution"))[0]
+        "precision  bf16: this processor"
+        in ranks.run(2, spoken_with, config, ("bf16", "precision  bf16: this processor"))[0]
     )
     assert summary(config)["precision"] == "bf16"
     longer = tiny("compute.precision=auto", "train.epochs=3")
@@ -350,7 +350,7 @@ def test_automatic_precision_is_said_and_kept_by_the_run_directory(ranks, tiny, 
 
 
 def spoken_with(communicator: Communicator, config: Config, choice: tuple[str, str]) -> str:
-    """What the run prints if `choice` is what the measurement says."""
+    """What the run prints if `choice` is the choice for this machine."""
     original, precision.choose_precision = precision.choose_precision, lambda device: choice
     try:
         return spoken(communicator, config)

@@ -30,15 +30,21 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from dist_cifar.inference import load_classifier
-    from dist_cifar.tools.export import CHECKED_IMAGES, export
+    from dist_cifar.tools.export import export
     from dist_cifar.tracking.console import log_to_stream
 
     log_to_stream(sys.stderr, "dist_cifar: ")
     classifier = load_classifier(options.run, torch.device("cpu"))
     directory = options.out or classifier.checkpoint.parent.parent / "export"
-    path, difference = export(classifier, options.to, directory)
-    print(f"model    {path} ({path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")
+    done = export(classifier, options.to, directory)
+    precision = classifier.config.compute.precision
+    print(f"model    {done.path} ({done.path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")
+    print(f"graph    float32; the run computed in {precision}")
     print("input    uint8 [batch, 32, 32, 3], RGB; normalised inside the graph")
-    print(f"checked  on {CHECKED_IMAGES} images: logits differ from the model's by {difference:.1g} at most")
+    print(
+        f"checked  on {done.image_count} {done.image_kind}: logits differ from the float32 model's by"
+        f" {done.largest_difference:.1g} at most,"
+    )
+    print(f"         and {done.same_class_count} of {done.image_count} classes are those of the {precision} model")
     print(f"card     {directory / 'README.md'}")
     return EXIT_DONE

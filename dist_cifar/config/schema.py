@@ -276,8 +276,8 @@ class ComputeConfig:
     """The arithmetic of a forward and backward pass."""
 
     precision: Literal["auto", "fp32", "bf16"] = "bf16"
-    """`bf16` is autocast with fp32 weights and fp32 gradients; `auto` measures a layer in both at the first start and
-    takes bf16 where it is faster. The run directory keeps what was chosen."""
+    """`bf16` is autocast with fp32 weights and fp32 gradients; `auto` takes bf16 where the GPU or the
+    processor has instructions for it. The run directory keeps what was chosen at the first start."""
     compile: Rounding[Literal["auto", "on", "off"]] = "auto"
     """`torch.compile` of the module before it is wrapped. `auto` is on for GPUs with triton, but not in
     strategy `exact`."""

@@ -1,6 +1,6 @@
 """How a module computes: in bf16 or fp32, as it is, with faster layers on a CPU, or compiled.
 
-Contract: `choose_precision` measures what `compute.precision=auto` stands for on this machine; `prepare_forward` makes
+Contract: `choose_precision` says what `compute.precision=auto` stands for on this machine; `prepare_forward` makes
 a module compute as a config says. Weights and gradients are float32 either way, logits too.
 """
 
@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable
 
 import torch
@@ -25,30 +24,27 @@ from dist_cifar.ops.gemm_conv import replace_small_convs
 
 logger = logging.getLogger(__name__)
 
-_PROBE_SHAPE = (16, 64, 32, 32)
-"""The input of the layer that is measured: images, channels, height, width; that of a ResNet-18's first stage."""
-_PROBE_REPEATS = 5
-_PROBE_SECONDS = 0.3
-"""The time after which no other repeat is begun, for each precision."""
-_MUST_SAVE = 0.9
-"""bf16 rounds more coarsely: it has to take less than this share of the time of fp32."""
-
 
 def choose_precision(device: torch.device) -> tuple[str, str]:
-    """Chooses `bf16` or `fp32` by timing one convolution, forward and backward, in both; returns a line on it too."""
-    seconds = {name: _layer_seconds(name, device) for name in ("fp32", "bf16")}
-    chosen = "bf16" if seconds["bf16"] < _MUST_SAVE * seconds["fp32"] else "fp32"
-    return chosen, (
-        f"precision  {chosen}: a convolution takes {seconds['fp32'] * 1e3:.2f} ms in fp32,"
-        f" {seconds['bf16'] * 1e3:.2f} ms in bf16"
-    )
+    """Chooses `bf16` where `device` computes in it by instructions of its own, `fp32` elsewhere; returns a line too.
+
+    What a processor can do is the same at every start. A measurement is not: on a busy machine it would choose the bits
+    of the run by chance.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # avx512_bf16 and amx_bf16 on x86, bf16 and sve_bf16 on Arm
+        has_bf16 = any(present is True for name, present in torch.cpu.get_capabilities().items() if "bf16" in name)
+    chosen = "bf16" if has_bf16 else "fp32"
+    kind = "GPU" if device.type == "cuda" else "processor"
+    return chosen, f"precision  {chosen}: this {kind} has {'' if has_bf16 else 'no '}bf16 instructions"
 
 
 def resolve_precision(
     config: Config, previous_config: Callable[[], Config | None], communicator: Communicator
 ) -> Config:
     """Returns `config` with `compute.precision=auto` resolved: to the precision of `previous_config`, with which the
-    run was started, or else to what is faster here. A collective."""
+    run was started, or else to what this machine has. A collective."""
     if config.compute.precision != "auto":
         return config
 
@@ -119,28 +115,3 @@ def _missing_compiler(device: torch.device) -> str | None:
     asked = os.environ.get(variable)
     wanted = (asked.split()[0],) if asked and asked.split() else names
     return None if any(shutil.which(name) for name in wanted) else f"{variable}={asked}" if asked else names[0]
-
-
-def _layer_seconds(precision: str, device: torch.device) -> float:
-    """Measures the shortest of some forward and backward passes of one convolution."""
-    channels = _PROBE_SHAPE[1]
-    layer = nn.Conv2d(channels, channels, 3, padding=1).to(device).to(memory_format=torch.channels_last)
-    images = torch.zeros(_PROBE_SHAPE, device=device).to(memory_format=torch.channels_last).requires_grad_()
-    shortest, began = float("inf"), time.perf_counter()
-    for repeat in range(1 + _PROBE_REPEATS):
-        _wait(device)
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            out = layer(images)
-        out.sum().backward()
-        _wait(device)
-        if repeat:  # the first one chooses kernels
-            shortest = min(shortest, time.perf_counter() - start)
-            if time.perf_counter() - began > _PROBE_SECONDS:
-                break
-    return shortest
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

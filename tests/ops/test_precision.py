@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from dist_cifar.config import ComputeConfig, ModelConfig
 from dist_cifar.models import build_model
-from dist_cifar.ops import precision
 from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("share", "chosen"), [(0.3, "bf16"), (0.89, "bf16"), (0.95, "fp32"), (3.0, "fp32")])
-def test_bf16_has_to_be_clearly_faster(monkeypatch, share, chosen):
-    monkeypatch.setattr(precision, "_layer_seconds", lambda name, device: {"fp32": 1.0, "bf16": share}[name])
-    name, line = choose_precision(CPU)
-    assert name == chosen
-    assert line == f"precision  {chosen}: a convolution takes 1000.00 ms in fp32, {share * 1e3:.2f} ms in bf16"
+def capabilities(**present: bool | str) -> dict[str, bool | str | int]:
+    """What `torch.cpu.get_capabilities` returns: flags, and facts that are no flags."""
+    return {"architecture": "x86_64", "avx512_f": True, "l2_cache_size": 1048576, "avx512_bf16": False} | present
 
 
-def test_the_measurement_tells_the_precisions_apart(monkeypatch):
-    """The layer is run under autocast for bf16 alone, forward and backward."""
-    seen = []
+@pytest.mark.parametrize(
+    ("found", "chosen"),
+    [
+        (capabilities(), "fp32"),
+        (capabilities(avx512_bf16=True), "bf16"),
+        (capabilities(amx_bf16=True), "bf16"),
+        (capabilities(architecture="aarch64", bf16=True), "bf16"),
+        (capabilities(cpu_name="bf16"), "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_a_processor_with_bf16_instructions_computes_in_bf16(monkeypatch, found, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    has = "has" if chosen == "bf16" else "has no"
+    assert choose_precision(CPU) == (chosen, f"precision  {chosen}: this processor {has} bf16 instructions")
 
-    class Recorded(torch.nn.Conv2d):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            out = super().forward(images)
-            out.register_hook(lambda gradient: seen.append(gradient.dtype))
-            return out
 
-    monkeypatch.setattr(torch.nn, "Conv2d", Recorded)
-    choose_precision(CPU)
-    half = len(seen) // 2
-    assert half > 1 and set(seen[:half]) | set(seen[half:]) == {torch.float32, torch.bfloat16}
-    assert seen == sorted(seen, key=lambda dtype: dtype == torch.bfloat16)
+def test_the_choice_for_this_processor_is_what_linux_says_of_it():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    expected = "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"} else "fp32"
+    assert choose_precision(CPU)[0] == expected
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch, supported, chosen):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation) or supported
+    )
+    assert choose_precision(torch.device("cuda"))[0] == chosen
+    assert asked == [False]
 
 
 def test_a_module_computes_in_bf16_and_answers_in_float32():

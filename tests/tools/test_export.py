@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from PIL import Image
 
 from dist_cifar.cli.main import main
+from dist_cifar.data.dataset import load_dataset
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError
 from dist_cifar.inference import WithPreprocessing, load_classifier
@@ -39,7 +41,9 @@ def classifier(trained):
 
 def test_onnx_gives_the_models_logits_for_any_batch(trained, classifier, tmp_path, capsys):
     assert main(["export", str(trained), "--to", "onnx", "--out", str(tmp_path)]) == 0
-    assert "checked  on 256 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checked  on 80 test images of the run: logits differ from the float32 model's by" in out
+    assert "graph    float32; the run computed in fp32" in out and "80 of 80 classes are those of the fp32 model" in out
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for images in (synthetic_split(1, 256)[0], synthetic_split(0, 1)[0], np.zeros((17, 32, 32, 3), np.uint8)):
         (logits,) = session.run(None, {"images": images})
@@ -58,6 +62,23 @@ def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier)
             module(torch.from_numpy(images)).detach(), by_hand(classifier, images), rtol=1e-3, atol=1e-3
         )
     assert json.loads(extra["metadata.json"])["classes"] == list(CLASSES)
+
+
+def test_without_the_runs_images_it_is_checked_on_generated_ones(classifier, tmp_path, said):
+    data = dataclasses.replace(classifier.config.data, source="folder", root=str(tmp_path / "gone"))
+    moved = dataclasses.replace(classifier, config=dataclasses.replace(classifier.config, data=data))
+    done = export(moved, "torch", tmp_path / "out")
+    assert (done.image_count, done.image_kind) == (256, "generated images")
+    assert [line for line in said if "cannot be read, and generated ones take their place" in line]
+
+
+def test_the_images_are_of_every_part_of_the_test_split(classifier):
+    data = dataclasses.replace(classifier.config.data, synthetic_test_size=1000)
+    larger = dataclasses.replace(classifier, config=dataclasses.replace(classifier.config, data=data))
+    images, kind = write._checked_images(larger)
+    assert len(images) == 256 and kind == "test images of the run"
+    split = load_dataset(data).test.images
+    assert np.array_equal(images[0], split[0]) and np.array_equal(images[-1], split[-1])
 
 
 def test_a_graph_that_computes_something_else_is_not_written(classifier, tmp_path, monkeypatch):

@@ -1,10 +1,9 @@
 """Exports a trained model for programs that do not have this package: as a `torch.export` program or as ONNX.
 
 Contract: an exported graph takes pixels as Pillow gives them, has the normalisation inside, and has been compared with
-the model on `CHECKED_IMAGES` images before it is written. A model card lies beside it.
+the model on test images of its run before it is written. A model card lies beside it.
 """
 
-from dist_cifar.tools.export.graph import CHECKED_IMAGES
-from dist_cifar.tools.export.write import export
+from dist_cifar.tools.export.write import Export, export
 
-__all__ = ["CHECKED_IMAGES", "export"]
+__all__ = ["Export", "export"]

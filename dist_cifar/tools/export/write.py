@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from dist_cifar.data.dataset import load_dataset, missing_download
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.errors import ConfigError, DataError
 from dist_cifar.inference import Classifier, WithPreprocessing
@@ -21,27 +26,64 @@ from dist_cifar.tools.export.model_card import MODEL_FILES, OWN_MARK, model_card
 logger = logging.getLogger(__name__)
 
 
-def export(classifier: Classifier, kind: str, directory: Path) -> tuple[Path, float]:
-    """Writes the model as `kind` (`torch` or `onnx`) and its card into `directory`.
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A graph that was written, and how it compares with the model on the same images."""
 
-    Returns the file and the largest difference of a logit from the model's own, on `CHECKED_IMAGES` images in batches
-    of three sizes. Raises `ConfigError` if the packages are missing and `CheckpointError` if the graph computes
-    something else, in which case nothing is written; also if the folder has a README of another kind.
+    path: Path
+    image_count: int
+    image_kind: str
+    """`test images of the run`, or `generated images` where the run's data cannot be read."""
+    largest_difference: float
+    """Of a logit, between the graph and the model in float32."""
+    same_class_count: int
+    """Images to which the graph gives the class that the model gives them in the precision of its run."""
+
+
+def export(classifier: Classifier, kind: str, directory: Path) -> Export:
+    """Writes the model as `kind` (`torch` or `onnx`), in float32, and its card into `directory`.
+
+    The graph is compared with the model on test images of the run, in batches of three sizes. Raises `ConfigError` if
+    the packages are missing and `CheckpointError` if the graph computes something else, in which case nothing is
+    written; also if the folder has a README of another kind.
     """
     _require_own(directory / "README.md")
     module = build_model(classifier.config.model, num_classes=len(classifier.classes), seed=0)
     module.load_state_dict(classifier.module.state_dict())
     graph = WithPreprocessing(module, classifier.stats).eval()
     metadata = model_metadata(classifier)
-    images = torch.from_numpy(synthetic_split(1, CHECKED_IMAGES)[0])
+    pixels, image_kind = _checked_images(classifier)
+    images = torch.from_numpy(pixels)
     data, compute = (to_torch if kind == "torch" else to_onnx)(graph, images[:2], metadata)
     difference = largest_difference(graph, compute, images)
+    same = compute(images).argmax(1) == classifier.probabilities(pixels).argmax(1)
     make_dirs(directory)
     path = directory / MODEL_FILES[kind]
     write_atomic(path, data)
     card = model_card(classifier, metadata, _summary_of(classifier), _files_of(classifier, directory))
     write_atomic(directory / "README.md", card)
-    return path, difference
+    return Export(
+        path=path,
+        image_count=len(pixels),
+        image_kind=image_kind,
+        largest_difference=difference,
+        same_class_count=int(same.sum()),
+    )
+
+
+def _checked_images(classifier: Classifier) -> tuple[npt.NDArray[np.uint8], str]:
+    """Test images of the run, at most `CHECKED_IMAGES`, spread over the split, which may be sorted by class; generated
+    ones where its data is not there. Returns uint8 [n, 32, 32, 3] and what they are."""
+    data = dataclasses.replace(classifier.config.data, stage_dir=None)
+    try:
+        if (url := missing_download(data)) is not None:
+            raise DataError(f"they would have to be downloaded from {url}")
+        test = load_dataset(data).test
+    except (ConfigError, DataError) as error:
+        logger.info("the test images of the run cannot be read, and generated ones take their place: %s", error)
+        return synthetic_split(1, CHECKED_IMAGES)[0], "generated images"
+    chosen = np.unique(np.linspace(0, len(test.labels) - 1, CHECKED_IMAGES).astype(np.int64))
+    return np.ascontiguousarray(test.images[chosen]), "test images of the run"
 
 
 def _require_own(card: Path) -> None:
