@@ -154,7 +154,7 @@ def test_constants_are_those_of_the_code():
 # --- docs/slurm.md -----------------------------------------------------------------------------------------------
 
 SLURM = (DOCS / "slurm.md").read_text()
-SCRIPTS = {path.name: path.read_text() for path in (REPOSITORY / "slurm").iterdir()}
+SCRIPTS = {path.name: path.read_text() for path in (REPOSITORY / "slurm").iterdir() if path.is_file()}
 SOURCES = re.sub(r'"\s*f?"', "", PACKAGE + "\n".join(SCRIPTS.values()))
 """With strings that go on in the next line put together."""
 
