@@ -54,8 +54,12 @@ def test_rows_read_back_are_the_rows(tmp_path):
     one = {"kind": "train", "step": 1, "loss": float("inf"), "split": "nothing", "shares": [0.5, float("-inf")]}
     nan = {"kind": "train", "step": 2, "loss": float("nan")}
     for row in (one, nan):
-        JsonlTracker(tmp_path / "metrics.jsonl", row["step"] - 1 or None).log(row)
-    first, second = JsonlTracker(tmp_path / "metrics.jsonl", 2).kept
+        tracker = JsonlTracker(tmp_path / "metrics.jsonl", row["step"] - 1 or None)
+        tracker.log(row)
+        tracker.finish(0)
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl", 2)
+    tracker.finish(0)
+    first, second = tracker.kept
     assert first == one and str(second["loss"]) == "nan"
 
 
