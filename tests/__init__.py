@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PATIENCE_SECONDS = 600
+"""How long what takes seconds on an idle machine may take on a busy one, where a test only has to end at all."""
 
 # Before torch loads OpenMP, here and in every process that a test starts: threads that wait for each other sleep. By
 # default they spin, and on a machine with more processes than cores a run takes two to four times the CPU time.

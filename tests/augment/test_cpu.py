@@ -27,7 +27,7 @@ from dist_cifar.augment.image import ImageStats
 from dist_cifar.augment.params import CROP_PADDING, AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops import numba_jit
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 STATS = ImageStats(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 DEFAULT = AugmentConfig()
@@ -376,7 +376,7 @@ def test_a_cold_cache_is_announced_and_survives_two_ranks_at_once(tmp_path):
         return subprocess.Popen([sys.executable, "-c", WARM_UP], env=environment, stdout=subprocess.PIPE, text=True)
 
     ranks = [start(), start()]
-    together = [rank.communicate(timeout=120)[0].splitlines() for rank in ranks]
+    together = [rank.communicate(timeout=PATIENCE_SECONDS)[0].splitlines() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert sorted(len(lines) for lines in together) == [1, 2]
     assert max(together, key=len)[0].startswith("compiling kernels for this machine (once")
@@ -409,7 +409,7 @@ sys.exit(not numba_jit.load(cpu.warm_up))
 def test_loading_compiles_nothing(tmp_path):
     def loads() -> bool:
         environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-        return subprocess.run([sys.executable, "-c", LOAD], env=environment, timeout=120).returncode == 0
+        return subprocess.run([sys.executable, "-c", LOAD], env=environment, timeout=PATIENCE_SECONDS).returncode == 0
 
     assert not loads() and not list(tmp_path.rglob("*.nbc"))
     subprocess.run([sys.executable, "-c", WARM_UP], env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}, check=True)

@@ -27,7 +27,7 @@ import torch
 from dist_cifar.augment import cpu
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 from tests.augment.test_cpu import ALONE, DEFAULT, STATS, WILD, generated_images, identity, natural_images
 
 pytest.importorskip("triton")
@@ -152,7 +152,7 @@ def interpreted(tmp_path_factory) -> dict[str, int]:
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -319,7 +319,7 @@ def batches(tmp_path: Path, device: str, backend: str) -> list[str]:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     assert process.returncode == 0, process.stderr
     return [line for line in process.stdout.splitlines() if line.startswith("sha256 ")]

@@ -18,6 +18,7 @@ from dist_cifar.data.cache import cache_directory, load_or_build, memoized
 from dist_cifar.errors import DataError
 from dist_cifar.run import atomic_io
 from dist_cifar.tracking.console import LineHandler
+from tests import PATIENCE_SECONDS
 
 KEY = "ab" * 32
 
@@ -311,7 +312,7 @@ def test_of_processes_that_start_at_once_one_builds(tmp_path):
     processes = [context.Process(target=build_together, args=(tmp_path, barrier, results)) for _ in range(4)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    found = [results.get(timeout=PATIENCE_SECONDS) for _ in processes]
     for process in processes:
         process.join()
     assert (tmp_path / "builds").read_text() == "built\n"

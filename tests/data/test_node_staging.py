@@ -25,10 +25,9 @@ from dist_cifar.data.node_staging import staged
 from dist_cifar.errors import ConfigError, DataError
 from dist_cifar.run import atomic_io
 from dist_cifar.tracking.console import LineHandler
+from tests import PATIENCE_SECONDS
 from tests.data.test_cache import KEY, Builder, assert_same, some_arrays
 from tests.integration.faults.disk import flip_bit, remount, small_disk, truncate
-
-TIMEOUT_SECONDS = 60
 
 
 def cached(root: Path, n: int = 30) -> Entry:
@@ -142,7 +141,7 @@ def test_a_damaged_cache_is_not_staged(tmp_path):
 
 
 def wait_for_lines(path: Path, count: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while len(path.read_text().splitlines()) < count:
         assert time.monotonic() < deadline, path.read_text()
         time.sleep(0.01)
@@ -188,10 +187,10 @@ def check_one_copy(root: Path, mutant: bool) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(TIMEOUT_SECONDS)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == 0
     assert (root / "copies").read_text() == "copy\n"
-    found = {results.get(timeout=TIMEOUT_SECONDS) for _ in processes}
+    found = {results.get(timeout=PATIENCE_SECONDS) for _ in processes}
     assert len(found) == 1 and found.pop()[0] == int(some_arrays().train_images.sum())
 
 
@@ -238,7 +237,7 @@ def check_death(root: Path, files_written: int, said: list[str], mutant: bool = 
     arguments = (root, files_written, mutant)
     process = multiprocessing.get_context("spawn").Process(target=die_while_copying, args=arguments)
     process.start()
-    process.join(TIMEOUT_SECONDS)
+    process.join(PATIENCE_SECONDS)
     assert process.exitcode == 9
     names = {path.name for path in (root / "node").rglob("set-*")}
     assert entry.directory.name not in names  # whole or nothing

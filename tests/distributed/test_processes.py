@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dist_cifar.distributed.processes import Identity, RankProcess, own_identity
+from tests import PATIENCE_SECONDS
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
@@ -60,7 +61,7 @@ def test_a_process_is_seen_as_it_is(sleep):
 def test_a_rank_is_killed(sleep):
     process = sleep()
     RankProcess(identity_of(process), seen_from=own_identity()).kill()
-    assert process.wait(60) == -signal.SIGKILL
+    assert process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("change", [{"boot": "x"}, {"boot": ""}, {"pid_namespace": 1}])

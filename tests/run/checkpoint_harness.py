@@ -29,7 +29,7 @@ from dist_cifar.errors import CheckpointError
 from dist_cifar.run import atomic_io, checkpoint
 from dist_cifar.run.checkpoint import CheckpointStore, weights_sha256
 from dist_cifar.tracking.console import LineHandler
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[s
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from dist_cifar.cli.main import main
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, augment_report, bench_augment
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 STRATEGY = REPOSITORY / "benchmarks/suite/strategy.py"
 
@@ -55,7 +55,7 @@ try:
 finally:
     assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0 and "bench" in done.stdout, done.stderr
 
 
@@ -141,7 +141,10 @@ def test_strategy_benchmark_measures_the_traffic_that_it_counts(tmp_path):
     out = tmp_path / "strategy.json"
     quick = ["--rounds", "1", "--ranks", "4", "--models", "resnet20", "--precisions", "fp32", "--sample-seconds", "0"]
     done = subprocess.run(
-        [sys.executable, str(STRATEGY), *quick, "--out", str(out)], capture_output=True, text=True, timeout=600
+        [sys.executable, str(STRATEGY), *quick, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())

@@ -23,11 +23,9 @@ from dist_cifar.errors import DataError
 from dist_cifar.run.checkpoint import CheckpointStore
 from dist_cifar.tools.doctor import data, disk, exactness, machine, network
 from dist_cifar.tools.doctor.findings import Finding, attempt, failed, graded, ok, worst
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 from tests.data.sources.test_cifar import put
 
-TIMEOUT_SECONDS = 600
-"""How long a command may take on a busy machine."""
 SMALL = ["data.source=synthetic", "data.synthetic_train_size=60", "data.synthetic_test_size=20"]
 SMALL += ["data.validation_size=10", "run.device=cpu", "tracking.wandb=disabled"]
 namespaces = pytest.mark.skipif(
@@ -86,7 +84,7 @@ def test_one_rank_of_a_healthy_machine_has_no_fault(tmp_path, no_exactness, caps
 def test_ranks_of_torchrun_are_examined_together_and_their_bits_too(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dist_cifar", "doctor"]
     command += [*SMALL, f"run.dir={tmp_path / 'run'}", "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("failed") == 1, "one rank prints"
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
@@ -206,7 +204,7 @@ def test_no_network_at_all(tmp_path):
     code += "print(data.check_data(load_config(None, sys.argv[1:])))"
     command = ["unshare", "--net", sys.executable, "-c", code, *places]
     out = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
     ).stdout
     assert "state='failed'" in out and "out of reach" in out
 
@@ -231,7 +229,7 @@ def test_a_small_shared_memory_fails(tmp_path):
         script = f'mount -t tmpfs -o size={size} none /dev/shm && exec {sys.executable} -c "{code}"'
         command = ["unshare", "--mount", "sh", "-c", script]
         out = subprocess.run(
-            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
         ).stdout
         assert f"state='{state}'" in out and "/dev/shm" in out
 
@@ -251,7 +249,7 @@ def test_a_blocked_signal_fails():
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=PATIENCE_SECONDS,
             preexec_fn=lambda blocked=blocked: signal.pthread_sigmask(signal.SIG_BLOCK, blocked),
         )
         assert f"state='{state}'" in done.stdout and ("SIGUSR1 blocked" in done.stdout) == bool(blocked), done
@@ -295,7 +293,9 @@ def command_of_rank(
 @pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named(tmp_path):
     command, environ = command_of_rank(0, closed_port(), tmp_path, timeout_seconds=3)
-    done = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
     assert found["ranks"]["state"] == "failed" and "ranks that have not connected: 1;" in found["ranks"]["found"]
@@ -314,7 +314,7 @@ def test_a_rank_that_stops_in_the_middle_is_named(tmp_path):
     try:
         command, environ = command_of_rank(0, port, tmp_path, timeout_seconds=30)
         done = subprocess.run(
-            command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+            command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
     finally:
         silent.kill()
@@ -378,7 +378,7 @@ def test_a_slow_link_fails(tmp_path):
                 hook += "import sys; from dist_cifar.cli.main import main; sys.exit(main(sys.argv[1:]))"
                 words = ["ip", "netns", "exec", name, sys.executable, "-c", hook, *command[3:]]
                 running.append(subprocess.Popen(words, cwd=REPOSITORY, env=environ, stdout=subprocess.DEVNULL))
-            codes = [process.wait(timeout=TIMEOUT_SECONDS) for process in running]
+            codes = [process.wait(timeout=PATIENCE_SECONDS) for process in running]
             found = {one["check"]: one for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
             assert links[0] in found["backend"]["found"], found
             if limit:

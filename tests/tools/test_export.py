@@ -23,7 +23,7 @@ from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError
 from dist_cifar.inference import WithPreprocessing, load_classifier
 from dist_cifar.tools.export import export, write
-from tests import small_runs
+from tests import PATIENCE_SECONDS, small_runs
 from tests.test_inference import CPU, by_hand
 
 
@@ -115,7 +115,9 @@ def test_the_programs_of_the_card_name_the_photo(trained, classifier, tmp_path):
     expected = classifier.probabilities(np.asarray(Image.open(tmp_path / "photo.jpg"))[None])[0]
     for program in programs:
         command = [sys.executable, "-W", "error::UserWarning:__main__", "-c", program]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
+        )
         label, share = done.stdout.split()
         assert label == CLASSES[expected.argmax()] and float(share) == pytest.approx(expected.max(), abs=1e-3)
 

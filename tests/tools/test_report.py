@@ -36,7 +36,7 @@ from dist_cifar.tools.report.charts import Chart, Series
 from dist_cifar.tools.report.drawing import line_chart
 from dist_cifar.tools.report.formats import duration, number
 from dist_cifar.tools.report.timeline import segments
-from tests import REPOSITORY, small_runs
+from tests import PATIENCE_SECONDS, REPOSITORY, small_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -458,7 +458,7 @@ def test_a_wheel_has_the_files_that_are_no_python(package):
 
 def test_a_training_that_starts_does_not_wait_for_jinja():
     code = "import sys; import dist_cifar.tools.report; sys.exit('jinja2' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, timeout=PATIENCE_SECONDS)
 
 
 # --- watch -------------------------------------------------------------------------------------------------------
@@ -552,7 +552,7 @@ def browse(address: str, screenshot: Path, *options: str) -> str:
     """What the browser says on its console."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     command += [f"--user-data-dir={screenshot.parent}/profile", f"--screenshot={screenshot}", *options, address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
@@ -586,6 +586,6 @@ def test_a_phone_need_not_scroll_sideways(trained, other, tmp_path):
         (tmp_path / "phone.html").write_text(PHONE.format(page=escape(html)))
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
         command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "phone.html").as_uri()]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+        out = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=True).stdout
         wanted, given = map(int, re.search(r"<title>(\d+) (\d+)</title>", out).groups())
         assert (wanted <= given) == fits, (wanted, given)

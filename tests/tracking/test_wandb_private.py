@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_cifar.tracking.wandb_private import mark_as_synced, row_count
+from tests import PATIENCE_SECONDS
 from tests.tracking import wandb_file
 from tests.tracking.test_wandb_tracker import KEY, environment, offline_files, shell
 
@@ -31,7 +32,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wandb")
     (folder / "run").mkdir()
     command = [sys.executable, "-c", WRITE, str(folder / "run")]
-    subprocess.run(command, env=environment(folder), check=True, timeout=120)
+    subprocess.run(command, env=environment(folder), check=True, timeout=PATIENCE_SECONDS)
     return folder / "run"
 
 
@@ -76,7 +77,7 @@ def test_a_key_is_looked_for_without_a_prompt_and_without_the_network(tmp_path, 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         cwd=tmp_path,
     )
     assert f"HAS {bool(key)}\n" in done.stdout, done.stderr

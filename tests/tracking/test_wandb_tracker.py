@@ -25,7 +25,7 @@ from dist_cifar.run import predictions
 from dist_cifar.tracking.exactly_once import named, public_config
 from dist_cifar.tracking.registry import open_trackers
 from dist_cifar.tracking.wandb_tracker import WandbTracker, _log_checkpoints, run_id, wanted_mode
-from tests import REPOSITORY, small_runs
+from tests import PATIENCE_SECONDS, REPOSITORY, small_runs
 from tests.tracking import wandb_file
 from tests.tracking.fake_wandb import FakeWandb
 
@@ -87,7 +87,7 @@ def started(tmp_path: Path, *overrides: str, **variables: str) -> Iterator[subpr
 
 def run(tmp_path: Path, *overrides: str, **variables: str) -> str:
     with started(tmp_path, *overrides, **variables) as process:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, output
         return output
 
@@ -221,7 +221,7 @@ def test_a_whole_run_is_in_its_offline_file(tmp_path):
     words += [f"run.dir={tmp_path / 'run'}", "tracking.wandb_job_type=train", "tracking.wandb_notes=two ranks"]
     words += ["tracking.wandb_checkpoints=true"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "dist_cifar/train.py", *words]
-    subprocess.run(command, cwd=REPOSITORY, env=environment(tmp_path), check=True, timeout=120)
+    subprocess.run(command, cwd=REPOSITORY, env=environment(tmp_path), check=True, timeout=PATIENCE_SECONDS)
     (file,) = offline_files(tmp_path)
     content = wandb_file.read(file)
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
@@ -305,7 +305,7 @@ def stop_after(
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(by)
-    code = process.wait(timeout=60)
+    code = process.wait(timeout=PATIENCE_SECONDS)
     time.sleep(1)  # W&B names its folders by the second, and its helper looks after its parent once a second
     return code
 
@@ -330,7 +330,7 @@ def test_after_kills_each_row_is_in_one_offline_file_of_one_run(tmp_path):
         parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
         ahead += sum(row["global_step"] > saved for row in parts[-1]["history"])
     assert ahead > 0  # or the run has nothing to leave out
-    assert train_process(tmp_path, **FAST).wait(timeout=120) == 0
+    assert train_process(tmp_path, **FAST).wait(timeout=PATIENCE_SECONDS) == 0
     parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
     assert len(parts) == 4 and len({part["run_id"] for part in parts}) == 1
     history = [row for part in parts for row in part["history"]]
@@ -349,7 +349,7 @@ def test_sigterm_ends_the_run_and_the_next_job_goes_on_with_it(tmp_path):
     (part,) = [wandb_file.read(file) for file in offline_files(tmp_path)]
     before = logged(tmp_path)
     assert part["exit_code"] == 75 and steps(part["history"]) == steps(before) and len(before) >= 5
-    assert train_process(tmp_path).wait(timeout=120) == 0
+    assert train_process(tmp_path).wait(timeout=PATIENCE_SECONDS) == 0
     parts = [wandb_file.read(file) for file in offline_files(tmp_path)]
     history = [row for part in parts for row in part["history"]]
     assert [part["exit_code"] for part in parts] == [75, 0] and len({part["run_id"] for part in parts}) == 1
@@ -400,7 +400,7 @@ def test_a_server_that_is_lost_half_way_does_not_hold_up_the_end(tmp_path):
         assert opened.startswith("OPEN"), opened + process.communicate()[0]
         server.silent.set()
         before = time.monotonic()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, output
         assert time.monotonic() - before < 12  # at exit, too
     (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
@@ -453,7 +453,7 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, save
         assert len(wandb_file.read(file)["history"]) == 13
         assert len(server.history) == 10
         with job(saved) as second:
-            second.communicate(f"{17 - saved}\n", timeout=60)
+            second.communicate(f"{17 - saved}\n", timeout=PATIENCE_SECONDS)
     assert [row["global_step"] for row in server.history] == list(range(1, 18))
     assert [row["_step"] for row in server.history] == list(range(17))
     assert [row["global_step"] for row in logged(tmp_path)] == list(range(1, 18))
@@ -465,7 +465,7 @@ def test_offline_then_online_gives_the_server_the_offline_part(tmp_path):
     stop_after(tmp_path, 6)
     with FakeWandb() as server:
         reach = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-        assert train_process(tmp_path, "tracking.wandb=online", **reach).wait(timeout=120) == 0
+        assert train_process(tmp_path, "tracking.wandb=online", **reach).wait(timeout=PATIENCE_SECONDS) == 0
         expected = logged(tmp_path)
         assert steps(server.history) == steps(expected)
         asked = [one["variables"]["name"] for one in server.operations if "RunResumeStatus" in one["query"]]
@@ -491,7 +491,7 @@ def shell(tmp_path: Path, line: str, **variables: str) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["bash", "-c", line]
     env = environment(tmp_path, PATH=path, **variables)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS, cwd=tmp_path)
     return done.stdout + done.stderr
 
 

@@ -17,6 +17,7 @@ import pytest
 from dist_cifar.data.sources import cifar
 from dist_cifar.data.sources.cifar import CIFAR10, CIFAR100, ArchiveSpec, read_archive
 from dist_cifar.errors import ConfigError, DataError
+from tests import PATIENCE_SECONDS
 
 CLASSES = ["cat", "dog", "frog"]
 PER_BATCH = 7
@@ -455,7 +456,7 @@ def test_processes_that_start_at_once_download_once(tmp_path, serve):
     processes = [context.Process(target=download_together, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
-    labels = [results.get(timeout=60) for _ in processes]
+    labels = [results.get(timeout=PATIENCE_SECONDS) for _ in processes]
     for process in processes:
         process.join()
     assert len(requests) == 1

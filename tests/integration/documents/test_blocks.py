@@ -26,14 +26,13 @@ from PIL import Image
 from dist_cifar.cli.parser import parse
 from dist_cifar.config import load_config
 from dist_cifar.errors import ConfigError
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
-TIMEOUT_SECONDS = 120
 LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "-"]}
 """What runs a block: it gets it as its last argument, a diff on its standard input."""
 MARK = re.compile(r"<!-- not run: (.*?) -->")
@@ -89,7 +88,7 @@ def run(block: Block, folder: Path) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=TIMEOUT_SECONDS,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, f"exit code {done.returncode} of the block at line {block.line}:\n{done.stdout}"
     return done.stdout

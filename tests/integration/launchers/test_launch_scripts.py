@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 
 from dist_cifar.config import Config, to_yaml
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 BIN = Path(sys.executable).parent
-TIMEOUT_SECONDS = 180
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def start(command: list[str], cwd: Path, **variables: str) -> subprocess.Popen[s
 
 def finish(*processes: subprocess.Popen[str]) -> list[str]:
     """What they have printed; all must have ended well."""
-    printed = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
+    printed = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(printed)
     return printed
 
@@ -156,7 +155,7 @@ def test_bad_input_is_one_line(script, arguments, variables, message, tmp_path):
     copy.parent.mkdir()
     copy.write_bytes((LAUNCH / script).read_bytes())
     process = start(["bash", str(copy), *arguments], tmp_path, **variables)
-    printed = process.communicate(timeout=TIMEOUT_SECONDS)[0]
+    printed = process.communicate(timeout=PATIENCE_SECONDS)[0]
     assert process.returncode == 2 and printed.count("\n") == 1
     assert message in printed
 

@@ -22,11 +22,10 @@ import pytest
 from dist_cifar.cli.main import main
 from dist_cifar.config import Config, to_yaml
 from dist_cifar.run.run_dir import RunDir
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 from tests.own_warnings import own_warnings
 
 BIN = Path(sys.executable).parent
-TIMEOUT_SECONDS = 180
 
 
 def environment() -> dict[str, str]:
@@ -47,11 +46,11 @@ def start(command: str, cwd: Path = REPOSITORY, **extra: str) -> subprocess.Pope
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"still running after {TIMEOUT_SECONDS} s\n{out}\n{err}") from None
+        raise AssertionError(f"still running after {PATIENCE_SECONDS} s\n{out}\n{err}") from None
     return process.returncode, out, err
 
 
@@ -81,7 +80,7 @@ def free_port() -> int:
 
 def wait_for_step(directory: Path, step: int) -> None:
     """Until `metrics.jsonl` has a row of that step or a later one."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         try:
             rows = (directory / "metrics.jsonl").read_text().splitlines()
@@ -334,7 +333,7 @@ def test_torchrun_restarts_killed_workers_by_itself(config, golden_hash, tmp_pat
 
 def worker_of(directory: Path, attempt: int, rank: int) -> int:
     """Process id of torchrun's worker, as soon as there is one."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         for pid in processes_with(f"run.dir={directory}"):
             wanted = {"TORCHELASTIC_RESTART_COUNT": str(attempt), "RANK": str(rank)}

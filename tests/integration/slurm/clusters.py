@@ -17,15 +17,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 _OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _LOG_TAIL_CHARACTERS = 6000
-_PATIENCE_SECONDS = 600.0
-"""How long what happens in seconds on an idle machine may take on a busy one."""
 
 
 def missing() -> list[str]:
@@ -93,9 +91,7 @@ class Cluster:
             **(env or {}),
             **self._variables,
         }
-        done = subprocess.run(
-            command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE_SECONDS
-        )
+        done = subprocess.run(command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -136,7 +132,7 @@ class Cluster:
         what: str,
         job: int | str | None = None,
         *,
-        seconds: float = _PATIENCE_SECONDS,
+        seconds: float = PATIENCE_SECONDS,
     ) -> None:
         """Waits for a condition. The error has the jobs, the nodes and the end of the log of `job`."""
         deadline = time.monotonic() + seconds
@@ -166,7 +162,7 @@ class Cluster:
     def run_on(self, node: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on a node, which may fail."""
         line = [SCRIPT, "inside", node, *command]
-        return subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
+        return subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
     def processes(self, node: str, pattern: str) -> list[int]:
         """The processes of a node whose command line matches, oldest first, by their numbers on the node."""
@@ -217,6 +213,6 @@ class Cluster:
 
     def _script(self, *arguments: str) -> str:
         line = [SCRIPT, *arguments]
-        done = subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=_PATIENCE_SECONDS)
+        done = subprocess.run(line, env=self._environment(), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
         assert done.returncode == 0, f"cluster.sh {' '.join(arguments)}: {done.stderr}"
         return done.stdout
