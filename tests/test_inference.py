@@ -142,7 +142,7 @@ def test_standard_input_may_be_closed(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     assert len(predict(capsys, str(picture), "--checkpoint", str(trained))[0]) == 1
     _, (error,) = predict(capsys, "-", "--checkpoint", str(trained), code=74)
-    assert "standard input: not a readable picture (it is closed)" in error
+    assert "standard input: not a readable picture (it is empty)" in error
 
 
 def test_whatever_lies_in_a_folder_is_a_line(trained, tmp_path, capsys):

@@ -513,11 +513,6 @@ def test_resume_without_a_checkpoint_is_refused(ranks, tiny):
     assert "--resume" in ranks.run(1, failing, tiny(), CheckpointError, True)[0]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(ranks, tiny):
-    messages = ranks.run(2, failing, tiny("optimizer.lr=1e30", "optimizer.warmup_epochs=0"), TrainingError)
-    assert messages[0] == messages[1] and "optimizer.lr" in messages[0]
-
-
 # --- what is written ---------------------------------------------------------------------------------------------
 
 
@@ -577,7 +572,7 @@ def poisoned(communicator: Communicator, config: Config, steps: list[int], rank:
 @pytest.mark.parametrize("strategy", ["ddp", "exact"])
 def test_a_loss_that_is_not_finite_on_one_rank_names_the_rank_on_all(ranks, tiny, strategy):
     for message in ranks.run(2, poisoned, tiny(f"strategy.name={strategy}"), [2], 1):
-        assert "step 4: the loss of rank 1 was not finite" in message
+        assert "step 4: the loss of rank 1 was not finite" in message and "lower optimizer.lr" in message
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "exact"])

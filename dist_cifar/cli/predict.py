@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from dist_cifar.cli.arguments import Commands, positive
 from dist_cifar.cli.error_line import print_error
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.checkpoint is None:
         logger.info(f"with {classifier.checkpoint}")
     code = EXIT_DONE
-    for batch in batched(load_images(options.images, _standard_input)):
+    for batch in batched(load_images(options.images, lambda: sys.stdin.buffer)):
         for name, problem in batch:
             if isinstance(problem, str):
                 code = EXIT_DATA
@@ -65,12 +65,6 @@ def run(options: argparse.Namespace) -> int:
         if readable:
             _classify(classifier, readable, options)
     return code
-
-
-def _standard_input() -> IO[bytes]:
-    if sys.stdin is None:
-        raise ValueError("it is closed")
-    return sys.stdin.buffer
 
 
 def _classify(
