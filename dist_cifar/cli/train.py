@@ -45,22 +45,26 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs this process as one rank of the training, or with `--ranks` starts its ranks. Returns the exit code."""
-    from dist_cifar.distributed.launch_env import launcher_rank, refuse_lone_task, starts_ranks
-    from dist_cifar.run.run_dir import RunDir, where_it_lies
+    from dist_cifar.distributed.launch_env import launcher_rank, starts_ranks
+    from dist_cifar.run.run_dir import where_it_lies
 
     config = where_it_lies(config_of(options), options.config, options.overrides)
     if options.print_config or options.print_run_dir:
         if launcher_rank(os.environ) == "0":
             _print_of(config, options)
         return EXIT_DONE
-
-    from dist_cifar.cli import streams
-    from dist_cifar.cli.job import enter_job
-
     if options.ranks is not None and starts_ranks(os.environ, options.ranks):
         from dist_cifar.cli.local_ranks import run_ranks
 
         return run_ranks(options.ranks)
+    return _run_rank(config, options)
+
+
+def _run_rank(config: Config, options: argparse.Namespace) -> int:
+    from dist_cifar.cli import streams
+    from dist_cifar.cli.job import enter_job
+    from dist_cifar.distributed.launch_env import refuse_lone_task
+
     streams.survive_lost_output()
     refuse_lone_task(os.environ)
     env = enter_job(config, options.local_rank)
@@ -77,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
     from dist_cifar.run.provenance import shared_facts
+    from dist_cifar.run.run_dir import RunDir
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
 

@@ -87,6 +87,7 @@ def _meant(key: str, known: Mapping[str, str]) -> str | None:
         own = nearest(section, sections)
         in_section = {full.partition(".")[2]: {known[full]} for full in known if full.partition(".")[0] == own}
         by_name = in_section if section else by_name
-        wanted = nearest(name, by_name)
+        swapped = (other for other in by_name if sorted(other) == sorted(name))
+        wanted = nearest(name, by_name) or next(swapped, None)
     found = by_name.get(wanted or "", set())
     return next(iter(found)) if len(found) == 1 else None

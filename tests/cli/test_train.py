@@ -19,7 +19,7 @@ def test_the_run_directory_is_printed_and_not_made(tmp_path, monkeypatch, capsys
         ([], "runs/cifar10_resnet18"),
         (["--config", "mine.yaml"], "runs/mine"),
         (["--config", "mine.yaml", "run.name=other"], "runs/other"),
-        (["run.dir=a b/$c"], "a b/$c"),
+        (["run.dir=a b/'c"], "a b/'c"),
     ):
         assert main(["train", "--print-run-dir", *words]) == 0
         assert capsys.readouterr() == (f"{expected}\n", "")

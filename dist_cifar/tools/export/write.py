@@ -35,7 +35,7 @@ class Export:
     image_kind: str
     """`test images of the run`, or `generated images` where the run's data cannot be read."""
     largest_difference: float
-    """Of a logit, between the graph and the model in float32."""
+    """The largest difference of a logit between the graph and the model in float32."""
     same_class_count: int
     """Images to which the graph gives the class that the model gives them in the precision of its run."""
 
