@@ -252,10 +252,10 @@ def test_the_rank_that_reports_needs_no_sound_environment():
 
 
 def test_one_package_knows_the_launchers_variables():
-    """`SLURM_JOB_END_TIME` and `SLURM_TMPDIR` are about time and disks; a SLURM template is of `tools/slurm`."""
+    """`SLURM_JOB_END_TIME` and `SLURM_TMPDIR` are about time and disks, `SLURM_CONF` and `_JWT` about the cluster."""
     known = re.compile(
         r'["\'](RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_(ADDR|PORT)|GROUP_\w+|TORCHELASTIC_\w+|ACCELERATE_\w+'
-        r"|OMPI_\w+|PMIX?_\w+|PALS_\w+|MV2_\w+|FLUX_\w+|SLURM_(?!JOB_END_TIME|TMPDIR)\w+)[\"']"
+        r"|OMPI_\w+|PMIX?_\w+|PALS_\w+|MV2_\w+|FLUX_\w+|SLURM_(?!JOB_END_TIME|TMPDIR|CONF|JWT)\w+)[\"']"
     )
     package = REPOSITORY / "dist_cifar"
     found = {str(path.relative_to(package)) for path in package.rglob("*.py") if known.search(path.read_text())}
