@@ -127,7 +127,12 @@ def be_quiet() -> None:
 def _receive(number: int, frame: object) -> None:
     _received.append(signal.Signals(number))
     if len(_received) == 1 and not _deferred:
+        sys.unraisablehook = _ignore  # what is half made when the signal comes complains as it goes
         raise Stopped(first_received())
+
+
+def _ignore(unraisable: object) -> None:
+    """Takes the place of Python's report of an exception in a destructor."""
 
 
 def _end_if_stuck(watched: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dist_cifar import stopping
 from dist_cifar.stopping import Deadline, seconds_left
-from tests import REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,11 @@ try:
     if "forked" in sys.argv:
         if os.fork() == 0: send(); time.sleep(10)
         code = os.waitstatus_to_exitcode(os.wait()[1]); print(code, stopping.stop_requested()); sys.exit(0)
+    if "half_made" in sys.argv:
+        class HalfMade:
+            def __init__(self): send(); self.whole = True
+            def __del__(self): assert self.whole
+        HalfMade()
     send()
     print("goes on")
 except stopping.Stopped as stop:
@@ -152,10 +157,13 @@ LINE = "dist_cifar: stopped by {}; nothing was lost, run it again\n"
         (["SIGTERM", "deferred", "at_once"], 75, "", LINE.format("SIGTERM")),
         (["SIGTERM", "stuck"], 75, "", LINE.format("SIGTERM")),
         (["SIGTERM", "forked"], 0, "-15 False\n", ""),
+        (["SIGTERM", "half_made"], 75, "", LINE.format("SIGTERM")),
     ],
 )
 def test_every_signal_ends_the_process_or_is_deferred(arguments, code, out, err):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
@@ -164,5 +172,7 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path, program):
     """It comes from a module that is imported before the command line is."""
     (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR2)\n")
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
-    done = subprocess.run([sys.executable, *program], capture_output=True, text=True, timeout=60, env=environ)
+    done = subprocess.run(
+        [sys.executable, *program], capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=environ
+    )
     assert (done.returncode, done.stdout, done.stderr) == (75, "", LINE.format("SIGUSR2"))
