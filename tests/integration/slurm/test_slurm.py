@@ -104,12 +104,12 @@ def test_ten_preemptions(cluster, submit, golden):
 def test_the_end_of_the_time(cluster, submit, golden):
     """Three jobs at once, on one node each: one is told by SLURM (--signal), one watches the clock, and the third is in
     a step that is longer than its time, and is killed."""
-    told, told_run = submit("train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@70"], seconds="2 0.1", name="told")
+    told, told_run = submit("train.sbatch", [*ONE_RANK, "--time=3", "--signal=B:USR1@90"], seconds="3 0.1", name="told")
     watching, watching_run = submit(
         "train_srun.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="2 0.1", name="watching"
     )
     late, late_run = submit(
-        "train.sbatch", [*ONE_RANK, "--time=1", "--signal=B:USR1@1"], seconds="300 0.1", name="late"
+        "train.sbatch", [*ONE_RANK, "--time=2", "--signal=B:USR1@1"], seconds="300 0.1", name="late"
     )
     for job, run, kind in ((told, told_run, "saved"), (watching, watching_run, "saved"), (late, late_run, "stopped")):
         assert cluster.wait(job)["JobState"] == "COMPLETED", run.log()
