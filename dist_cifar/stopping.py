@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 """From Linux's <sys/prctl.h>."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+"""Every signal by which a person, a shell or a scheduler ends a job."""
 GRACE_SECONDS = 3.0
 """How long the main thread may take to end after a signal that is not deferred."""
 
@@ -59,7 +60,7 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
     watched, woken = os.pipe()
@@ -138,7 +139,7 @@ def _ignore(unraisable: object) -> None:
 def _end_if_stuck(watched: int) -> None:
     """Ends the process that a signal has not ended; the bytes of the pipe are the numbers of the signals."""
     while True:
-        stops = [number for number in os.read(watched, 64) if number in _SIGNALS]
+        stops = [number for number in os.read(watched, 64) if number in SIGNALS]
         if stops and not _deferred:
             time.sleep(GRACE_SECONDS)
             if not _deferred:
@@ -153,7 +154,7 @@ def _forget() -> None:
     _installed = _deferred = False
     _received.clear()
     signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         if signal.getsignal(number) is _receive:
             signal.signal(number, signal.SIG_DFL)
 

@@ -60,8 +60,12 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(Config().run.device, env)
     classifier = load_classifier(options.run, device)
     splits, data = _splits(classifier, options.data)
-    facts = _shared_facts(classifier, splits, tta=options.tta) if env.world_size > 1 else {}
-    communicator = connect(env, device, classifier.config.run.timeout_seconds, facts)
+    communicator = connect(
+        env,
+        device,
+        classifier.config.run.timeout_seconds,
+        lambda: _shared_facts(classifier, splits, tta=options.tta),
+    )
     results = {name: _measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()}
     communicator.close()
     if env.rank == 0:

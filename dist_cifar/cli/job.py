@@ -16,6 +16,8 @@ from dist_cifar.distributed.process_env import prepare_environment
 from dist_cifar.errors import LaunchError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from dist_cifar.config import Config
@@ -41,9 +43,9 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
     return env
 
 
-def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: Facts) -> Communicator:
-    """Connects all ranks of the job, which all must have the same `facts`. Ends the process if they are not connected
-    within the timeout or are not to run the same thing.
+def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: Callable[[], Facts]) -> Communicator:
+    """Connects all ranks of the job, which all must have the same `facts`; a lone rank is not asked for any. Ends the
+    process if they are not connected within the timeout or are not to run the same thing.
 
     It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
     """
@@ -60,10 +62,11 @@ def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: F
     )
     clock = threading.Timer(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, end, [message, LaunchError.exit_code])
     clock.daemon = True
+    known = facts() if env.world_size > 1 else {}
     clock.start()
     try:
         try:
-            return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=facts)
+            return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=known)
         finally:
             clock.cancel()  # before the report, which waits some seconds for rank 0
     except LaunchError as error:

@@ -19,7 +19,6 @@ from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import DistEnv, rank_environ
 from dist_cifar.errors import EXIT_INTERNAL
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 30.0
 """How long the other ranks may take to end when one has failed: connected ranks need a few seconds."""
@@ -48,7 +47,7 @@ def run_ranks(count: int, command: Sequence[str] | None = None, *, environ: Mapp
         for rank in ranks:
             rank.send_signal(number)
 
-    handed_on = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handed_on = [number for number in stopping.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, hand_on) for number in handed_on}
     try:
         for place in places:  # in sessions of their own: a terminal's Ctrl-C reaches them once, through this process

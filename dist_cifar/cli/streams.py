@@ -29,10 +29,7 @@ def secure() -> None:
         try:
             os.fstat(number)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)
-            if null > 2:
-                os.close(null)
+            _send_nowhere(number)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the life of the process
     if sys.stdout is sys.__stdout__:
@@ -50,8 +47,13 @@ def survive_lost_output() -> None:
 def discard(stream: TextIO) -> None:
     """Sends what is written to a stream from now on nowhere."""
     with contextlib.suppress(OSError, ValueError):  # it has no descriptor
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
+        _send_nowhere(stream.fileno())
+
+
+def _send_nowhere(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:  # as it is where this was the lowest one that was closed
+        os.dup2(null, descriptor)
         os.close(null)
 
 
@@ -94,9 +96,7 @@ class _Descriptor(io.FileIO):
             raise OutputError(error.errno, f"standard output: {error.strerror}; give it another place")
         if not self._is_lost:
             self._is_lost = True
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
+            _send_nowhere(self.fileno())
             if is_output:
                 what = f"standard output is lost ({error.strerror}); the run continues and writes its records"
                 print(f"dist_cifar: warning: {what}", file=sys.stderr, flush=True)

@@ -90,7 +90,7 @@ def _run_rank(config: Config, options: argparse.Namespace) -> int:
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
     keep_freed_memory()
-    communicator = connect(env, device, config.run.timeout_seconds, shared_facts(config))
+    communicator = connect(env, device, config.run.timeout_seconds, lambda: shared_facts(config))
     failure_exit = FailureExit(RunDir.of(config), communicator)
     detector = communicator.watch(failure_exit.end_as_survivor)
     try:

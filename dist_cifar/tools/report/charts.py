@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_cifar.tools.report.formats import counted, number
+from dist_cifar.errors import counted
+from dist_cifar.tools.report.formats import number
 from dist_cifar.tools.report.read import Run
 
 MAX_CURVE_POINTS = 600

@@ -30,11 +30,6 @@ def thousands(count: int) -> str:
     return f"{count:,}"
 
 
-def counted(count: int, thing: str) -> str:
-    """A number of things: 1 start, 2 starts."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
 def small_share(share: float) -> str:
     """A share that may be too small for one decimal of a percentage."""
     return f"{share:.1%}" if share >= 0.001 else "below 0.1%"

@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dist_cifar.config import Config
-from dist_cifar.errors import DataError
+from dist_cifar.errors import DataError, counted
 from dist_cifar.run import predictions
 from dist_cifar.run.predictions import Predictions, wilson_interval
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools.report.formats import counted
 
 _Part = TypeVar("_Part")
 

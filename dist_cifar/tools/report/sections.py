@@ -17,10 +17,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from dist_cifar.config import Config, describe, flatten
+from dist_cifar.errors import counted
 from dist_cifar.run.predictions import Predictions
 from dist_cifar.tools.report.charts import points_of
 from dist_cifar.tools.report.drawing import BarChart, bar_chart
-from dist_cifar.tools.report.formats import counted, duration, number
+from dist_cifar.tools.report.formats import duration, number
 from dist_cifar.tools.report.read import Run
 
 CALIBRATION_BINS = 10

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from dist_cifar.tools.report.formats import counted, duration
+from dist_cifar.errors import counted
+from dist_cifar.tools.report.formats import duration
 from dist_cifar.tools.report.read import LOST, Run
 
 ENDS = {
