@@ -9,13 +9,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-
-_UNPRINTABLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Categories of Unicode: control, format (which reverses text), lone surrogates (bytes of a file's name that are not
-UTF-8), line and paragraph separators."""
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -145,11 +140,8 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which would move a terminal's cursor or reverse what stands beside them.
+    """The text without what would move a terminal's cursor, reverse what stands beside it or be invisible.
 
-    They are shown as Python writes them, e.g. `\\x1b`; tabs and ends of lines stay.
+    It is shown as Python writes it, e.g. `\\x1b`; tabs and ends of lines stay.
     """
-    return "".join(
-        letter if letter in "\t\n" or unicodedata.category(letter) not in _UNPRINTABLE else ascii(letter)[1:-1]
-        for letter in text
-    )
+    return "".join(c if c in "\t\n" or c.isprintable() else ascii(c)[1:-1] for c in text)

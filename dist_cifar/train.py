@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Started as a file, its folder is first on the path, and the package may not be installed.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Started as a file, its folder is first on the path, unless Python was told otherwise, and the package may not be
+    # installed.
+    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
     from dist_cifar import stopping
 
     def run() -> int:

@@ -38,6 +38,16 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def same_environment(clean_environment: None) -> Iterator[None]:
+    """A test that is itself a rank of a job leaves what that sets, gloo's interface for one, to no other test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Iterator[RankPool]:
     """Four gloo ranks."""
@@ -72,7 +82,7 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
             "data.synthetic_train_size": "120",
             "data.synthetic_test_size": "40",
             "data.validation_size": "40",
-            "model.name": "resnet20",
+            "model.name": "resnet8",
             "batch.global_size": "16",
             "optimizer.warmup_epochs": "1",
             "train.epochs": "2",

@@ -17,7 +17,7 @@ VALUES = {
     "data.synthetic_train_size": "240",
     "data.synthetic_test_size": "80",
     "data.validation_size": "40",
-    "model.name": "resnet20",
+    "model.name": "resnet8",
     "batch.global_size": "16",
     "train.epochs": "2",
     "compute.precision": "fp32",

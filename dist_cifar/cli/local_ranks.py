@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 
 from dist_cifar import stopping
-from dist_cifar.distributed.launch_env import DistEnv, rank_environ
+from dist_cifar.distributed.launch_env import DistEnv, port_of, rank_environ
 from dist_cifar.errors import EXIT_INTERNAL
 
 _POLL_SECONDS = 0.05
@@ -29,15 +29,15 @@ def run_ranks(count: int, command: Sequence[str] | None = None, *, environ: Mapp
     stopping.defer()  # the ranks answer a signal, in their own time
     command = command or [sys.executable, *sys.orig_argv[1:]]
     environ = os.environ if environ is None else environ
-    job = uuid.uuid4()
+    job = f"local {uuid.uuid4()}"
     places = [
         DistEnv(
             rank=rank,
             world_size=count,
             local_rank=rank,
             local_world_size=count,
-            master_port=10000 + job.int % 20000,
-            job=f"local {job}",
+            master_port=port_of(job),
+            job=job,
         )
         for rank in range(count)
     ]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from dist_cifar import __version__
 from dist_cifar.cli import bench, data, doctor, evaluate, export, predict, report, status, submit, train, verify, watch
 from dist_cifar.cli.arguments import add_local_rank
-from dist_cifar.errors import ConfigError, did_you_mean
+from dist_cifar.errors import ConfigError, did_you_mean, nearest
 
 COMMANDS = (train, verify, doctor, submit, data, evaluate, predict, export, report, watch, status, bench)
 """In the order of the help. Each has `add(commands)`, and `run(options)`, which returns the exit code."""
@@ -29,11 +29,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     flags = [argument for argument in rest if argument.startswith("-")]
     if flags or (rest and "overrides" not in options):
         parser: CommandParser = options.parser
-        hint = did_you_mean(flags[0].partition("=")[0], parser.option_names) if flags else ""
+        hint = _hint(flags[0].partition("=")[0], parser, "overrides" in options) if flags else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides += rest
     return options
+
+
+def _hint(flag: str, parser: CommandParser, has_fields: bool) -> str:
+    name = nearest(flag.lstrip("-"), [option.lstrip("-") for option in parser.option_names])  # dashes are alike
+    if name is not None or not has_fields:
+        return f"; did you mean --{name}?" if name else ""
+    from dist_cifar.config import key_hint
+
+    return f"; config fields are given as key=value, without dashes{key_hint(flag.lstrip('-')).rstrip(';')}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _begun(paths: Sequence[Path]) -> list[Path]:
-    """The runs among `paths`. Of several, as `runs/*` gives them, those are passed over in which nothing has begun."""
+    """The runs among `paths`. Of several, as `runs/*` gives them, those are skipped in which nothing has begun."""
     from dist_cifar.run.run_dir import is_run, require_run
 
     if len(paths) == 1:
@@ -50,7 +50,7 @@ def _begun(paths: Sequence[Path]) -> list[Path]:
     passed = [path for path in paths if path.exists() and not (is_run(path) and (path / "status.json").exists())]
     if passed:
         names = ", ".join(str(path) for path in passed[:5]) + (f" and {len(passed) - 5} more" if passed[5:] else "")
-        logger.warning("warning: report: passed over, because no training has begun there: %s", names)
+        logger.warning("warning: report: skipped, because no training has begun there: %s", names)
     runs = [require_run(path) for path in paths if path not in passed]
     if not runs:
         raise ConfigError("report: no training has begun in any of these; give the run.dir of one")

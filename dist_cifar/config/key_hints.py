@@ -12,7 +12,7 @@ from dist_cifar.errors import nearest
 
 _OPTIMIZER = "the optimizer is Adam: see optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay"
 _SCHEDULE = "the schedule is a warm-up (optimizer.warmup_epochs) and then a plateau: see plateau.*"
-_RANKS = "the launcher sets the number of ranks (docs/launching.md)"
+_RANKS = "`train --ranks N` starts N ranks on this machine, else the launcher sets their number (docs/launching.md)"
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
         ("optimizer.name", "optimizer.type", "optimizer", "optim", "opt", "momentum", "nesterov"), _OPTIMIZER

@@ -224,11 +224,14 @@ def _hint(key: str, origin: str) -> Any:
 
 
 def _unknown(key: str, origin: str) -> ConfigError:
+    hint = key_hint(key) or ";"
+    return ConfigError(f"{origin}: {brief(key)}: unknown key{hint} `python -m dist_cifar train --help` lists them all")
+
+
+def key_hint(key: str) -> str:
+    """The end of an error's message about a key that there is not; empty if it is not clear what was meant."""
     known = [f"{section}.{name}" for section, hints in HINTS.items() for name in hints]
-    hint = hint_for(key, {name: name for name in known} | MOVED)
-    return ConfigError(
-        f"{origin}: {brief(key)}: unknown key{hint or ';'} `python -m dist_cifar train --help` lists them all"
-    )
+    return hint_for(key, {name: name for name in known} | MOVED)
 
 
 # --- checking ----------------------------------------------------------------------------------------------------

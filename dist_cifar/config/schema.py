@@ -176,8 +176,10 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet20", "resnet32", "resnet44", "resnet56"] = "resnet18"
-    """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 20 to 56."""
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"] = (
+        "resnet18"
+    )
+    """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 8 to 56."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not depend on the other samples of a batch."""
 

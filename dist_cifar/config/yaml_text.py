@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dist_cifar.errors import ConfigError
+from dist_cifar.errors import ConfigError, printable
 
 MAX_BYTES = 2**17
 """A config has some thousand bytes. A file that is larger is something else, or a device without an end."""
@@ -135,7 +135,7 @@ def show(value: Any) -> str:
 def brief(value: Any) -> str:
     """A value as `show` writes it, cut to what a line of an error can hold, with nothing that a terminal obeys."""
     text = show(value[:200] if isinstance(value, list | str) else value)
-    return _short("".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split())))
+    return _short(printable(" ".join(text.split())))
 
 
 def _short(text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import socket
 import time
@@ -116,6 +117,12 @@ class Communicator:
         """
         if self._control is None:
             return None
+        limit_seconds = math.inf  # NCCL's watchdog counts all time, and the control group has to give up before it
+        if self.device.type == "cpu":
+            limit_seconds = self._timeouts.control_seconds
+            for group in (self._control, dist.group.WORLD):
+                backend = group._get_backend(self.device)  # type: ignore[union-attr]
+                backend._set_default_timeout(datetime.timedelta(seconds=self._timeouts.longest_pause_seconds))
         return FailureDetector(
             self._failure_store,
             rank=self.rank,
@@ -124,6 +131,8 @@ class Communicator:
             broken=self._broken,
             end=end,
             timeouts=self._timeouts,
+            # A barrier has its own timeout.
+            limit_seconds=lambda position: math.inf if position.name == "barrier" else limit_seconds,
         )
 
     def _broken(self) -> str | None:

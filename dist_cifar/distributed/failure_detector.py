@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from dist_cifar.distributed.processes import Identity, RankProcess
 from dist_cifar.distributed.timeouts import Timeouts
+from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import StoppedError, TrainingError, UserError
 
 _FAILED, _STOPPED = "failed", "was stopped"
@@ -189,16 +190,19 @@ class FailureDetector:
         broken: Callable[[], str | None],
         end: Callable[[Failure], None],
         timeouts: Timeouts,
+        limit_seconds: Callable[[Position], float],
     ) -> None:
         """Starts the thread.
 
         `store` is a connection of the detector's own. `position` returns the last collective that this rank has
         entered, and `broken` the message of a collective in the background that has failed. `end` is called on the
-        thread, and must end the process, if the main thread does not `report` in time.
+        thread, and must end the process, if the main thread does not `report` in time. `limit_seconds` says how long
+        the main thread may wait for other ranks at a position, while this process runs.
         """
         self._store, self._rank, self._identities = store, rank, identities
         self._position, self._broken, self._end, self._timeouts = position, broken, end, timeouts
         self._processes: Sequence[RankProcess] = ()
+        self._limit_seconds = limit_seconds
         self._main = threading.get_ident()
         self._lost: str | None = None
         self._own: Failure | None = None
@@ -242,9 +246,9 @@ class FailureDetector:
         # All ranks have just answered; and on this thread, the import of psutil delays nothing.
         own = self._identities[self._rank]
         self._processes = [RankProcess(identity, seen_from=own) for identity in self._identities]
-        store_answers = True
+        store_answers, clock = True, WaitClock(self._main, 2 * self._timeouts.poll_seconds)
         while not self._wake.wait(self._timeouts.poll_seconds):
-            self._lost = self._lost or self._broken()
+            self._lost = self._lost or self._broken() or self._waited_too_long(clock)
             if self._lost:
                 break
             if store_answers:
@@ -266,6 +270,11 @@ class FailureDetector:
             time.sleep(self._timeouts.grace_seconds)
         if self._ending.acquire(blocking=False):
             self._end(failure)
+
+    def _waited_too_long(self, clock: WaitClock) -> str | None:
+        position = self._position()
+        waited, limit = clock.look(position), self._limit_seconds(position)
+        return f"it has waited {waited:.3g} s for the other ranks in {position}" if waited > limit else None
 
     def _ask(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Runs an operation of the store, timed, so that the main thread notices one that hangs."""

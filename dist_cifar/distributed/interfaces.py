@@ -15,7 +15,7 @@ from collections.abc import Mapping, MutableMapping
 
 from dist_cifar.errors import LaunchError
 
-GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
 """From Linux's <linux/sockios.h>."""
 
@@ -24,13 +24,13 @@ def stay_on_node(environ: MutableMapping[str, str]) -> None:
     """Has gloo and NCCL, which has shared memory and NVLink for all but its start, use loopback."""
     loopback = interface_of("127.0.0.1")
     if loopback is not None:
-        environ.update({GLOO: loopback, _NCCL: loopback})
+        environ.update({_GLOO: loopback, _NCCL: loopback})
 
 
 def require_existing(environ: Mapping[str, str]) -> None:
     """Raises `LaunchError` for a variable that names an interface which this host does not have."""
     names = [name for _, name in socket.if_nameindex()]
-    for variable, starts_suffice in ((GLOO, False), (_NCCL, True)):
+    for variable, starts_suffice in ((_GLOO, False), (_NCCL, True)):
         asked = environ.get(variable, "")
         if not names or not asked or asked.startswith("^"):  # NCCL's sign for all but these
             continue
@@ -42,6 +42,19 @@ def require_existing(environ: Mapping[str, str]) -> None:
                 f"launch: {variable}={asked}: {socket.gethostname()} has no such network interface; unset it, or name"
                 f" one of {', '.join(names)}"
             )
+
+
+def lead_to_other_nodes(address: str, environ: MutableMapping[str, str]) -> None:
+    """Has gloo use the interface of `address`, at which the other nodes reach this one, unless one is set.
+
+    Raises `LaunchError` if loopback is set.
+    """
+    loopback = interface_of("127.0.0.1")
+    if loopback is not None and environ.get(_GLOO) == loopback:
+        raise LaunchError(f"launch: {_GLOO}={loopback}: loopback leads to no other node; unset it")
+    interface = interface_of(address)
+    if interface is not None:
+        environ.setdefault(_GLOO, interface)
 
 
 def interface_towards(host: str) -> str | None:

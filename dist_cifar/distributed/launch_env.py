@@ -306,13 +306,13 @@ def _from_place(environ: Mapping[str, str], place: Place) -> DistEnv:
         local_rank=place.local_rank,
         local_world_size=place.local_world_size,
         master_addr=address or "127.0.0.1",
-        master_port=number(environ, "MASTER_PORT") if port else _port(place.job),
+        master_port=number(environ, "MASTER_PORT") if port else port_of(place.job),
         launcher=place.launcher,
         job=place.job if place.launcher == "slurm" else f"{place.job}:{port}",
     )
 
 
-def _port(job: str) -> int:
+def port_of(job: str) -> int:
     """A port that another job or step of the same node is unlikely to have."""
     return _LOWEST_PORT + int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big") % _PORTS
 

@@ -33,7 +33,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_cifar import stopping
-from dist_cifar.distributed.interfaces import GLOO, interface_of, require_existing, stay_on_node
+from dist_cifar.distributed.interfaces import lead_to_other_nodes, require_existing, stay_on_node
 from dist_cifar.distributed.launch_env import DistEnv, candidate_ports
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.errors import EXIT_SAVED, LaunchError
@@ -70,10 +70,8 @@ def open_store(env: DistEnv, timeouts: Timeouts, *, setting: str = "") -> dist.S
         # The answer proves that the address is right and that the store is there.
         store = dist.TCPStore(env.master_addr, port, None, False, timeout=timeout, wait_for_workers=False)
         address = address if _is_loopback(own) else own
-    if env.has_several_nodes and GLOO not in os.environ:
-        interface = None if _is_loopback(address) else interface_of(address)
-        if interface is not None:
-            os.environ[GLOO] = interface
+    if env.has_several_nodes and not _is_loopback(address):
+        lead_to_other_nodes(address, os.environ)
     return store
 
 

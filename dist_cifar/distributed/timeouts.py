@@ -48,6 +48,8 @@ class Timeouts:
     """A store that takes longer for one operation is gone, or its host is stopped."""
     report_seconds: float = 15.0
     """How long the main thread waits for the conclusion."""
+    longest_pause_seconds: float = 7 * 86400.0
+    """The timeout of gloo on CPUs once a failure detector counts `control_seconds` instead, pauses left out."""
 
     def __post_init__(self) -> None:
         # The group whose errors we understand gives up first, and NCCL's watchdog last.

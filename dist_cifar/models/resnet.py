@@ -190,6 +190,7 @@ def build_wide(config: ModelConfig, *, num_classes: int, block: Block, blocks: S
 
 
 BUILDERS: dict[str, Callable[..., ResNet]] = {
+    "resnet8": partial(build_narrow, blocks=1),
     "resnet20": partial(build_narrow, blocks=3),
     "resnet32": partial(build_narrow, blocks=5),
     "resnet44": partial(build_narrow, blocks=7),

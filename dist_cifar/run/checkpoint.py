@@ -247,7 +247,7 @@ class CheckpointStore:
                     self._bad.add(path.name)
                     found[path] = error
                     kind = "unreadable" if isinstance(error.__cause__, OSError) else "damaged"
-                    logger.info(f"{kind} checkpoint passed over: {error}")
+                    logger.info(f"{kind} checkpoint skipped: {error}")
                     continue
                 self._bad.discard(path.name)
                 if found:

@@ -30,6 +30,25 @@ def test_fields_may_stand_around_options():
         parse(["report", "x", "--out", "y", "run.seed=3"])
 
 
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--epochs", "did you mean train.epochs?"),
+        ("--batch-size=64", "did you mean batch.global_size?"),
+        ("--lr", "did you mean optimizer.lr?"),
+        ("--train.epochs=3", "did you mean train.epochs?"),
+        ("--xyzzy", "without dashes"),
+    ],
+)
+def test_a_field_that_is_given_as_an_option_is_told_so(option, hint):
+    with pytest.raises(ConfigError) as caught:
+        parse(["train", option])
+    assert f"unrecognized arguments: {option}; config fields are given as key=value, without dashes" in str(
+        caught.value
+    )
+    assert f"{hint}; see `dist-cifar train --help`" in str(caught.value)
+
+
 def test_the_local_rank_may_stand_before_and_behind_the_command():
     assert parse(["train"]).local_rank is None
     assert parse(["--local_rank=1", "train"]).local_rank == parse(["train", "--local-rank", "1"]).local_rank == 1
@@ -111,7 +130,7 @@ def test_a_misspelt_path_gets_the_right_one(tmp_path, monkeypatch, capsys):
         ("compute.precision=float32", "fp32"),
         ("compute.precision=bfloat16", "bf16"),
         ("plateau.metric=acc", "accuracy"),
-        ("model.name=resnet81", "resnet18"),
+        ("model.name=renset18", "resnet18"),
         ("data.source=synth", "synthetic"),
     ],
 )

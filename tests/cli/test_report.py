@@ -28,7 +28,7 @@ def test_what_has_not_begun_is_passed_over_and_named(folder, capsys):
     out, err = capsys.readouterr()
     assert "report.html" in out and (folder.parent / "report.html").exists()
     assert err.splitlines() == [
-        "dist_cifar: warning: report: passed over, because no training has begun there: runs/logs, runs/never,"
+        "dist_cifar: warning: report: skipped, because no training has begun there: runs/logs, runs/never,"
         " runs/report.html"
     ]
 

@@ -66,7 +66,7 @@ print(code, *{name.partition(".")[0] for name in sys.modules}, "torch._dynamo" i
 def test_one_rank_imports_no_slow_package(tmp_path, strategy):
     """Each of them takes longer than all else that happens before the first step."""
     words = [*SMALL, "batch.global_size=16", "run.device=cpu", "tracking.wandb=disabled", f"run.dir={tmp_path}/run"]
-    words += ["model.name=resnet20", "train.max_steps=1", f"strategy.name={strategy}"]
+    words += ["model.name=resnet8", "train.max_steps=1", f"strategy.name={strategy}"]
     command = [sys.executable, "-c", TRAIN_AND_LIST, *words]
     last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert (last[0], last[-1]) == ("0", "False")

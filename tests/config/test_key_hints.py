@@ -40,7 +40,7 @@ def error_of(key: str) -> str:
         ("optimizer.momentum", "the optimizer is Adam"),
         ("scheduler.name", "the schedule is a warm-up"),
         ("lr_scheduler.gamma", "the schedule is a warm-up"),
-        ("train.gpus", "the launcher sets the number of ranks"),
+        ("train.gpus", "`train --ranks N` starts N ranks on this machine"),
     ],
 )
 def test_hints(key, hint):

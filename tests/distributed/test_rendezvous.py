@@ -452,7 +452,7 @@ def test_ranks_of_a_node_that_takes_its_own_name_for_loopback_learn_its_address_
     """What Debian writes into /etc/hosts. Here rank 0 and rank 1 are on that node."""
     address, _ = own_address()
     told: list[str] = []
-    monkeypatch.setattr(rendezvous, "interface_of", lambda wanted: told.append(wanted))
+    monkeypatch.setattr(rendezvous, "lead_to_other_nodes", lambda wanted, environ: told.append(wanted))
     require_one_store([start(env) for env in on_nodes(job("a", 3, port), "127.0.0.1", "127.0.0.1", address)])
     assert told == [address] * 3
 
@@ -488,3 +488,10 @@ def test_an_interface_that_does_not_exist_is_named(variable, value, is_known):
     else:
         with pytest.raises(LaunchError, match=rf"{variable}={value}: .* has no such network interface; .*lo"):
             require_existing({variable: value})
+
+
+def test_loopback_leads_to_no_other_node(start, port, no_interface):
+    address, _ = own_address()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for rank in [start(env) for env in on_nodes(job("a", 2, port), address, address)]:
+        assert "GLOO_SOCKET_IFNAME=lo: loopback leads to no other node; unset it" in refused(rank)

@@ -13,8 +13,10 @@ from dist_cifar.config import ModelConfig
 from dist_cifar.models import MODELS, build_model
 from dist_cifar.models.resnet import ZeroPadded
 
-# He et al. 2016, table 6, gives the CIFAR ResNets in millions; these are the exact counts with BatchNorm.
+# He et al. 2016, table 6, gives the CIFAR ResNets of 20 layers and more in millions; these are the exact counts with
+# BatchNorm.
 PARAMETERS = {
+    "resnet8": 75_290,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,

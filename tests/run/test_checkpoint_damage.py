@@ -1,4 +1,4 @@
-"""The checkpoint store against damage to what it has written: found always, and passed over for the one before."""
+"""The checkpoint store against damage to what it has written: found always, and skipped for the one before."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_falls_back(code: Code, directory: Path, damaged: Path) -> None:
     for load in ("load_newest", "load_best"):
         store, said = code.store(directory)
         assert mark_of(getattr(store, load)()) == 0
-        assert len(said) == 2 and "passed over" in said[0] and damaged.name in said[0] and "10" in said[1]
+        assert len(said) == 2 and "skipped" in said[0] and damaged.name in said[0] and "10" in said[1]
 
 
 def check_bit_flips(code: Code, root: Path) -> None:
@@ -190,7 +190,7 @@ MUTANTS = {
     "fallback not said": (
         check_bit_flips,
         "checkpoint",
-        '                    logger.info(f"{kind} checkpoint passed over: {error}")\n',
+        '                    logger.info(f"{kind} checkpoint skipped: {error}")\n',
         "",
     ),
 }

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,9 @@ def _change(record: dict, chance: random.Random) -> None:
         del record[key]
         record.setdefault("step", 0)
     elif isinstance(inside, list) and inside and chance.random() < 0.6:
-        inside[chance.randrange(len(inside))] = chance.choice(VALUES)
+        inside[chance.randrange(len(inside))] = deepcopy(chance.choice(VALUES))
     else:
-        record[key] = chance.choice(VALUES)
+        record[key] = deepcopy(chance.choice(VALUES))
 
 
 def test_predictions_that_do_not_fit_each_other_are_left_out(run, tmp_path):
@@ -211,4 +212,6 @@ def test_rows_have_their_numbers_back(tmp_path):
     tracker = JsonlTracker(tmp_path / "metrics.jsonl", None)
     tracker.log(row)
     tracker.finish(0)
-    assert JsonlTracker(tmp_path / "metrics.jsonl", 1).kept == [row]
+    again = JsonlTracker(tmp_path / "metrics.jsonl", 1)
+    assert again.kept == [row]
+    again.finish(0)

@@ -35,7 +35,7 @@ STRATEGIES = ["ddp", "exact", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deep
 def config(
     strategy: str,
     *,
-    model: str = "resnet20",
+    model: str = "resnet8",
     norm: str = "group",
     max_grad_norm: float | None = 4.0,
     micro: int | None = None,
@@ -100,7 +100,7 @@ def run(communicator: Communicator, config: Config, steps: int = STEPS) -> tuple
 
 
 def by_hand(
-    max_grad_norm: float | None = 4.0, factor: float = 0.5, *, model_name: str = "resnet20", steps: int = STEPS
+    max_grad_norm: float | None = 4.0, factor: float = 0.5, *, model_name: str = "resnet8", steps: int = STEPS
 ) -> Curve:
     """The same in one process: plain torch, its own clipping, Adam and ReduceLROnPlateau."""
     model = build_model(ModelConfig(name=model_name, norm="group"), num_classes=10, seed=1)

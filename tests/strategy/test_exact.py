@@ -27,7 +27,7 @@ OPTIMIZER = OptimizerConfig(eps=1e-3, weight_decay=1e-2, max_grad_norm=0.5)
 def config(**changes: Any) -> Config:
     """`model`, `precision`, `max_micro_batch`, `virtual_ranks`, `non_finite`, `norm` may be given."""
     return Config(
-        model=ModelConfig(name=changes.get("model", "resnet20"), norm=changes.get("norm", "batch")),
+        model=ModelConfig(name=changes.get("model", "resnet8"), norm=changes.get("norm", "batch")),
         batch=BatchConfig(
             global_size=BATCH,
             max_micro_batch=changes.get("max_micro_batch"),

@@ -22,7 +22,7 @@ def check_exactness(config: Config) -> Finding:
         command = [sys.executable, "-m", "dist_cifar", "verify", "--steps", "10", "--world-sizes", sizes]
         command += ["--dir", f"{folder}/runs", "--json", f"{folder}/found.json", f"run.device={config.run.device}"]
         command += ["data.source=synthetic", "data.synthetic_train_size=1200", "data.synthetic_test_size=100"]
-        command += ["data.validation_size=100", "model.name=resnet20", "batch.global_size=64", "compute.precision=fp32"]
+        command += ["data.validation_size=100", "model.name=resnet8", "batch.global_size=64", "compute.precision=fp32"]
         done = subprocess.run(
             command, env=lone_environ(os.environ), capture_output=True, text=True, timeout=300, start_new_session=True
         )

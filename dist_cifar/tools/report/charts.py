@@ -119,7 +119,7 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
 
 def _lr_reductions(run: Run, color: str) -> list[Mark]:
     """One mark for each step at which the learning rate was reduced; a resume may have repeated some."""
-    rates = {event["step"]: event["lr"] for event in run.events if event["event"] == "lr_reduction"}
+    rates = {event["step"]: event["lr"] for event in run.events if event["event"] == "lr_reduction" and run.starts}
     return [
         Mark(epoch=step / _steps_per_epoch(run), kind="lr_reduction", label=f"plateau: lr {number(lr)}", color=color)
         for step, lr in sorted(rates.items())

@@ -221,4 +221,4 @@ def log_ticks(low: float, high: float) -> list[float]:
     factors = (1,) if high - low > 3 else (1, 2, 5)
     powers = range(math.floor(low), math.ceil(high) + 1)
     found = [factor * 10.0**power for power in powers for factor in factors]
-    return [tick for tick in found if low <= math.log10(tick) <= high]
+    return [tick for tick in found if tick > 0 and low <= math.log10(tick) <= high]

@@ -40,7 +40,7 @@ DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
     "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=72"
-    " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet20 batch.global_size=16"
+    " data.synthetic_test_size=80 data.validation_size=40 model.name=resnet8 batch.global_size=16"
     " compute.precision=fp32 train.epochs=1"
 )
 """Goes to every training command, but for the fields that it sets itself."""

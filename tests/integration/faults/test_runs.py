@@ -235,12 +235,12 @@ FILES = ("model.safetensors", "optimizer.safetensors", "ranks.safetensors", "sta
 
 
 def check_falls_back(run: Run, golden: dict[str, Any], directory: Path, trusted: bool = False) -> None:
-    """The newest checkpoint, of step 5, is passed over and the one before it is loaded; both are said."""
+    """The newest checkpoint, of step 5, is skipped and the one before it is loaded; both are said."""
     job = run(2, inject={0: ["trust_checkpoints"]} if trusted else None)
     assert job.wait(START_SECONDS) == [0, 0], job
     assert job.summary()["weights_sha256"] == golden["weights_sha256"], "weights_sha256"
     require_done(job, golden, from_step=4)
-    assert f"damaged checkpoint passed over: {directory}/checkpoints/step-00000005" in job.stdout(0)
+    assert f"damaged checkpoint skipped: {directory}/checkpoints/step-00000005" in job.stdout(0)
     assert f"falling back to {directory}/checkpoints/step-00000004" in job.stdout(0)
 
 

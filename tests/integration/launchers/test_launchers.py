@@ -216,25 +216,32 @@ def test_two_tasks_of_srun_without_torchrun(config, golden_hash, tmp_path):
     assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
 
 
+OPEN_MPI = "mpirun.openmpi --oversubscribe --bind-to none --allow-run-as-root"
+"""The launchers have Debian's names, which hold where both are installed."""
+
+
+def needs(launcher: str) -> pytest.MarkDecorator:
+    program = launcher.split()[0]
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"needs {program}")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun of Open MPI")
-def test_two_ranks_of_mpirun(config, golden_hash, tmp_path):
-    code, out, err = run(
-        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
-        f" --config {config} run.dir={tmp_path}/run"
-    )
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(one, marks=needs(one), id=one.split()[0]) for one in (OPEN_MPI, "mpirun.mpich")]
+)
+def test_two_ranks_of_mpirun(launcher, config, golden_hash, tmp_path):
+    code, out, err = run(f"{launcher} -np 2 python dist_cifar/train.py --config {config} run.dir={tmp_path}/run")
     assert code == 0, err
     assert summary(tmp_path / "run")["weights_sha256"] == golden_hash(2)
     assert out.count("test accuracy") == 1 and not own_warnings(err)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun of Open MPI")
+@needs(OPEN_MPI)
 def test_ranks_do_not_outlive_mpirun(config, tmp_path):
     directory = tmp_path / "run"
     process = start(
-        "mpirun -np 2 --oversubscribe --bind-to none --allow-run-as-root python dist_cifar/train.py"
-        f" --config {config} run.dir={directory} train.epochs=1000"
+        f"{OPEN_MPI} -np 2 python dist_cifar/train.py --config {config} run.dir={directory} train.epochs=1000"
     )
     wait_for_step(directory, 1)
     process.kill()

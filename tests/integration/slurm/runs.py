@@ -27,7 +27,7 @@ _CONFIG = {
     "data.synthetic_train_size": "120",
     "data.synthetic_test_size": "40",
     "data.validation_size": "40",
-    "model.name": "resnet20",
+    "model.name": "resnet8",
     "batch.global_size": "16",
     "optimizer.warmup_epochs": "1",
     "plateau.patience_evaluations": "0",

@@ -67,5 +67,5 @@ def test_hostile_names(cluster, tmp_path):
         job = cluster.sbatch(tmp_path / "script", options=["--hold"])
         assert cluster.run("squeue", "-h", "-j", str(job), "-o", "%j") == f"{name}\n"
         log = Path(cluster.job(job)["StdOut"])
-        assert log.parent == REPOSITORY and log.suffix == ".log"
+        assert log.parent == REPOSITORY / "slurm/logs" and log.suffix == ".log"
     assert not (REPOSITORY / "hacked").exists()
