@@ -120,7 +120,7 @@ def test_buckets_do_not_change_the_bits(ranks):
 
 def by_hand(communicator: Communicator, passes: int, steps: int, dtype: torch.dtype) -> tuple[dict[str, Any], list]:
     """Virtual ranks one after the other in one process, with nothing of the project but the network."""
-    model = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=1).to(dtype)
+    model = build_model(ModelConfig(name="resnet8"), num_classes=10, seed=1).to(dtype)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), LR, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay)
     norms = []
