@@ -200,6 +200,6 @@ def test_size_zero_holds_out_nothing():
 @pytest.mark.parametrize(("labels", "size"), [([0, 1], 2), ([0, 1], 3), ([0] * 9 + [1], 9)])
 def test_a_split_without_training_images_is_refused(labels, size):
     with pytest.raises(
-        ConfigError, match=r"data\.validation_size: \d leaves no training image(,| of class dog, which has 1)"
+        ConfigError, match=r"data\.validation_size: \d leaves no training image(,| of class dog \(1 image\);)"
     ):
         validation_split(np.array(labels), size, ("cat", "dog"))
