@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import signal
@@ -63,11 +64,18 @@ def install() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _receive)
-    watched, woken = os.pipe()
+    watched, woken = map(_off_standard_streams, os.pipe())
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     threading.Thread(target=_end_if_stuck, args=(watched,), name="signals", daemon=True).start()
     os.register_at_fork(after_in_child=_forget)
+
+
+def _off_standard_streams(descriptor: int) -> int:
+    """The same file under a number that no standard stream has, which a closed one leaves free."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return moved
 
 
 def run_stoppable(program: Callable[[], int]) -> int:

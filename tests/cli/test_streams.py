@@ -10,6 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, sys
+from dist_cifar import stopping
 from dist_cifar.cli import main, streams, status
 from dist_cifar.errors import EXIT_DONE
 def run(options):
@@ -20,7 +21,7 @@ def run(options):
     for _ in range(3): print("again", flush=True)
     return EXIT_DONE if numbers > 2 else 1
 status.run = run
-sys.exit(main.main(["status", "run", *sys.argv[1:]]))
+sys.exit(stopping.run_stoppable(lambda: main.main(["status", "run", *sys.argv[1:]])))
 """
 LOST = "dist_cifar: warning: standard output is lost ({}); the run continues and writes its records\n"
 

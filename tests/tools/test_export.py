@@ -23,6 +23,7 @@ from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError
 from dist_cifar.inference import WithPreprocessing, load_classifier
 from dist_cifar.tools.export import export, write
+from dist_cifar.tools.export.model_card import model_card, model_metadata
 from tests import PATIENCE_SECONDS, small_runs
 from tests.test_inference import CPU, by_hand
 
@@ -127,6 +128,13 @@ def test_a_card_speaks_of_its_own_model_alone(trained, tmp_path):
     main(["export", str(trained), "--to", "torch", "--out", str(tmp_path)])
     assert "`model.pt2`" in (tmp_path / "README.md").read_text()
     assert "model.onnx" not in (tmp_path / "README.md").read_text()
+
+
+def test_names_in_the_card_are_shown_letter_for_letter(trained, classifier, tmp_path):
+    names = ("a|b", "<b>*x*</b>", "[y](z)", "1\n2", "\x1b[2J", *classifier.classes[5:])
+    named = dataclasses.replace(classifier, classes=names)
+    card = model_card(named, model_metadata(named), {}, ["model.onnx"])
+    assert r"a\|b, \<b\>\*x\*\</b\>, \[y\](z), 1 2, \\x1b\[2J, " in card
 
 
 def test_a_checkpoint_is_a_model_too(trained, classifier, tmp_path):

@@ -7,6 +7,7 @@ error.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from dist_cifar.errors import printable
 from dist_cifar.inference import Classifier
 from dist_cifar.run.predictions import wilson_interval
 
@@ -62,6 +64,7 @@ def model_card(
         "percent": lambda share, digits: f"{share:.{digits}%}",
         "thousands": lambda count: f"{count:,.0f}",
         "json": json.dumps,
+        "text": plain_text,
     }
     return environment.get_template("model_card.md.j2").render(
         classifier=classifier,
@@ -72,6 +75,11 @@ def model_card(
         files=files,
         test=_test_counts(summary) if summary else None,
     )
+
+
+def plain_text(name: str) -> str:
+    """A name as Markdown shows it letter for letter, on one line, in a cell of a table too."""
+    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", printable(" ".join(name.split())))
 
 
 def _test_counts(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -504,6 +504,16 @@ def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):
     assert code == 0 and "  epochs: 3\n" in out and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["", "-P"])
+def test_the_front_door_leaves_the_users_path_alone(option, tmp_path):
+    """With -P, or PYTHONSAFEPATH, the first entry is not the script's folder."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\natexit.register(lambda: print(sys.path[:2], file=sys.stderr))\n"
+    )
+    code, _, err = run(f"python {option} dist_cifar/train.py --print-config", PYTHONPATH=str(tmp_path))
+    assert code == 0 and err == f"{[str(REPOSITORY), str(tmp_path)]}\n"
+
+
 def test_options_may_stand_between_fields(config, capsys):
     assert main(["train", "--config", str(config), "run.seed=3", "--print-config", "run.name=x", "--resume"]) == 0
     assert "seed: 3" in capsys.readouterr().out
