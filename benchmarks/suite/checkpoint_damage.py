@@ -237,7 +237,7 @@ class Verdict:
     """What became of one damage."""
 
     detected: bool
-    """Each damaged directory is refused, and each that stood before the fallback is named as passed over."""
+    """Each damaged directory is refused, and each that stood before the fallback is named as skipped."""
     fell_back: bool
     """The newest whole checkpoint was loaded, with every bit."""
 
@@ -282,10 +282,10 @@ class Range:
             return Verdict(detected=refused == damaged, fell_back=False)
         finally:
             self._code.logger.removeHandler(handler)
-        passed_over = [line for line in said if "passed over" in line]
-        named = all(any(f"{name}:" in line for line in passed_over) for name in before)
+        skipped = [line for line in said if "checkpoint skipped" in line]
+        named = all(any(f"{name}:" in line for line in skipped) for name in before)
         right = loaded.path.name == whole and (_digests(loaded.tensors), loaded.state) == self._expected[loaded.step]
-        return Verdict(detected=refused == damaged and named and len(passed_over) == len(before), fell_back=right)
+        return Verdict(detected=refused == damaged and named and len(skipped) == len(before), fell_back=right)
 
     def _refuses(self, path: Path) -> bool:
         try:

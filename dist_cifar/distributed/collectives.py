@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +33,7 @@ from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.distributed.processes import own_identity
 from dist_cifar.distributed.rendezvous import open_store
 from dist_cifar.distributed.timeouts import Timeouts
+from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError, UserError
 
 
@@ -58,6 +59,7 @@ class Communicator:
         self._position = Position()
         self._control: dist.ProcessGroup | None = None
         self._background: dist.Work | None = None
+        self._clock: WaitClock | None = None
         self._env, self._timeouts = env, Timeouts(run_seconds=timeout_seconds)
         if env.world_size == 1:
             return
@@ -117,11 +119,15 @@ class Communicator:
         """
         if self._control is None:
             return None
-        limit_seconds = math.inf  # NCCL's watchdog counts all time, and the control group has to give up before it
-        if self.device.type == "cpu":
-            limit_seconds = self._timeouts.control_seconds
+        if self.device.type == "cpu":  # NCCL's watchdog counts all time, and gloo has to give up before it
+            self._clock = WaitClock(
+                threading.get_ident(),
+                limit_seconds=self._timeouts.control_seconds,
+                tick_seconds=2 * self._timeouts.poll_seconds,
+            )
             for group in (self._control, dist.group.WORLD):
-                backend = group._get_backend(self.device)  # type: ignore[union-attr]
+                backend: Any = group._get_backend(self.device)  # type: ignore[union-attr]
+                backend = getattr(backend, "wrapped_pg", backend)  # with TORCH_DISTRIBUTED_DEBUG=DETAIL
                 backend._set_default_timeout(datetime.timedelta(seconds=self._timeouts.longest_pause_seconds))
         return FailureDetector(
             self._failure_store,
@@ -131,19 +137,22 @@ class Communicator:
             broken=self._broken,
             end=end,
             timeouts=self._timeouts,
-            # A barrier has its own timeout.
-            limit_seconds=lambda position: math.inf if position.name == "barrier" else limit_seconds,
         )
 
     def _broken(self) -> str | None:
-        """The message of a background collective that has failed while the main thread was busy, or stuck in one of the
-        GPU's."""
+        """The message of a collective that has waited too long, or that has failed in the background while the main
+        thread was busy, or stuck in one of the GPU's."""
         work = self._background
         if work is not None and work.is_completed():
             try:
                 work.wait()
             except RuntimeError as error:
                 return describe_error(error)
+            work = None
+        # A barrier has its own timeout.
+        at = None if self._position.name == "barrier" else self._position
+        if self._clock is not None and self._clock.is_over(at, work):
+            return f"it has waited {self._timeouts.control_seconds:g} s for the other ranks in {self._position}"
         return None
 
     def _enter(self, name: str, step: int | None = None) -> None:

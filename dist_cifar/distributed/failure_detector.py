@@ -23,12 +23,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
 from dist_cifar.distributed.processes import Identity, RankProcess
 from dist_cifar.distributed.timeouts import Timeouts
-from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import StoppedError, TrainingError, UserError
 
 _FAILED, _STOPPED = "failed", "was stopped"
@@ -190,25 +190,21 @@ class FailureDetector:
         broken: Callable[[], str | None],
         end: Callable[[Failure], None],
         timeouts: Timeouts,
-        limit_seconds: Callable[[Position], float],
     ) -> None:
         """Starts the thread.
 
         `store` is a connection of the detector's own. `position` returns the last collective that this rank has
-        entered, and `broken` the message of a collective in the background that has failed. `end` is called on the
-        thread, and must end the process, if the main thread does not `report` in time. `limit_seconds` says how long
-        the main thread may wait for other ranks at a position, while this process runs.
+        entered, and `broken`, which is called at every look, the message of a collective that has failed without an
+        error of the main thread. `end` is called on the thread, and must end the process, if the main thread does not
+        `report` in time.
         """
         self._store, self._rank, self._identities = store, rank, identities
         self._position, self._broken, self._end, self._timeouts = position, broken, end, timeouts
         self._processes: Sequence[RankProcess] = ()
-        self._limit_seconds = limit_seconds
         self._main = threading.get_ident()
         self._lost: str | None = None
         self._own: Failure | None = None
         self._own_together = False
-        self._asked_at: float | None = None
-        """When the store's operation that is under way began; None if none is."""
         self._wake, self._settled, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._failure: Failure | None = None
         self._ending = threading.Lock()
@@ -228,11 +224,8 @@ class FailureDetector:
             self._own_together = isinstance(error, UserError) and self._rank != 0
             self._own = own_failure(error, self._rank, self._position().step)
         self._wake.set()
-        deadline = time.monotonic() + self._timeouts.report_seconds
-        while not self._settled.wait(0.1):
-            now, asked_at = time.monotonic(), self._asked_at
-            if now > deadline or (asked_at is not None and now - asked_at > self._timeouts.store_seconds):
-                return self._kill_unresponsive(self._store_lost())
+        if not self._settled.wait(self._timeouts.report_seconds):
+            return self._kill_unresponsive(self._store_lost())
         assert self._failure is not None
         return self._failure
 
@@ -246,15 +239,19 @@ class FailureDetector:
         # All ranks have just answered; and on this thread, the import of psutil delays nothing.
         own = self._identities[self._rank]
         self._processes = [RankProcess(identity, seen_from=own) for identity in self._identities]
-        store_answers, clock = True, WaitClock(self._main, 2 * self._timeouts.poll_seconds)
+        store_answers, alarm = True, None
         while not self._wake.wait(self._timeouts.poll_seconds):
-            self._lost = self._lost or self._broken() or self._waited_too_long(clock)
+            self._lost = self._lost or self._broken()
             if self._lost:
                 break
             if store_answers:
+                alarm = alarm or _begin(self._store.check, [_ALARM])
                 try:
-                    if self._ask(self._store.check, [_ALARM]):
+                    if alarm.result(self._timeouts.poll_seconds):
                         break
+                    alarm = None
+                except TimeoutError:  # its host may be paused, with the whole job: the answer may still come
+                    pass
                 except RuntimeError:  # its host may have finished: if it has not, our collectives fail
                     store_answers = False
         if self._closed.is_set():
@@ -271,18 +268,12 @@ class FailureDetector:
         if self._ending.acquire(blocking=False):
             self._end(failure)
 
-    def _waited_too_long(self, clock: WaitClock) -> str | None:
-        position = self._position()
-        waited, limit = clock.look(position), self._limit_seconds(position)
-        return f"it has waited {waited:.3g} s for the other ranks in {position}" if waited > limit else None
-
     def _ask(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs an operation of the store, timed, so that the main thread notices one that hangs."""
-        self._asked_at = time.monotonic()
+        """Runs an operation of the store. Raises `RuntimeError` if the store is gone or does not answer in time."""
         try:
-            return operation(*arguments)
-        finally:
-            self._asked_at = None
+            return _begin(operation, *arguments).result(self._timeouts.store_seconds)
+        except TimeoutError as error:
+            raise RuntimeError("the job's store does not answer") from error
 
     def _settle(self) -> Failure:
         """Agrees with the other ranks on what ended the job."""
@@ -360,6 +351,20 @@ class FailureDetector:
                 if self._ask(self._store.add, _TOLD, 0) >= len(self._identities) - len(failure.lost):
                     break
                 time.sleep(_AGREE_POLL_SECONDS)
+
+
+def _begin(operation: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Runs an operation on a thread of its own, which may hang with it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(operation(*arguments))
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    return future
 
 
 def own_failure(error: BaseException, rank: int, step: int | None) -> Failure:

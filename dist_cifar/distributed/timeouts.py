@@ -49,7 +49,7 @@ class Timeouts:
     report_seconds: float = 15.0
     """How long the main thread waits for the conclusion."""
     longest_pause_seconds: float = 7 * 86400.0
-    """The timeout of gloo on CPUs once a failure detector counts `control_seconds` instead, pauses left out."""
+    """The timeout of gloo on CPUs once a `WaitClock` counts `control_seconds`, without pauses of the job."""
 
     def __post_init__(self) -> None:
         # The group whose errors we understand gives up first, and NCCL's watchdog last.

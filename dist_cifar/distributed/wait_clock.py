@@ -1,8 +1,8 @@
-"""How long the main thread has been waiting for other ranks, in time in which this process ran.
+"""How long a rank has been waiting for other ranks, in time in which its process ran.
 
 Contract: a pause of the whole job (a suspended job, gang scheduling, a frozen container or machine) adds next to
-nothing, while gloo's own timeouts count it. A thread waits while it uses no processor time and stands in a collective:
-in this package's, or in code of torch, which runs those of DDP and FSDP. Nothing here imports torch.
+nothing, while gloo's own timeouts count it. The main thread waits while it uses no processor time and stands in a
+collective: in this package's, or in code of torch, which runs those of DDP and FSDP. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,25 +22,30 @@ _IDLE_SECONDS = 0.001
 
 
 class WaitClock:
-    """The clock of one thread."""
+    """The time that the main thread waits in one collective, and the time that one in the background takes."""
 
-    def __init__(self, thread: int, longest_tick_seconds: float) -> None:
-        """`thread` is its identifier. Looks that are further apart than `longest_tick_seconds` were held up."""
-        self._thread, self._longest = thread, longest_tick_seconds
+    def __init__(self, thread: int, *, limit_seconds: float, tick_seconds: float) -> None:
+        """`thread` is the main thread's identifier. Of the time between two looks at most `tick_seconds` count."""
+        self._thread, self._limit, self._tick = thread, limit_seconds, tick_seconds
         self._cpu_clock = time.pthread_getcpuclockid(thread)
-        self._seen_at, self._cpu, self._place = time.monotonic(), time.clock_gettime(self._cpu_clock), object()
-        self._waited = 0.0
+        self._seen_at, self._cpu = time.monotonic(), time.clock_gettime(self._cpu_clock)
+        self._seen: tuple[object, object] = None, None
+        self._waited = [0.0, 0.0]
 
-    def look(self, place: object) -> float:
-        """Returns the seconds of waiting so far. Call it often; `place` is another one in each collective."""
+    def is_over(self, collective: object, background: object) -> bool:
+        """Whether one of the two has waited longer than the limit. Call it often.
+
+        `collective` is the last one that the main thread has entered, and `background` one that runs beside it; None
+        stands for one that may take its time, or for none.
+        """
         now, cpu = time.monotonic(), time.clock_gettime(self._cpu_clock)
-        waits = place == self._place and cpu - self._cpu < _IDLE_SECONDS
-        if waits and stands_in_collective(sys._current_frames().get(self._thread)):
-            self._waited += min(now - self._seen_at, self._longest)
-        else:
-            self._waited = 0.0
-        self._seen_at, self._cpu, self._place = now, cpu, place
-        return self._waited
+        is_idle = cpu - self._cpu < _IDLE_SECONDS and stands_in_collective(sys._current_frames().get(self._thread))
+        seen = collective if is_idle else None, background
+        ran = min(now - self._seen_at, self._tick)
+        for i, (before, current) in enumerate(zip(self._seen, seen, strict=True)):
+            self._waited[i] = self._waited[i] + ran if current is not None and current == before else 0.0
+        self._seen_at, self._cpu, self._seen = now, cpu, seen
+        return max(self._waited) > self._limit
 
 
 def stands_in_collective(frame: FrameType | None) -> bool:

@@ -23,6 +23,9 @@ MAX_BYTES = 2**30
 _STALE_ATTEMPTS = 5
 """How often a file is opened that a network disk has replaced in the meantime."""
 
+_NOT_FINITE = ("nan", "inf", "-inf")
+"""The floats for which JSON has no word; rows hold them as strings."""
+
 Check = Callable[[Any], bool]
 """Whether a value, None for a missing one, is what it should be."""
 Shape = Mapping[str, Check]
@@ -267,11 +270,15 @@ def _object(line: str) -> dict[str, Any] | None:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return {name: _number(item) for name, item in value.items()} if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    if not any(f'"{name}"' in line for name in _NOT_FINITE):  # most rows of a long file
+        return value
+    return {name: _number(item) for name, item in value.items()}
 
 
 def _number(value: Any) -> Any:
-    """A value of a row: JSON has no word for floats that are not finite, they are strings."""
+    """A value of a row, with its floats that are not finite."""
     if isinstance(value, list):
         return [_number(item) for item in value]
-    return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else value

@@ -1,10 +1,10 @@
-"""The clock of the time that a thread waits for other ranks."""
+"""The clock of the time that a rank waits for other ranks."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from dist_cifar.distributed import wait_clock
 from dist_cifar.distributed.wait_clock import WaitClock
 
-TICK = 0.02
+LOOK, LIMIT = 0.02, 0.05
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def running(function) -> Iterator[int]:
     thread = threading.Thread(target=function, args=(end,))
     thread.start()
     try:
-        time.sleep(TICK)
+        time.sleep(LOOK)
         assert thread.ident is not None
         yield thread.ident
     finally:
@@ -46,43 +46,60 @@ def in_collective(monkeypatch):
     monkeypatch.setattr(wait_clock, "_COLLECTIVES", {__file__})
 
 
-def looks(thread: int, places: list[object], seconds: float = TICK, longest: float = 60.0) -> list[float]:
-    clock = WaitClock(thread, longest)
-    clock.look(places[0])
-    found = []
-    for place in places:
-        time.sleep(seconds)
-        found.append(clock.look(place))
+def looks(
+    function, collectives: Sequence[object], background: Sequence[object] | None = None, *, seconds: float = LOOK
+) -> list[bool]:
+    """What the clock of a thread that runs `function` says at looks that are `seconds` apart."""
+    background = background or [None] * len(collectives)
+    with running(function) as thread:
+        clock = WaitClock(thread, limit_seconds=LIMIT, tick_seconds=3 * LOOK)
+        found = []
+        for pair in zip(collectives, background, strict=True):
+            found.append(clock.is_over(*pair))
+            time.sleep(seconds)
     return found
 
 
 def test_a_thread_that_waits_in_a_collective_is_timed(in_collective):
-    with running(waits) as thread:
-        first, second = looks(thread, ["sum", "sum"])
-    assert first >= TICK and second >= first + TICK
+    found = looks(waits, ["sum"] * 9)
+    assert not any(found[:2]) and found[-1]
 
 
 def test_the_next_collective_begins_anew(in_collective):
-    with running(waits) as thread:
-        assert looks(thread, ["sum", "vote", "vote"])[1] == 0
+    assert not any(looks(waits, ["sum", "vote"] * 5))
+
+
+def test_one_that_may_take_its_time_is_not_timed(in_collective):
+    assert not any(looks(waits, [None] * 9))
 
 
 def test_a_thread_that_computes_does_not_wait(in_collective):
-    with running(computes) as thread:
-        assert looks(thread, ["sum"] * 3, seconds=0.2) == [0, 0, 0]
+    assert not any(looks(computes, ["sum"] * 5, seconds=0.2))
 
 
 def test_a_thread_that_is_idle_elsewhere_does_not_wait_for_other_ranks():
-    with running(waits) as thread:
-        assert looks(thread, ["sum"] * 3) == [0, 0, 0]
+    assert not any(looks(waits, ["sum"] * 9))
+
+
+def test_what_runs_in_the_background_is_timed_whatever_the_thread_does():
+    vote = object()
+    assert looks(computes, ["sum"] * 9, [vote] * 9)[-1]
+    assert not any(looks(computes, ["sum"] * 9, [object() for _ in range(9)]))
 
 
 def test_a_pause_counts_as_one_tick(in_collective):
+    assert looks(waits, ["sum", "sum"], seconds=LIMIT * 10) == [False, True]  # three looks are more than the limit
+    assert wait_of_one_pause(LOOK / 2) is False
+
+
+def wait_of_one_pause(tick: float) -> bool:
     with running(waits) as thread:
-        assert looks(thread, ["sum", "sum"], seconds=0.3, longest=0.1) == [0.1, 0.2]
+        clock = WaitClock(thread, limit_seconds=LIMIT, tick_seconds=tick)
+        clock.is_over("sum", None)
+        time.sleep(LIMIT * 10)
+        return clock.is_over("sum", None)
 
 
 def test_code_of_torch_may_wait(monkeypatch):
     monkeypatch.setattr(wait_clock, "_TORCH", "threading.py")  # the innermost code of `waits`
-    with running(waits) as thread:
-        assert looks(thread, ["sum", "sum"])[1] > 0
+    assert looks(waits, ["sum"] * 9)[-1]

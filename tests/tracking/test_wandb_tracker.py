@@ -217,7 +217,10 @@ def test_an_exception_of_wandb_is_said_once_and_ends_nothing(tmp_path, said):
 @pytest.mark.slow
 def test_a_whole_run_is_in_its_offline_file(tmp_path):
     """Two ranks under torchrun: every row, the config, the summary, tables and pictures."""
-    words = [f"{key}={value}" for key, value in (small_runs.VALUES | {"tracking.wandb": "offline", "train.epochs": "1"}).items()]
+    words = [
+        f"{key}={value}"
+        for key, value in (small_runs.VALUES | {"tracking.wandb": "offline", "train.epochs": "1"}).items()
+    ]
     words += [f"run.dir={tmp_path / 'run'}", "tracking.wandb_job_type=train", "tracking.wandb_notes=two ranks"]
     words += ["tracking.wandb_checkpoints=true"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "dist_cifar/train.py", *words]

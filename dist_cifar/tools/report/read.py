@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ class Run:
         """The rows of `metrics.jsonl` that have this `kind`."""
         return [row for row in self.rows if row["kind"] == kind]
 
-    @property
+    @cached_property
     def starts(self) -> list[dict[str, Any]]:
         """The `started` events, one for each job of the run."""
         return [event for event in self.events if event["event"] == "started"]

@@ -110,6 +110,24 @@ def test_a_stopped_rank_is_named_and_killed(run, golden, rank, agent):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["exact", "ddp"])
+def test_a_job_that_is_suspended_for_longer_than_its_timeout_continues(run, strategy):
+    overrides, ranks = (f"strategy.name={strategy}", "strategy.virtual_ranks=2"), range(2)
+    undisturbed = run(*overrides, directory="undisturbed", world_size=2)
+    assert undisturbed.wait(START_SECONDS) == [0, 0], undisturbed
+    job = run(*overrides, STALL, world_size=2)
+    for step in (AT_STEP // 2, AT_STEP):
+        job.wait_for_step(step)
+        for rank in ranks:
+            job.stop(rank)
+        time.sleep(1.5 * STALL_SECONDS)
+        for rank in ranks:
+            job.go_on(rank)
+    assert job.wait(START_SECONDS) == [0, 0], job
+    assert job.summary()["weights_sha256"] == undisturbed.summary()["weights_sha256"]
+
+
+@pytest.mark.slow
 def test_a_main_thread_that_waits_for_ever_in_a_gpus_collective_is_ended_by_its_watch(run):
     """Rank 0 sees no timeout itself: its any-reduce, in the background, does."""
     job = run(STALL, world_size=2, inject={0: ["hang_at", AT_STEP], 1: ["stop_before_any_reduce", AT_STEP]})

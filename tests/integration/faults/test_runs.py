@@ -245,7 +245,7 @@ def check_falls_back(run: Run, golden: dict[str, Any], directory: Path, trusted:
 
 
 @pytest.mark.parametrize("damage", [truncate, *(pytest.param(flip_bit, id=name) for name in FILES)])
-def test_a_damaged_checkpoint_is_passed_over(run, golden, stopped, damage, request):
+def test_a_damaged_checkpoint_is_skipped(run, golden, stopped, damage, request):
     newest = checkpoints(stopped)[-1]
     assert {path.name for path in newest.iterdir()} == set(FILES) and newest.name == "step-00000005"
     name = request.node.callspec.id
