@@ -134,7 +134,18 @@ def system_error(error: BaseException) -> str | None:
     return f"{one_line(error)}; {_SYSTEM_ERRORS.get(error.errno) or _OF_A_DISK}"
 
 
-def one_line(error: Exception) -> str:
+def out_of_memory(error: BaseException) -> ConfigError | None:
+    """The line for memory that Python, numpy or torch asked for in vain, of a GPU too; None for any other error."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and is_torchs):
+        return None
+    return ConfigError(
+        f"out of memory: {one_line(error)}; set batch.max_micro_batch to fewer images, or use smaller data, or more"
+        " memory"
+    )
+
+
+def one_line(error: BaseException) -> str:
     """The message of another package's error, short enough for a line of the log."""
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 

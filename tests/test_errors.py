@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 
 import pytest
+import torch
 
-from dist_cifar.errors import counted, nearest_path, printable, system_error
+from dist_cifar.errors import counted, nearest_path, out_of_memory, printable, system_error
 
 
 def test_names_that_share_an_extension_alone_are_not_alike(tmp_path):
@@ -52,6 +53,30 @@ def test_a_plural_of_its_own():
 def test_an_error_of_the_system_is_one_line(error, line):
     found = system_error(error)
     assert found is None if line is None else found is not None and found.startswith(line) and "\x1b" not in found
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError("Unable to allocate 2.79 TiB for an array"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 5 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(error, is_one):
+    found = out_of_memory(error)
+    assert (found is not None) == is_one
+    if found is not None:
+        assert str(found).startswith("out of memory: ") and "batch.max_micro_batch" in str(found)
+
+
+def test_torch_says_so_on_a_cpu_too():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(caught.value) is not None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dist_cifar.cli.error_line import print_error
 from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
-from dist_cifar.errors import EXIT_INTERNAL, EXIT_SAVED, DataError, StoppedError, UserError, system_error
+from dist_cifar.errors import EXIT_INTERNAL, EXIT_SAVED, DataError, StoppedError, UserError, out_of_memory, system_error
 from dist_cifar.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class FailureExit:
         message = system_error(error)
         if message is not None:
             error = DataError(f"run.dir={self._run_dir.path}: {message}").with_traceback(None)
+        error = out_of_memory(error) or error
         if detector is None:
             failure = own_failure(error, self._rank, self._communicator.step)
         else:

@@ -17,7 +17,7 @@ from dist_cifar.cli import streams
 from dist_cifar.cli.error_line import report_error
 from dist_cifar.cli.parser import parse
 from dist_cifar.distributed.launch_env import launcher_rank
-from dist_cifar.errors import EXIT_DATA, EXIT_DONE, EXIT_SIGINT, UserError, system_error
+from dist_cifar.errors import EXIT_DATA, EXIT_DONE, EXIT_SIGINT, UserError, out_of_memory, system_error
 from dist_cifar.tracking.console import ROOT_LOGGER, log_to_stream
 
 
@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of our output has left, as `| head` does
             streams.discard(sys.stdout)
             return EXIT_DONE
+        except (MemoryError, RuntimeError) as error:
+            lack = out_of_memory(error)
+            if lack is None:
+                raise
+            report_error(str(lack))
+            return lack.exit_code
         except OSError as error:
             message = system_error(error)
             if message is None:

@@ -22,6 +22,7 @@ LONE_RANK: Any = SimpleNamespace(rank=0, step=3, identities=[own_identity()])
         (ConfigError("set this"), 2, "set this"),
         (CheckpointError("none is\n whole"), 74, "none is whole"),
         (TrainingError("loss is nan"), 70, "loss is nan"),
+        (MemoryError("Unable to allocate 2.79 TiB"), 2, "out of memory: Unable to allocate 2.79 TiB; set batch."),
         (
             OSError(28, "No space left on device"),
             74,
