@@ -6,8 +6,8 @@ rank is gone or stopped, raises the alarm, and all ranks answer a roll call: who
 thread is. The first to reach a conclusion records it and all adopt it, so that every survivor names the same rank
 (`Failure`). A rank whose main thread is stuck, in a collective or elsewhere, is ended by its detector. Ranks that do
 not answer are killed by those that share their host. From the first failed collective this takes a few seconds at
-most, whatever hangs: the store's connection is used by the detector alone, and a store that does not answer is itself
-a finding. How long each wait takes is in `Timeouts`.
+most, whatever hangs: the store's connection is used by the detector alone, on threads that may hang with it, and a
+store that does not answer is itself a finding. How long each wait takes is in `Timeouts`.
 
 The decision (`conclude`) is a pure function; nothing here imports torch.
 """
