@@ -288,6 +288,7 @@ class FailureDetector:
                 else:
                     self._decide(self._own)
                 continue
+            self._lost = self._lost or self._broken()
             answer = Answer(position=self._position(), lost=self._lost, where=self._where())
             if answered is None or (answer.lost and not answered.lost):
                 answered = answer
