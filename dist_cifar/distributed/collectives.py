@@ -121,11 +121,7 @@ class Communicator:
         if self._control is None:
             return None
         if self.device.type == "cpu":  # NCCL's watchdog counts all time, and gloo has to give up before it
-            self._clock = WaitClock(
-                threading.get_ident(),
-                limit_seconds=self._timeouts.control_seconds,
-                tick_seconds=2 * self._timeouts.poll_seconds,
-            )
+            self._clock = WaitClock(threading.get_ident(), tick_seconds=2 * self._timeouts.poll_seconds)
             for group in (self._control, dist.group.WORLD):
                 backend: Any = group._get_backend(self.device)  # type: ignore[union-attr]
                 backend = getattr(backend, "wrapped_pg", backend)  # with TORCH_DISTRIBUTED_DEBUG=DETAIL
@@ -140,9 +136,9 @@ class Communicator:
             timeouts=self._timeouts,
         )
 
-    def _broken(self) -> str | None:
+    def _broken(self, is_roll_call: bool) -> str | None:
         """The message of a collective that has waited too long, or that has failed in the background while the main
-        thread was busy, or stuck in one of the GPU's."""
+        thread was busy, or stuck in one of the GPU's. When the roll is called, one that just waits has failed too."""
         work = self._background
         if work is not None and work.is_completed():
             try:
@@ -150,10 +146,14 @@ class Communicator:
             except RuntimeError as error:
                 return describe_error(error)
             work = None
+        if self._clock is None:
+            return None
         # A barrier has its own timeout.
         at = None if self._position.name == "barrier" else self._position
-        if self._clock is not None and self._clock.is_over(at, work):
-            return f"it has waited {self._timeouts.control_seconds:g} s for the other ranks in {self._position}"
+        waited, background = self._clock.look(at, work)
+        limit = self._timeouts.control_seconds
+        if background > limit or waited > (min(limit, self._timeouts.waiting_seconds) if is_roll_call else limit):
+            return f"it has waited {max(waited, background):.3g} s for the other ranks in {self._position}"
         return None
 
     def _enter(self, name: str, step: int | None = None) -> None:

@@ -187,7 +187,7 @@ class FailureDetector:
         rank: int,
         identities: Sequence[Identity],
         position: Callable[[], Position],
-        broken: Callable[[], str | None],
+        broken: Callable[[bool], str | None],
         end: Callable[[Failure], None],
         timeouts: Timeouts,
     ) -> None:
@@ -195,8 +195,8 @@ class FailureDetector:
 
         `store` is a connection of the detector's own. `position` returns the last collective that this rank has
         entered, and `broken`, which is called at every look, the message of a collective that has failed without an
-        error of the main thread. `end` is called on the thread, and must end the process, if the main thread does not
-        `report` in time.
+        error of the main thread; with True, when the roll is called, also of one that merely waits. `end` is called on
+        the thread, and must end the process, if the main thread does not `report` in time.
         """
         self._store, self._rank, self._identities = store, rank, identities
         self._position, self._broken, self._end, self._timeouts = position, broken, end, timeouts
@@ -241,7 +241,7 @@ class FailureDetector:
         self._processes = [RankProcess(identity, seen_from=own) for identity in self._identities]
         store_answers, alarm = True, None
         while not self._wake.wait(self._timeouts.poll_seconds):
-            self._lost = self._lost or self._broken()
+            self._lost = self._lost or self._broken(False)
             if self._lost:
                 break
             if store_answers:
@@ -288,7 +288,7 @@ class FailureDetector:
                 else:
                     self._decide(self._own)
                 continue
-            self._lost = self._lost or self._broken()
+            self._lost = self._lost or self._broken(True)
             answer = Answer(position=self._position(), lost=self._lost, where=self._where())
             if answered is None or (answer.lost and not answered.lost):
                 answered = answer

@@ -40,6 +40,8 @@ class Timeouts:
     roll_call_seconds: float = 4.0
     """How long ranks have to answer the roll call; rank 0, which may host the store, stays for at most as long after
     the conclusion."""
+    waiting_seconds: float = 1.0
+    """A rank on a CPU that has stood in a collective for longer, when the roll is called, waits for other ranks."""
     together_seconds: float = 3.0
     """How long a rank with a `UserError` lets rank 0 raise it first: most such errors are raised by all together."""
     grace_seconds: float = 3.0
@@ -58,6 +60,8 @@ class Timeouts:
         assert self.hold_seconds < self.silence_seconds and self.connect_seconds < self.silence_seconds
         # Nobody is called silent in the roll call before it can have seen the alarm and asked the store.
         assert self.poll_seconds + self.store_seconds < self.roll_call_seconds
+        # It is seen to wait before the time to answer is over.
+        assert self.poll_seconds + self.waiting_seconds < self.roll_call_seconds
         # A rank that lets rank 0 go first speaks up before the others call the roll.
         assert self.together_seconds < self.roll_call_seconds
         # The main thread outwaits everything that its watch does before it knows the conclusion and has told so.

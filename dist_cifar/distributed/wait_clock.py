@@ -24,16 +24,16 @@ _IDLE_SECONDS = 0.001
 class WaitClock:
     """The time that the main thread waits in one collective, and the time that one in the background takes."""
 
-    def __init__(self, thread: int, *, limit_seconds: float, tick_seconds: float) -> None:
+    def __init__(self, thread: int, *, tick_seconds: float) -> None:
         """`thread` is the main thread's identifier. Of the time between two looks at most `tick_seconds` count."""
-        self._thread, self._limit, self._tick = thread, limit_seconds, tick_seconds
+        self._thread, self._tick = thread, tick_seconds
         self._cpu_clock = time.pthread_getcpuclockid(thread)
         self._seen_at, self._cpu = time.monotonic(), time.clock_gettime(self._cpu_clock)
         self._seen: tuple[object, object] = None, None
         self._waited = [0.0, 0.0]
 
-    def is_over(self, collective: object, background: object) -> bool:
-        """Whether one of the two has waited longer than the limit. Call it often.
+    def look(self, collective: object, background: object) -> tuple[float, float]:
+        """Returns the seconds so far of the main thread's wait and of what runs in the background. Call it often.
 
         `collective` is the last one that the main thread has entered, and `background` one that runs beside it; None
         stands for one that may take its time, or for none.
@@ -45,7 +45,7 @@ class WaitClock:
         for i, (before, current) in enumerate(zip(self._seen, seen, strict=True)):
             self._waited[i] = self._waited[i] + ran if current is not None and current == before else 0.0
         self._seen_at, self._cpu, self._seen = now, cpu, seen
-        return max(self._waited) > self._limit
+        return self._waited[0], self._waited[1]
 
 
 def stands_in_collective(frame: FrameType | None) -> bool:

@@ -21,6 +21,7 @@ def test_every_timeout_of_a_run_is_possible(seconds):
         {"hold_seconds": 3.0},
         {"connect_seconds": 3.0},
         {"poll_seconds": 1.0},
+        {"waiting_seconds": 3.5},
         {"together_seconds": 4.0},
         {"report_seconds": 14.0},
     ],
