@@ -37,9 +37,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _hint(flag: str, parser: CommandParser, has_fields: bool) -> str:
-    name = nearest(flag.lstrip("-"), [option.lstrip("-") for option in parser.option_names])  # dashes are alike
+    options = {option.lstrip("-"): option for option in parser.option_names}  # compared without the dashes they share
+    name = nearest(flag.lstrip("-"), options)
     if name is not None or not has_fields:
-        return f"; did you mean --{name}?" if name else ""
+        return f"; did you mean {options[name]}?" if name else ""
     from dist_cifar.config import key_hint
 
     return f"; config fields are given as key=value, without dashes{key_hint(flag.lstrip('-')).rstrip(';')}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_cifar.cli.arguments import Commands, new_file
-from dist_cifar.errors import EXIT_DONE, ConfigError
+from dist_cifar.errors import EXIT_DONE, ConfigError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ def _begun(paths: Sequence[Path]) -> list[Path]:
 
     if len(paths) == 1:
         return [require_run(paths[0])]
-    passed = [path for path in paths if path.exists() and not (is_run(path) and (path / "status.json").exists())]
-    if passed:
-        names = ", ".join(str(path) for path in passed[:5]) + (f" and {len(passed) - 5} more" if passed[5:] else "")
+    skipped = [path for path in paths if path.exists() and not (is_run(path) and (path / "status.json").exists())]
+    if skipped:
+        names = listed([str(path) for path in skipped], most=5)
         logger.warning("warning: report: skipped, because no training has begun there: %s", names)
-    runs = [require_run(path) for path in paths if path not in passed]
+    runs = [require_run(path) for path in paths if path not in skipped]
     if not runs:
         raise ConfigError("report: no training has begun in any of these; give the run.dir of one")
     return runs

@@ -19,7 +19,7 @@ from dist_cifar.config import DataConfig, expand_path
 from dist_cifar.data import cache, node_staging
 from dist_cifar.data.ownership import private_in
 from dist_cifar.data.sources import SOURCES
-from dist_cifar.errors import ConfigError, counted
+from dist_cifar.errors import ConfigError, counted, listed
 from dist_cifar.ops import philox
 
 _SPLIT_SEED = 0
@@ -117,11 +117,8 @@ def validation_split(
         if share == count
     )
     if emptied:
-        listed = ", ".join(f"{name} ({counted(count, 'image')})" for count, name in emptied[:10])
-        more = f" and {len(emptied) - 10} more" if emptied[10:] else ""
-        raise ConfigError(
-            f"data.validation_size: {size} leaves no training image of class {listed}{more}; make it smaller"
-        )
+        named = listed([f"{name} ({counted(count, 'image')})" for count, name in emptied])
+        raise ConfigError(f"data.validation_size: {size} leaves no training image of class {named}; make it smaller")
     for label, share in zip(classes, shares, strict=True):
         members = np.flatnonzero(labels == label)
         held_out[members[np.argsort(chance[members], kind="stable")[:share]]] = True

@@ -23,7 +23,7 @@ from dist_cifar.augment.image import require_images
 from dist_cifar.config import DataConfig
 from dist_cifar.data.dataset import Split, load_dataset
 from dist_cifar.data.names import normal_form
-from dist_cifar.errors import DataError, nearest_path, one_line
+from dist_cifar.errors import DataError, listed, nearest_path, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def require_classes(data: str, found: Sequence[str], classes: Sequence[str]) -> 
     if here != wanted:
         lacking, unknown = ([name for name in a if name not in b] for a, b in ((wanted, here), (here, wanted)))
         differences = [
-            f"{what} {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            f"{what} {listed(names)}"
             for what, names in (("it lacks", lacking), ("the model does not know", unknown))
             if names
         ]

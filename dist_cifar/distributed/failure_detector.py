@@ -361,7 +361,7 @@ def _begin(operation: Callable[..., Any], *arguments: Any) -> Future[Any]:
     def run() -> None:
         try:
             future.set_result(operation(*arguments))
-        except RuntimeError as error:
+        except Exception as error:  # for who takes the result
             future.set_exception(error)
 
     threading.Thread(target=run, name="store", daemon=True).start()

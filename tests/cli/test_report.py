@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def test_what_has_not_begun_is_passed_over_and_named(folder, capsys):
+def test_what_has_not_begun_is_skipped_and_named(folder, capsys):
     assert main(["report", *sorted(f"runs/{path.name}" for path in folder.iterdir())]) == 0
     out, err = capsys.readouterr()
     assert "report.html" in out and (folder.parent / "report.html").exists()

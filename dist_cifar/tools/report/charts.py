@@ -119,7 +119,9 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
 
 def _lr_reductions(run: Run, color: str) -> list[Mark]:
     """One mark for each step at which the learning rate was reduced; a resume may have repeated some."""
-    rates = {event["step"]: event["lr"] for event in run.events if event["event"] == "lr_reduction" and run.starts}
+    if not run.starts:  # the log that says how long an epoch is was damaged
+        return []
+    rates = {event["step"]: event["lr"] for event in run.events if event["event"] == "lr_reduction"}
     return [
         Mark(epoch=step / _steps_per_epoch(run), kind="lr_reduction", label=f"plateau: lr {number(lr)}", color=color)
         for step, lr in sorted(rates.items())
