@@ -25,9 +25,8 @@ from dist_cifar.run import predictions
 from dist_cifar.tracking.exactly_once import named, public_config
 from dist_cifar.tracking.registry import open_trackers
 from dist_cifar.tracking.wandb_tracker import WandbTracker, _log_checkpoints, run_id, wanted_mode
-from tests import PATIENCE_SECONDS, REPOSITORY, small_runs
-from tests.tracking import wandb_file
-from tests.tracking.fake_wandb import FakeWandb
+from tests import PATIENCE_SECONDS, REPOSITORY, small_runs, wandb_file
+from tests.fake_wandb import FakeWandb
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
