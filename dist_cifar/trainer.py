@@ -33,7 +33,7 @@ from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.state import Evaluation, StepTotals, TrainState
-from dist_cifar.stopping import Deadline, defer, seconds_left, stop_requested
+from dist_cifar.stopping import Deadline, at_once, defer, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.strategy.compute import build_evaluator, compile_kernels
@@ -178,6 +178,7 @@ class Trainer:
                 if write_failed:
                     self.checkpoints.wait()  # raises what went wrong
                 if stops:
+                    self.records.stopping(state, self.checkpoints.store.write_seconds)
                     self.save()
                     self._leave_loop()
                     self.records.stopped(state)
@@ -284,7 +285,8 @@ class Trainer:
         final_sha256 = weights_sha256(model)
         if state.best_step != state.step:
             model = self.checkpoints.load_best(state.best_step)
-        test = self.evaluator.test(model)
+        with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
+            test = self.evaluator.test(model)
         self.log.evaluation("test", self._timed_state(), test)
         self.records.finished(
             state,

@@ -16,7 +16,7 @@ from tests import REPOSITORY
 
 PACKAGE = REPOSITORY / "dist_cifar"
 ORDER = [
-    ["errors"],
+    ["errors", "terminal"],
     ["stopping"],
     ["config"],
     ["distributed"],

@@ -21,7 +21,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 
 def add_config(parser: argparse.ArgumentParser, *, example: str) -> None:
     """Adds `--config` and the overrides, of which the help shows `example`."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
+    parser.add_argument("--config", type=path, metavar="FILE", help="YAML file; default: configs/cifar10_resnet18.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"config fields, e.g. {example}")
 
 
@@ -60,27 +60,35 @@ def port(text: str) -> int:
     return int(text)
 
 
+def path(text: str) -> Path:
+    """A path; the shell has not expanded the `~` of `--option=~/name`."""
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home; write the path out") from None
+
+
 def new_file(text: str) -> Path:
     """A file that can be written."""
-    path = Path(text)
-    if path.is_dir():
+    file = path(text)
+    if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; give a file in it")
-    if path.exists() and not path.is_file():  # a device or a pipe, which is written through
-        if not os.access(path, os.W_OK):
+    if file.exists() and not file.is_file():  # a device or a pipe, which is written through
+        if not os.access(file, os.W_OK):
             raise argparse.ArgumentTypeError(f"{text} is not writable; give another one")
-        return path
-    _require_writable(Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent, text)
-    return path
+        return file
+    _require_writable(Path(os.path.realpath(file)).parent if file.is_symlink() else file.parent, text)
+    return file
 
 
 def new_folder(text: str) -> Path:
     """A folder that exists and can be written, or that can be made."""
-    path = Path(text)
-    existing = path
+    folder = path(text)
+    existing = folder
     while not existing.exists():
         existing = existing.parent
     _require_writable(existing, text)
-    return path
+    return folder
 
 
 def _require_writable(folder: Path, text: str) -> None:

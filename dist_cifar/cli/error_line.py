@@ -9,6 +9,7 @@ import time
 from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import launcher_rank
 from dist_cifar.errors import printable
+from dist_cifar.terminal import coloured
 
 _RANK0_SECONDS = 3.0
 """How long the other ranks leave it to rank 0 to report an error that all ranks have."""
@@ -28,4 +29,5 @@ def report_error(message: str) -> None:
 def print_error(message: str, rank: str = "0") -> None:
     """Prints the message at once, with the rank in front of it if that is not 0."""
     prefix = "" if rank == "0" else f"rank {rank}: "
-    print(f"dist_cifar: error: {prefix}{printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    line = f"dist_cifar: error: {prefix}{printable(' '.join(message.split()))}"
+    print(coloured(line, sys.stderr), file=sys.stderr, flush=True)

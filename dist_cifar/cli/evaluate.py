@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_cifar.cli.arguments import Commands, add_local_rank, new_file
+from dist_cifar.cli.arguments import Commands, add_local_rank, new_file, path
 from dist_cifar.errors import EXIT_DONE, printable
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def add(commands: Commands) -> None:
         " launcher the ranks share the work, with the same result.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="default: the test split that the run names")
+    parser.add_argument("run", type=path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("--data", type=path, metavar="PATH", help="default: the test split that the run names")
     parser.add_argument("--tta", action="store_true", help="average each image with its mirror image")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the result for programs")
     add_local_rank(parser)

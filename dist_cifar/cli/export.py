@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from dist_cifar.cli.arguments import Commands, new_folder
+from dist_cifar.cli.arguments import Commands, new_folder, path
 from dist_cifar.errors import EXIT_DONE
 
 
@@ -19,7 +18,7 @@ def add(commands: Commands) -> None:
         " the normalisation inside, compare it with the model, and write a model card beside it.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, or one of its checkpoints")
+    parser.add_argument("run", type=path, metavar="RUN", help="run directory, or one of its checkpoints")
     parser.add_argument("--to", choices=("torch", "onnx"), required=True)
     parser.add_argument("--out", type=new_folder, metavar="DIR", help="default: RUN/export")
     parser.set_defaults(command=run)

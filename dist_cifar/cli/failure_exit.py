@@ -66,8 +66,7 @@ class FailureExit:
         leave(EXIT_SAVED if failure.is_stop else EXIT_INTERNAL)
 
     def _print_first(self, failure: Failure) -> None:
-        line = f"rank {self._rank}: {failure.sentence(self._communicator.identities)}"
-        print(f"dist_cifar: error: {line}", file=sys.stderr, flush=True)
+        print_error(f"rank {self._rank}: {failure.sentence(self._communicator.identities)}")
 
     def _write_status(self, failure: Failure) -> None:
         first = self._communicator.identities[0]

@@ -7,10 +7,9 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_cifar.cli.arguments import Commands, positive
+from dist_cifar.cli.arguments import Commands, path, positive
 from dist_cifar.cli.error_line import print_error
 from dist_cifar.errors import EXIT_DATA, EXIT_DONE, printable
 
@@ -35,7 +34,7 @@ def add(commands: Commands) -> None:
         "images", nargs="+", metavar="IMAGE|FOLDER|-", help="files, folders of files, or - for bytes on standard input"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="RUN", help="run directory or checkpoint; default: the latest in runs/"
+        "--checkpoint", type=path, metavar="RUN", help="run directory or checkpoint; default: the latest in runs/"
     )
     parser.add_argument("--top", type=positive, default=3, metavar="K", help="classes to show; default: 3")
     parser.add_argument("--tta", action="store_true", help="average each image with its mirror image")

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_cifar.cli.arguments import Commands, new_file
+from dist_cifar.cli.arguments import Commands, new_file, path
 from dist_cifar.errors import EXIT_DONE, ConfigError, listed
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         " several, side by side with what differs in their configs.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument(
         "--out",
         type=new_file,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from dist_cifar.cli.arguments import Commands
+from dist_cifar.cli.arguments import Commands, path
 from dist_cifar.errors import EXIT_DONE, ConfigError, DataError, did_you_mean, printable
 
 
@@ -19,7 +18,7 @@ def add(commands: Commands) -> None:
         description="Print the fields of a run's status.json, or the value of one of them for a script.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=path, metavar="RUN", help="run directory")
     parser.add_argument("field", nargs="?", metavar="FIELD", help="e.g. status, step, rank or reason; default: all")
     parser.set_defaults(command=run)
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from dist_cifar.cli.arguments import Commands, add_config, count, positive
+from dist_cifar.cli.arguments import Commands, add_config, count, path, positive
 from dist_cifar.errors import EXIT_DONE, ConfigError
 
 
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--max-restarts", type=count, metavar="N", help="requeues after a crash; default: 3")
     parser.add_argument("--no-torchrun", action="store_true", help="one task of SLURM for each rank")
-    parser.add_argument("--sweep", type=Path, metavar="FILE", help="a job array: one run for each line of overrides")
+    parser.add_argument("--sweep", type=path, metavar="FILE", help="a job array: one run for each line of overrides")
     parser.add_argument(
         "--at-once", type=positive, metavar="K", help="runs of the sweep at the same time; default: all"
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from dist_cifar import stopping
-from dist_cifar.cli.arguments import Commands, port
+from dist_cifar.cli.arguments import Commands, path, port
 from dist_cifar.errors import EXIT_DONE, ConfigError
 
 
@@ -19,7 +18,7 @@ def add(commands: Commands) -> None:
         description="Serve the report of a run on this machine's loopback address, kept up to date, until Ctrl-C.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--port", type=port, default=8642, metavar="N", help="default: 8642; 0 takes any that is free")
     parser.add_argument("--terminal", action="store_true", help="show it here; ends with the run")
     parser.set_defaults(command=run)

@@ -73,7 +73,7 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
     entry = _read_trusted(directory, key)
     if entry is not None:
         return entry
-    with exclusive(directory.with_suffix(".lock"), key="data.cache_dir"):
+    with exclusive(directory.with_suffix(".lock"), key="data.cache_dir", doing="decoding the images"):
         entry = _read_trusted(directory, key)
         if entry is None:
             arrays = build()

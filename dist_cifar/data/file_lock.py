@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def exclusive(path: Path, *, key: str) -> Iterator[None]:
+def exclusive(path: Path, *, key: str, doing: str) -> Iterator[None]:
     """Holds the lock of the file `path`, which is created, with its folder, if it is missing.
 
-    Logs a line before it waits. Raises `DataError`, which names the config key `key`, where no lock can be had. The
-    lock ends with the process, however that ends.
+    Logs a line before it waits; `doing` says what the holder of the lock does. Raises `DataError`, which names the
+    config key `key`, where no lock can be had. The lock ends with the process, however that ends.
     """
     lock = filelock.FileLock(path)
     try:
@@ -32,7 +32,7 @@ def exclusive(path: Path, *, key: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            logger.info(f"waiting for another process, which holds {path}")
+            logger.info(f"waiting for another process, which is {doing} (it holds {path})")
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise DataError(

@@ -42,7 +42,7 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
         lock.touch()
     except OSError as error:
         raise _cannot_copy(stage_dir, needed, error) from None
-    with exclusive(lock, key="data.stage_dir"):
+    with exclusive(lock, key="data.stage_dir", doing="copying the images"):
         copy = _verified(directory, entry)
         if copy is None:
             try:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from dist_cifar.errors import printable
+from dist_cifar.terminal import coloured
 
 ROOT_LOGGER = logging.getLogger("dist_cifar")
 
@@ -38,7 +39,7 @@ class Console:
     def line(self, line: str) -> None:
         """Prints one line."""
         if self._is_main_process:
-            line = printable(line)
+            line = coloured(printable(line), sys.stdout)
             self._bar.write(line, file=sys.stdout) if self._bar is not None else print(line, flush=True)
 
     def start(self, total_steps: int, step: int) -> None:
@@ -46,7 +47,13 @@ class Console:
         if self._is_main_process and sys.stdout.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", file=sys.stdout, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps,
+                initial=step,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
 
     def advance(self) -> None:
         """Moves the bar by one step."""
@@ -57,7 +64,8 @@ class Console:
         """Shows one row of metrics: as a line, or for a person, if it is of the training, beside the bar."""
         if self._bar is not None and row["kind"] == "train":
             self._bar.set_postfix_str(
-                f"loss {_number(row['loss'], '.3f')} acc {_number(row['accuracy'], '.3f')} lr {row['lr']:.2e}"
+                f"loss {_number(row['loss'], '.3f')} acc {_number(row['accuracy'], '.3f')} lr {row['lr']:.1e}"
+                f" {row['images_per_second']:,.0f} images/s"
             )
         else:
             self.line(format_row(row))
@@ -82,7 +90,9 @@ class LineHandler(logging.Handler):
 
 def log_to_stream(stream: TextIO, prefix: str = "") -> None:
     """Shows the package's lines on `stream`, for a command that trains nothing."""
-    ROOT_LOGGER.handlers = [LineHandler(lambda line: print(f"{prefix}{printable(line)}", file=stream, flush=True))]
+    ROOT_LOGGER.handlers = [
+        LineHandler(lambda line: print(coloured(f"{prefix}{printable(line)}", stream), file=stream, flush=True))
+    ]
     ROOT_LOGGER.propagate = False
     ROOT_LOGGER.setLevel(logging.INFO)
 

@@ -18,6 +18,8 @@ from dist_cifar.config import Config, differences, flatten
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.cores import available_cores
+from dist_cifar.distributed.idle import idle_line
 from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
@@ -73,6 +75,7 @@ class RunRecords:
             f" {counted(torch.get_num_threads(), 'thread')} each, strategy {config.strategy.name},"
             f" {config.compute.precision}"
         )
+        self._describe_idle()
         logger.info(
             f"data       {config.data.source}: {counted(len(self._train_indices), 'image')} to train on,"
             f" validation {held_out}, test {counted(len(dataset.test.labels), 'image')}, {classes}"
@@ -86,6 +89,32 @@ class RunRecords:
             f" {counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
         )
         logger.info(f"schedule   {schedule.describe()}")
+
+    def _describe_idle(self) -> None:
+        """Says what this node could give to more ranks."""
+        config, plan, communicator = self._config, self._plan, self._communicator
+        ranks_here = sum(rank.host == communicator.identities[0].host for rank in communicator.identities)
+        on_gpu = communicator.device.type == "cuda"
+        if properties(config.strategy).bitwise:
+            shared, limit = plan.virtual_ranks, f"strategy.virtual_ranks={plan.virtual_ranks}"
+        else:
+            shared, limit = plan.global_size, f"a global batch of {plan.global_size}"
+        line = idle_line(
+            "GPU" if on_gpu else "core",
+            available=torch.cuda.device_count() if on_gpu else available_cores(),
+            used=ranks_here * (1 if on_gpu else torch.get_num_threads()),
+            ranks=communicator.world_size,
+            ranks_here=ranks_here,
+            shared=shared,
+            limit=limit,
+        )
+        if line is not None:
+            logger.info(f"idle       {line}")
+
+    def stopping(self, state: TrainState, write_seconds: float) -> None:
+        """Says that the run is about to stop, and how long that took before."""
+        took = f", {write_seconds:.1f} s the last time" if write_seconds else ""
+        logger.info(f"stopping at step {state.step} ({self._why_stopped()}): saving{took}")
 
     def is_done(self, state: TrainState) -> bool:
         """Whether the run directory holds a run of at least as many steps that is done, with its result."""
@@ -178,8 +207,11 @@ class RunRecords:
                 tracker.finish(EXIT_SAVED)
             self.run_dir.append_event("saved", step=state.step)
             self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)
-        why = first_received() if stop_requested() else "the end of its time, or a signal to another rank"
+        why = self._why_stopped()
         logger.info(f"stopped at step {state.step} and saved ({why}); run the same command again to resume")
+
+    def _why_stopped(self) -> str:
+        return first_received() if stop_requested() else "the end of its time, or a signal to another rank"
 
     def finished(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
+from dist_cifar.cli.arguments import new_file, new_folder, path
 from dist_cifar.cli.main import main
 
 
@@ -31,6 +33,18 @@ def test_a_path_or_number_that_cannot_be_is_refused_at_once(tmp_path, monkeypatc
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("of_path", [path, new_file, new_folder])
+def test_a_home_that_the_shell_has_not_expanded_is_expanded(tmp_path, monkeypatch, of_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert of_path("~/a.yaml") == tmp_path / "a.yaml"
+    assert path("a~") == Path("a~")
+
+
+def test_the_home_of_nobody_is_refused(capsys):
+    assert main(["train", "--config=~nobody-of-this-name/a.yaml"]) == 2
+    assert "there is no such home" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from dist_cifar.cli.main import main
 from dist_cifar.config import describe
+from tests import PATIENCE_SECONDS
 from tests.cli.small import SMALL
 
 
@@ -71,3 +73,27 @@ def test_one_rank_imports_no_slow_package(tmp_path, strategy):
     last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1].split()
     assert (last[0], last[-1]) == ("0", "False")
     assert not {"torchvision", "wandb", "matplotlib", "deepspeed"} & set(last)
+
+
+STOPPED_IN_THE_FINAL_TEST = """
+import os, signal, sys, time
+from dist_cifar.cli.main import main
+from dist_cifar.evaluate import Evaluator
+def interrupted(self, model):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+Evaluator.test = interrupted
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_signal_during_the_final_test_ends_the_run_and_the_next_start_finishes_it(tmp_path):
+    words = [*SMALL, "batch.global_size=16", "run.device=cpu", "tracking.wandb=disabled", f"run.dir={tmp_path}/run"]
+    words += ["model.name=resnet8", "train.max_steps=1"]
+    command = [sys.executable, "-c", STOPPED_IN_THE_FINAL_TEST, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "dist_cifar: stopped by SIGTERM; nothing was lost, run it again\n"
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "saved"
+    subprocess.run([sys.executable, "-m", "dist_cifar", "train", *words], check=True, stdout=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "done"

@@ -140,7 +140,7 @@ def read_archive(spec: ArchiveSpec, root: Path, url: str | None) -> Arrays:
     if not target.exists():
         if (root / spec.folder).is_dir():
             return _read_unpacked(spec, root / spec.folder)
-        with exclusive(target.with_name(f"{target.name}.lock"), key="data.root"):
+        with exclusive(target.with_name(f"{target.name}.lock"), key="data.root", doing="downloading the images"):
             if not target.exists():
                 _download(spec, url or spec.url, target)
     return _read_verified(spec, target)

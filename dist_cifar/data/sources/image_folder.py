@@ -77,6 +77,7 @@ def content_key(root: Path) -> str:
         with opened(root) as tree:
             layout = find_layout(root, tree.names)
             if not layout.faults + tree.faults:
+                logger.info(f"{root}: hashing the images, which is done again only where a file has changed")
                 return _digest(layout, lambda name: _file_sha256(f"{root}/{name}"))
     except OSError as error:
         found = f"{root}: cannot be read ({error})"

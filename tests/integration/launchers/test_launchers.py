@@ -363,6 +363,7 @@ def test_a_signal_saves_and_exits_75(number, config, golden_hash, tmp_path):
     assert code == 75, err
     assert status(directory)["status"] == "saved"
     stopped = int(re.search(r"stopped at step (\d+) and saved", out)[1])
+    assert f"stopping at step {stopped} ({number.name}): saving" in out
     assert (directory / f"checkpoints/step-{stopped:08d}").is_dir()
     code, out, err = run(command)
     assert code == 0, err
