@@ -60,6 +60,18 @@ class TrainingError(UserError):
         self.rank = rank
 
 
+class RankError(RuntimeError):
+    """A rank of the training has failed, with what is no `UserError`, or was killed. The message has all that is known.
+
+    `launch` raises it for any of its ranks, `train` for another rank than this process.
+    """
+
+    def __init__(self, message: str, *, rank: int | None, traceback: str = "") -> None:
+        """`rank` failed first, None if that cannot be told; `traceback` is that of its exception, empty without one."""
+        super().__init__(f"{message}\n\n{traceback}" if traceback else message)
+        self.rank, self.traceback = rank, traceback
+
+
 class StoppedError(UserError):
     """A signal has stopped a training before its first step."""
 

@@ -197,19 +197,19 @@ def _of_run(path: Path) -> Checkpoint:
 
 
 def load_images(
-    sources: Sequence[str], stdin: Callable[[], IO[bytes]]
+    sources: Sequence[str], stdin: Callable[[], IO[bytes]] | None = None
 ) -> Iterator[tuple[str, npt.NDArray[np.uint8] | str]]:
     """Yields each picture's name with its pixels, uint8 [32, 32, 3], or with the reason why it cannot be read.
 
-    A source is a file, a folder, of which every file counts but hidden ones and those that systems leave, or `-`: the
-    bytes of one picture from what `stdin` returns. Pictures are decoded as those of a training are. Of a folder only
-    regular files are read; a source may also be a pipe.
+    A source is a file, a folder, of which every file counts but hidden ones and those that systems leave, or with
+    `stdin` also `-`: the bytes of one picture from what that returns. Pictures are decoded as those of a training are.
+    Of a folder only regular files are read; a source may also be a pipe.
     """
     for source in sources:
         path = Path(source)
         try:
-            if source == "-":
-                yield "-", _pixels(lambda: read_stream(stdin()))
+            if source == "-" and stdin is not None:
+                yield "-", _pixels(partial(read_stream, stdin()))
             elif not source:
                 yield "an empty name", "give a picture, a folder of them, or -"
             elif os.path.isdir(path):

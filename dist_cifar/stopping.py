@@ -5,7 +5,7 @@ main thread. A process that has not ended `GRACE_SECONDS` later, because its mai
 Python's, is ended with the line and the exit code that it would have had. After `defer`, signals only make
 `stop_requested` true: the training loop asks between steps, and saves. SIGHUP stays ignored where nohup ignores it.
 Processes that are forked have none of this. Install the handlers before anything else is imported: a signal may come
-early.
+early. `heeded` is for a process that is not this program's alone: it ends no process, and puts everything back.
 
 The end of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall clock
 does not move it. When a launcher dies, its ranks are killed.
@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from dist_cifar.errors import EXIT_SAVED, EXIT_SIGINT
 
@@ -61,14 +62,50 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _receive)
+    _set_handlers()
     watched, woken = map(_off_standard_streams, os.pipe())
     os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     threading.Thread(target=_end_if_stuck, args=(watched,), name="signals", daemon=True).start()
     os.register_at_fork(after_in_child=_forget)
+
+
+def _set_handlers() -> dict[signal.Signals, Any]:
+    """Has the signals received, and returns the handlers that they had."""
+    before = {}
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        is_ignored = number == signal.SIGHUP and handler is signal.SIG_IGN
+        if not is_ignored and handler is not None:  # one that is not Python's could not be put back
+            before[number] = handler
+            signal.signal(number, receive)
+    return before
+
+
+@contextlib.contextmanager
+def heeded() -> Iterator[None]:
+    """Heeds signals within a `with` block as `install` does for a whole process, and prints nothing about them.
+
+    In another thread than the main one signals cannot be heeded: they do what they did. Where `install` has been
+    called, nothing changes.
+    """
+    global _installed, _deferred, _reported
+    if _installed:
+        yield
+        return
+    is_main = threading.current_thread() is threading.main_thread()
+    hook = sys.unraisablehook
+    before = _set_handlers() if is_main else {}
+    _installed = _reported = True
+    try:
+        yield
+    finally:
+        _deferred = True  # from here on a signal interrupts nothing
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+        _received.clear()
+        _installed = _deferred = _reported = False
 
 
 def _off_standard_streams(descriptor: int) -> int:
@@ -133,7 +170,8 @@ def be_quiet() -> None:
     _reported = True
 
 
-def _receive(number: int, frame: object) -> None:
+def receive(number: int, frame: object) -> None:
+    """Handles a signal."""
     _received.append(signal.Signals(number))
     if len(_received) == 1 and not _deferred:
         sys.unraisablehook = _ignore  # what is half made when the signal comes complains as it goes
@@ -163,7 +201,7 @@ def _forget() -> None:
     _received.clear()
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        if signal.getsignal(number) is _receive:
+        if signal.getsignal(number) is receive:
             signal.signal(number, signal.SIG_DFL)
 
 

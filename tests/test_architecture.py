@@ -31,6 +31,8 @@ ORDER = [
     ["trainer"],
     ["inference"],
     ["tools"],
+    ["job"],
+    ["api"],
     ["cli"],
     ["train", "__main__"],
 ]
@@ -46,6 +48,7 @@ ONLY_IN = {
     "onnxscript": ("tools",),
     "onnxruntime": ("tools",),
     "psutil": ("distributed", "tools"),
+    "cloudpickle": ("api",),
 }
 """Where a package may be imported."""
 NO_DISTRIBUTION = ("augment", "models")

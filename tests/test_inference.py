@@ -22,6 +22,7 @@ from dist_cifar.data import dataset, ood_test_sets
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import DataError
 from dist_cifar.inference import load_classifier
+from dist_cifar.tools import evaluation
 from tests import small_runs
 
 CPU = torch.device("cpu")
@@ -319,12 +320,12 @@ def test_evaluate_tells_whether_the_data_are_those_of_the_run(trained, tmp_path,
 
         return found
 
-    monkeypatch.setattr(dataset, "load_dataset", other(images="other"))
+    monkeypatch.setattr(evaluation, "load_dataset", other(images="other"))
     evaluate(tmp_path, str(trained))
     out, err = capsys.readouterr()
     assert "sha256 abababababab, not the data of the run" in out
     assert "warning: synthetic" in err and "not the images that the run was trained on" in err
-    monkeypatch.setattr(dataset, "load_dataset", other(classes=("x", *CLASSES[1:])))
+    monkeypatch.setattr(evaluation, "load_dataset", other(classes=("x", *CLASSES[1:])))
     assert main(["evaluate", str(trained)]) == 74
     assert "not those of the model: it lacks disc; the model does not know x" in capsys.readouterr().err
 

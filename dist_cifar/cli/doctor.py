@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Makes the checks of this rank. Returns the exit code."""
-    from dist_cifar.cli.job import enter_job
+    from dist_cifar.job.enter import enter_job
 
     config = config_of(options)
     env = enter_job(config, options.local_rank)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import logging
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_cifar.cli.arguments import Commands, add_local_rank, new_file, path
 from dist_cifar.errors import EXIT_DONE, printable
-
-if TYPE_CHECKING:
-    from dist_cifar.data.dataset import Split
-    from dist_cifar.distributed.collectives import Communicator
-    from dist_cifar.inference import Classifier
-
-logger = logging.getLogger(__name__)
 
 
 def add(commands: Commands) -> None:
@@ -50,23 +41,26 @@ def run(options: argparse.Namespace) -> int:
     check_local_rank(os.environ, options.local_rank)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // env.local_world_size)))
 
-    from dist_cifar.cli.job import connect
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.inference import load_classifier
+    from dist_cifar.job.enter import connect_or_leave
+    from dist_cifar.tools import evaluation
     from dist_cifar.tracking.console import log_to_stream, table
 
     if env.rank == 0:
         log_to_stream(sys.stderr, "dist_cifar: ")
     device = choose_device(Config().run.device, env)
     classifier = load_classifier(options.run, device)
-    splits, data = _splits(classifier, options.data)
-    communicator = connect(
+    splits, data = evaluation.test_sets(classifier, options.data)
+    communicator = connect_or_leave(
         env,
         device,
         classifier.config.run.timeout_seconds,
-        lambda: _shared_facts(classifier, splits, tta=options.tta),
+        lambda: evaluation.shared_facts(classifier, splits, tta=options.tta),
     )
-    results = {name: _measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()}
+    results = {
+        name: evaluation.measure(classifier, split, communicator, tta=options.tta) for name, split in splits.items()
+    }
     communicator.close()
     if env.rank == 0:
         model = f"{classifier.checkpoint}" + (", mirror images averaged" if options.tta else "")
@@ -75,74 +69,6 @@ def run(options: argparse.Namespace) -> int:
             facts = {"checkpoint": str(classifier.checkpoint), "weights_sha256": classifier.sha256, "tta": options.tta}
             _write_json(options.json, facts | {"data": data, "results": results})
     return EXIT_DONE
-
-
-def _splits(classifier: Classifier, path: Path | None) -> tuple[dict[str, Split], str]:
-    """What to evaluate on, by name: the test sets at `path`, or without one the run's test split.
-
-    Beside them, a text that says which data they are. Warns where the data at the run's own path are no longer the
-    run's; raises `DataError` for other classes.
-    """
-    from dist_cifar.data.dataset import load_dataset
-    from dist_cifar.data.ood_test_sets import read_test_sets, require_classes
-
-    data = classifier.config.data
-    if path is not None:
-        sets, sha256 = read_test_sets(path, classifier.classes, data.cache_dir)
-        return sets, _of_data(str(path), sha256, classifier)
-    dataset = load_dataset(dataclasses.replace(data, stage_dir=None))
-    name = f"{data.source}, test split"
-    require_classes(name, dataset.classes, classifier.classes)
-    if dataset.content_sha256 != classifier.data_sha256:
-        logger.info(
-            f"warning: {data.source}, data.root={data.root}: these are not the images that the run was trained on"
-            f" (sha256 {dataset.content_sha256[:12]}, the run's {classifier.data_sha256[:12]}); the result is not"
-            " that of the run's test split"
-        )
-    return {name: dataset.test}, _of_data(data.source, dataset.content_sha256, classifier)
-
-
-def _of_data(name: str, sha256: str | None, classifier: Classifier) -> str:
-    if sha256 is None:
-        return name
-    return f"{name}, sha256 {sha256[:12]}, {'the' if sha256 == classifier.data_sha256 else 'not the'} data of the run"
-
-
-def _shared_facts(classifier: Classifier, splits: Mapping[str, Split], *, tta: bool) -> dict[str, object]:
-    """What must be the same on every rank, which measures its share of the images."""
-    import hashlib
-
-    def digest(split: Split) -> str:
-        return hashlib.sha256(split.images.tobytes() + split.labels.tobytes()).hexdigest()
-
-    images = {f"the SHA-256 of {name}": digest(split) for name, split in splits.items()}
-    return {"the SHA-256 of the weights": classifier.sha256, "--tta": tta, **images}
-
-
-def _measure(classifier: Classifier, split: Split, communicator: Communicator, *, tta: bool) -> dict[str, Any]:
-    """The result on one split. A collective."""
-    import numpy as np
-
-    from dist_cifar.evaluate import evaluate
-    from dist_cifar.inference import HorizontalFlipTTA
-    from dist_cifar.run.predictions import wilson_interval
-
-    result = evaluate(
-        HorizontalFlipTTA(classifier.module) if tta else classifier.module,
-        split,
-        np.arange(len(split.labels)),
-        stats=classifier.stats,
-        num_classes=len(classifier.classes),
-        batch_size=classifier.config.eval.batch_size,
-        communicator=communicator,
-    )
-    return {
-        "accuracy": result.accuracy,
-        "accuracy_interval": list(wilson_interval(result.correct, result.count)),
-        "loss": result.loss,
-        "count": result.count,
-        "class_accuracy": dict(zip(classifier.classes, result.class_accuracy, strict=True)),
-    }
 
 
 def _rows(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -29,12 +29,12 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from dist_cifar.inference import load_classifier
-    from dist_cifar.tools.export import export
+    from dist_cifar.tools.export import default_directory, export
     from dist_cifar.tracking.console import log_to_stream
 
     log_to_stream(sys.stderr, "dist_cifar: ")
     classifier = load_classifier(options.run, torch.device("cpu"))
-    directory = options.out or classifier.checkpoint.parent.parent / "export"
+    directory = options.out or default_directory(classifier)
     done = export(classifier, options.to, directory)
     precision = classifier.config.compute.precision
     print(f"model    {done.path} ({done.path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")

@@ -6,25 +6,21 @@ imports what it needs when it runs, so `--help` answers at once.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from dist_cifar import stopping
 from dist_cifar.cli import streams
-from dist_cifar.cli.error_line import report_error
 from dist_cifar.cli.parser import parse
-from dist_cifar.distributed.launch_env import launcher_rank
 from dist_cifar.errors import EXIT_DATA, EXIT_DONE, EXIT_SIGINT, UserError, out_of_memory, system_error
-from dist_cifar.tracking.console import ROOT_LOGGER, log_to_stream
+from dist_cifar.job.error_line import report_error
+from dist_cifar.job.rank_logging import logging_by_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     streams.secure()
-    with _logging_by_rank():
+    with logging_by_rank():
         try:
             options = parse(sys.argv[1:] if argv is None else argv)
             code: int = options.command(options)
@@ -56,18 +52,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                 streams.discard(sys.stdout)  # what is left would fail again at the end of the process
             report_error(message)
             return EXIT_DATA
-
-
-@contextmanager
-def _logging_by_rank() -> Iterator[None]:
-    """Shows warnings of rank 0, and of other ranks only errors; what a command shows beyond that ends with it."""
-    before = ROOT_LOGGER.handlers[:], ROOT_LOGGER.level, ROOT_LOGGER.propagate
-    log_to_stream(sys.stderr, "dist_cifar: ")
-    is_rank0 = launcher_rank(os.environ) == "0"
-    ROOT_LOGGER.setLevel(logging.WARNING if is_rank0 else logging.ERROR)
-    if not is_rank0:
-        stopping.be_quiet()
-    try:
-        yield
-    finally:
-        ROOT_LOGGER.handlers, ROOT_LOGGER.level, ROOT_LOGGER.propagate = before

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dist_cifar.cli.arguments import Commands, path, positive
-from dist_cifar.cli.error_line import print_error
 from dist_cifar.errors import EXIT_DATA, EXIT_DONE, printable
+from dist_cifar.job.error_line import print_error
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dist_cifar import stopping
 from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, positive
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, StoppedError
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED
 
 if TYPE_CHECKING:
     from dist_cifar.config import Config
-    from dist_cifar.distributed.launch_env import DistEnv
 
 
 def add(commands: Commands) -> None:
@@ -54,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             _print_of(config, options)
         return EXIT_DONE
     if options.ranks is not None and starts_ranks(os.environ, options.ranks):
-        from dist_cifar.cli.local_ranks import run_ranks
+        from dist_cifar.job.local_ranks import run_ranks
 
         return run_ranks(options.ranks)
     return _run_rank(config, options)
@@ -62,76 +59,28 @@ def run(options: argparse.Namespace) -> int:
 
 def _run_rank(config: Config, options: argparse.Namespace) -> int:
     from dist_cifar.cli import streams
-    from dist_cifar.cli.job import enter_job
-    from dist_cifar.distributed.launch_env import refuse_lone_task
+    from dist_cifar.job.enter import connect_or_leave
+    from dist_cifar.job.failure_exit import FailureExit
+    from dist_cifar.job.rank import enter_training, import_torch, run_rank
 
     streams.survive_lost_output()
-    refuse_lone_task(os.environ)
-    env = enter_job(config, options.local_rank)
-    if env.world_size > 1:
-        stopping.defer()  # the ranks stop together: where they wait for each other or for data, or after a step
-    threads = _set_threads(config, env)
-    # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    gc.disable()  # imports make a million objects that stay: looking for garbage among them takes a tenth of the time
-    import torch
-
-    from dist_cifar.cli.failure_exit import FailureExit
-    from dist_cifar.cli.job import connect
-    from dist_cifar.distributed.device import choose_device
-    from dist_cifar.ops.malloc import keep_freed_memory
-    from dist_cifar.run.provenance import shared_facts
-    from dist_cifar.run.run_dir import RunDir
-    from dist_cifar.tools.report import ReportTracker
-    from dist_cifar.trainer import train
-
-    gc.freeze()
-    gc.enable()
-    torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
-    device = choose_device(config.run.device, env)
-    keep_freed_memory()
-    communicator = connect(env, device, config.run.timeout_seconds, lambda: shared_facts(config))
-    failure_exit = FailureExit(RunDir.of(config), communicator)
-    detector = communicator.watch(failure_exit.end_as_survivor)
-    try:
-        is_done = train(
-            config,
-            communicator,
-            must_resume=options.resume,
-            resume_anyway=options.resume_anyway,
-            trackers=[ReportTracker],
-        )
-    except stopping.Stopped as stop:
-        stopping.report(stop)
-        return failure_exit.fail(StoppedError(str(stop)), detector)
-    except Exception as error:
-        return failure_exit.fail(error, detector)
-    if detector is not None:
-        detector.close()
-    communicator.close()
-    return EXIT_DONE if is_done else EXIT_SAVED
+    env = enter_training(config, options.local_rank)
+    import_torch(config, env)
+    return run_rank(
+        config,
+        env,
+        must_resume=options.resume,
+        resume_anyway=options.resume_anyway,
+        connect=connect_or_leave,
+        ended=lambda _, is_done: EXIT_DONE if is_done else EXIT_SAVED,
+        failed=FailureExit.fail,
+    )
 
 
 def _print_of(config: Config, options: argparse.Namespace) -> None:
     from dist_cifar.config import to_yaml
 
     print(to_yaml(config) if options.print_config else f"{config.run.dir}\n", end="")
-
-
-def _set_threads(config: Config, env: DistEnv) -> int:
-    """Sets the number of CPU threads of this rank for libraries that are not imported yet, and returns it.
-
-    Accelerate and DDP warn about OMP_NUM_THREADS when it is missing. A strategy that has the same bits on every machine
-    has one thread, since their number changes how sums are rounded.
-    """
-    from dist_cifar.distributed.cores import available_cores
-    from dist_cifar.strategy import properties
-
-    is_single = properties(config.strategy).single_threaded
-    share = 1 if is_single else max(1, available_cores() // env.local_world_size)
-    threads = config.run.threads_per_rank or share
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    return threads
 
 
 class _Help(argparse.Action):

@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs this process's share of the test. Returns the exit code."""
     from dist_cifar.cli import streams
-    from dist_cifar.cli.job import enter_job
+    from dist_cifar.job.enter import enter_job
     from dist_cifar.tools.verify import verify
 
     config = config_of(options)

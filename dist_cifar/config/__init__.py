@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
-from dist_cifar.config.load import config_from_values, describe, flatten, key_hint, load_config, to_yaml
+from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
 from dist_cifar.config.paths import expand_path
 from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
@@ -39,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "at_resume",
     "batch_differences",
+    "checked",
     "config_from_values",
     "describe",
     "differences",

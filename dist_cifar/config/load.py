@@ -76,6 +76,15 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def checked(config: Config, *, environ: Mapping[str, str] = os.environ) -> Config:
+    """The same config, for one that was made or changed in Python: checked as if it had been read, and its paths
+    expanded. Raises `ConfigError`."""
+    if not isinstance(config, Config):
+        raise ConfigError(f"a Config is needed, found {brief(config)}; load_config(path) reads one")
+    values = {key: convert(_hint(key, "Config"), value, key, "Config") for key, value in flatten(config).items()}
+    return config_from_values({key: _expanded(key, value, environ) for key, value in values.items()})
+
+
 def with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values under the names that their keys have now."""
     return {MOVED.get(key, key): value for key, value in values.items()}

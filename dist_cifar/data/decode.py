@@ -9,10 +9,12 @@ decoded, and what a file makes its decoder raise is a `ValueError` that says why
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -81,27 +83,38 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     """The image as uint8 [32, 32, 3]. Raises `ValueError`, which says why, for bytes that are not a readable image."""
     if not data:
         raise ValueError("it is empty")
+    with _one_kind_of_error(), Image.open(io.BytesIO(data)) as opened:
+        return _pixels(opened)
+
+
+def pixels_of(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """The same for an image of Pillow's, which may not have been read yet."""
+    with _one_kind_of_error():
+        return _pixels(image)
+
+
+@contextlib.contextmanager
+def _one_kind_of_error() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that can be read all the same
-            return _decode(data)
+            yield
     except UnidentifiedImageError:
         raise ValueError("no format that Pillow knows") from None
     except Exception as error:  # decoders raise anything on bytes that are not an image
         raise ValueError(one_line(error)) from None
 
 
-def _decode(data: bytes) -> npt.NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data)) as opened:
-        if opened.width * opened.height > _MAX_PIXELS:  # known from the header, before anything is decoded
-            raise ValueError(f"{opened.width}x{opened.height} pixels, more than {_MAX_PIXELS:,}; make it smaller")
-        if opened.format == "EPS":  # Pillow would have another program run it
-            raise ValueError("EPS is a program and no image; convert it to PNG")
-        opened.load()  # before the orientation is read: Pillow turns TIFF here, and forgets their tag
-        image = _as_rgb(_upright(opened))
-        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-            image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-        return np.asarray(image)
+def _pixels(opened: Image.Image) -> npt.NDArray[np.uint8]:
+    if opened.width * opened.height > _MAX_PIXELS:  # known from the header, before anything is decoded
+        raise ValueError(f"{opened.width}x{opened.height} pixels, more than {_MAX_PIXELS:,}; make it smaller")
+    if opened.format == "EPS":  # Pillow would have another program run it
+        raise ValueError("EPS is a program and no image; convert it to PNG")
+    opened.load()  # before the orientation is read: Pillow turns TIFF here, and forgets their tag
+    image = _as_rgb(_upright(opened))
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
 def _upright(image: Image.Image) -> Image.Image:

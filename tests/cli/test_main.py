@@ -39,7 +39,7 @@ def test_an_error_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code,
         raise error
 
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("dist_cifar.cli.error_line._RANK0_SECONDS", 0.0)
+    monkeypatch.setattr("dist_cifar.job.error_line._RANK0_SECONDS", 0.0)
     monkeypatch.setattr(export, "run", fail)
     assert main(["export", "x", "--to", "onnx"]) == code
     out, err = capsys.readouterr()

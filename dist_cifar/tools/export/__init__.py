@@ -4,6 +4,6 @@ Contract: an exported graph takes pixels as Pillow gives them, has the normalisa
 the model on test images of its run before it is written. A model card lies beside it.
 """
 
-from dist_cifar.tools.export.write import Export, export
+from dist_cifar.tools.export.write import Export, default_directory, export
 
-__all__ = ["Export", "export"]
+__all__ = ["Export", "default_directory", "export"]

@@ -40,6 +40,11 @@ class Export:
     """Images to which the graph gives the class that the model gives them in the precision of its run."""
 
 
+def default_directory(classifier: Classifier) -> Path:
+    """`export` in the run directory."""
+    return classifier.checkpoint.parent.parent / "export"
+
+
 def export(classifier: Classifier, kind: str, directory: Path) -> Export:
     """Writes the model as `kind` (`torch` or `onnx`), in float32, and its card into `directory`.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dist_cifar.cli.failure_exit import FailureExit
 from dist_cifar.distributed.processes import own_identity
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
+from dist_cifar.job.failure_exit import FailureExit
 from dist_cifar.run.run_dir import RunDir
 
 LONE_RANK: Any = SimpleNamespace(rank=0, step=3, identities=[own_identity()])

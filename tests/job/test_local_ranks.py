@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from dist_cifar.cli import local_ranks
-from dist_cifar.cli.local_ranks import outcome, run_ranks
 from dist_cifar.cli.main import main
 from dist_cifar.distributed.launch_env import read_env
+from dist_cifar.job import local_ranks
+from dist_cifar.job.local_ranks import outcome, run_ranks
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_others_do_not_wait_for_ever_for_one_that_failed(monkeypatch):
 
 def test_a_signal_reaches_every_rank():
     rank = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.1; done"
-    code = f"from dist_cifar.cli.local_ranks import run_ranks; import sys; sys.exit(run_ranks(2, {python(rank)!r}))"
+    code = f"from dist_cifar.job.local_ranks import run_ranks; import sys; sys.exit(run_ranks(2, {python(rank)!r}))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2

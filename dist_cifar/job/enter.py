@@ -1,4 +1,4 @@
-"""How a command's process becomes a rank: its place in the job, and the connection to the other ranks."""
+"""How a process becomes a rank: its place in the job, and the connection to the other ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 from typing import TYPE_CHECKING, NoReturn
 
 from dist_cifar import stopping
-from dist_cifar.cli.error_line import report_error
-from dist_cifar.cli.failure_exit import leave
 from dist_cifar.distributed.accelerate_env import refuse_contradictions, started_by_accelerate
 from dist_cifar.distributed.launch_env import DistEnv, check_local_rank, read_env
 from dist_cifar.distributed.process_env import prepare_environment
 from dist_cifar.errors import LaunchError
+from dist_cifar.job.error_line import report_error
+from dist_cifar.job.failure_exit import leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,30 +44,38 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
 
 
 def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: Callable[[], Facts]) -> Communicator:
-    """Connects all ranks of the job, which all must have the same `facts`; a lone rank is not asked for any. Ends the
-    process if they are not connected within the timeout or are not to run the same thing.
+    """Connects all ranks of the job, which all must have the same `facts`; a lone rank is not asked for any.
 
-    It has a clock of its own: gloo waits five times its timeout for each rank that is killed while it connects.
+    Raises `LaunchError` if they are not to run the same thing, or are not connected within the timeout. Its own clock
+    ends the process: gloo waits five times its timeout for each rank that is killed while it connects.
     """
     from dist_cifar.distributed.collectives import Communicator
-
-    def end(message: str, code: int) -> NoReturn:
-        report_error(message)
-        leave(code)
 
     message = (
         f"launch: rank {env.rank} of {env.world_size} on {socket.gethostname()} waited {timeout_seconds:g} s"
         f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}; look for one that failed, or set more"
         " if they start slowly"
     )
-    clock = threading.Timer(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, end, [message, LaunchError.exit_code])
+    clock = threading.Timer(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, _end, [message, LaunchError.exit_code])
     clock.daemon = True
     known = facts() if env.world_size > 1 else {}
     clock.start()
     try:
-        try:
-            return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=known)
-        finally:
-            clock.cancel()  # before the report, which waits some seconds for rank 0
+        return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=known)
+    finally:
+        clock.cancel()  # before the report, which waits some seconds for rank 0
+
+
+def connect_or_leave(
+    env: DistEnv, device: torch.device, timeout_seconds: float, facts: Callable[[], Facts]
+) -> Communicator:
+    """Does the same for a process that is a rank and nothing else: it prints the error and ends the process."""
+    try:
+        return connect(env, device, timeout_seconds, facts)
     except LaunchError as error:
-        end(str(error), error.exit_code)
+        _end(str(error), error.exit_code)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    report_error(message)
+    leave(code)

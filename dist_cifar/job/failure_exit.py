@@ -1,7 +1,8 @@
-"""How a rank ends when a training fails: who prints what, `status.json`, and the exit code.
+"""How a rank ends when a training fails: who prints or raises what, `status.json`, and the exit code.
 
 Contract: the rank that failed prints its error. Each of the others prints in one line which rank failed first and why.
-`status.json` names that rank, and no process stays, whatever hangs.
+`status.json` names that rank, and no process stays, whatever hangs. A process that is more than a rank is told by
+exceptions instead.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ import threading
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_cifar.cli.error_line import print_error
 from dist_cifar.distributed.failure_detector import Failure, FailureDetector, describe_error, is_lost_peer, own_failure
-from dist_cifar.errors import EXIT_INTERNAL, EXIT_SAVED, DataError, StoppedError, UserError, out_of_memory, system_error
+from dist_cifar.errors import (
+    EXIT_INTERNAL,
+    EXIT_SAVED,
+    DataError,
+    RankError,
+    StoppedError,
+    UserError,
+    out_of_memory,
+    system_error,
+)
+from dist_cifar.job.error_line import print_error
 from dist_cifar.run.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -33,20 +43,14 @@ class FailureExit:
 
     def fail(self, error: Exception, detector: FailureDetector | None) -> int:
         """Ends a rank whose training raised `error`. Returns the exit code only if it is the job's only rank."""
-        message = system_error(error)
-        if message is not None:
-            error = DataError(f"run.dir={self._run_dir.path}: {message}").with_traceback(None)
-        error = out_of_memory(error) or error
-        if detector is None:
-            failure = own_failure(error, self._rank, self._communicator.step)
-        else:
-            failure = detector.report(error)
+        error = self._explained(error)
+        failure = self._agree(error, detector)
+        if detector is not None:
             if is_lost_peer(error):
                 self.end_as_survivor(failure)
             _limit_last_words()
         is_first = failure.by == self._rank
-        is_shared = not is_first and failure.reason == describe_error(error)
-        """All ranks have raised it together: rank 0 prints it."""
+        is_shared = self._is_shared(error, failure)
         if not isinstance(error, UserError):
             print(f"dist_cifar: rank {self._rank} failed:", file=sys.stderr)
             traceback.print_exception(error)
@@ -57,6 +61,41 @@ class FailureExit:
         code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
         self._write_status(failure)
         return code if detector is None else leave(code)
+
+    def reraise(self, error: Exception, detector: FailureDetector | None) -> NoReturn:
+        """Raises what ended the training of this rank, whose process stays.
+
+        That is `error`, or the `UserError` that explains it, or `RankError` if another rank failed first.
+        """
+        explained = self._explained(error)
+        failure = self._agree(explained, detector)
+        self._write_status(failure)
+        if detector is None:  # with others, what is left of the process group may wait for ever
+            self._communicator.close()
+        if detector is not None and is_lost_peer(explained):
+            raise RankError(failure.sentence(self._communicator.identities), rank=failure.rank) from error
+        if failure.by != self._rank and not self._is_shared(explained, failure):
+            explained.add_note(failure.sentence(self._communicator.identities))
+        if explained is error:
+            raise error
+        raise explained from error
+
+    def _explained(self, error: Exception) -> Exception:
+        """`error`, or the line for users that takes its place."""
+        message = system_error(error)
+        if message is not None:
+            return DataError(f"run.dir={self._run_dir.path}: {message}")
+        return out_of_memory(error) or error
+
+    def _agree(self, error: Exception, detector: FailureDetector | None) -> Failure:
+        """What ended the job, as all its ranks see it."""
+        if detector is None:
+            return own_failure(error, self._rank, self._communicator.step)
+        return detector.report(error)
+
+    def _is_shared(self, error: Exception, failure: Failure) -> bool:
+        """Whether all ranks have raised the error together, of which rank 0 is the one to tell."""
+        return failure.by != self._rank and failure.reason == describe_error(error)
 
     def end_as_survivor(self, failure: Failure) -> NoReturn:
         """Ends a rank that cannot continue because another one has failed."""
