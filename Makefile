@@ -25,7 +25,7 @@ help:
 	@echo "make lint         check style and format"
 	@echo "make types        check the types of the package"
 	@echo "make check        lint, types, and the quick tests of the architecture, the words, the config and the documents"
-	@echo "make docs         write the generated parts of the documents: the config's reference, tables and pictures"
+	@echo "make docs         write the generated parts of the documents: the references, tables and pictures"
 	@echo "make lock         write requirements/ from pyproject.toml; UPGRADE=--upgrade takes the newest versions"
 	@echo "make clean        remove .venv, those of PACKAGES=latest and lowest, and runs/quickstart"
 	@echo
@@ -73,9 +73,10 @@ check: lint types
 	$(BIN)/python -m pytest -m "not slow" tests/test_architecture.py tests/test_words.py tests/config/test_load.py \
 		tests/optim/test_lr_schedule.py tests/ops/test_philox.py tests/run/test_training_sums.py tests/integration/documents
 
-# Everything in README.md and docs/ that comes from the config's fields or from benchmarks/results/.
+# Everything in README.md and docs/ that comes from the config's fields, from docstrings or from benchmarks/results/.
 docs: $(VENV)/installed-test
 	$(BIN)/python benchmarks/publish/config_reference.py
+	$(BIN)/python benchmarks/publish/api_reference.py
 	$(BIN)/python benchmarks/publish/tables.py
 	$(BIN)/python benchmarks/publish/tree_picture.py docs/tree.svg
 	$(BIN)/python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png

@@ -24,7 +24,7 @@ EXIT_SIGINT = 130
 
 
 class UserError(ValueError):
-    """An error whose message is meant for whoever typed the command."""
+    """An error whose message is meant for whoever typed the command, or wrote the call."""
 
     exit_code = EXIT_USAGE
 
@@ -61,9 +61,10 @@ class TrainingError(UserError):
 
 
 class RankError(RuntimeError):
-    """A rank of the training has failed, with what is no `UserError`, or was killed. The message has all that is known.
+    """A rank of the training has failed, with what is no `UserError`, or was killed.
 
-    `launch` raises it for any of its ranks, `train` for another rank than this process.
+    `launch` raises it for any of its ranks, `train` for another rank than this process. The message has all that is
+    known; `rank` is that rank, None if it cannot be told, and `traceback` the text of its traceback, if it has one.
     """
 
     def __init__(self, message: str, *, rank: int | None, traceback: str = "") -> None:

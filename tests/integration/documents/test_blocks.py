@@ -8,6 +8,7 @@ The blocks of a page are taken in their order, in one copy of the repository tha
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shlex
@@ -44,6 +45,8 @@ QUICK = (
     " compute.precision=fp32 train.epochs=1"
 )
 """Goes to every training command, but for the fields that it sets itself."""
+LOADED = re.compile(r'(load_config\("configs/[^"]+", )\[(.*?)\]')
+"""Where a block of Python reads the config of a training, with its overrides."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,17 @@ def blocks_of(text: str) -> list[Block]:
 def shortened(text: str) -> str:
     """The same commands, training for some steps on little data."""
 
+    def quick(given: list[str]) -> list[str]:
+        keys = {word.partition("=")[0] for word in given}
+        return [word for word in QUICK.split() if word.partition("=")[0] not in keys]
+
     def line(command: str) -> str:
-        given = {word.partition("=")[0] for word in command.split()}
-        quick = " ".join(word for word in QUICK.split() if word.partition("=")[0] not in given)
-        return TRAINING.sub(lambda match: f"{match[0]} {quick}", command)
+        command = TRAINING.sub(lambda match: " ".join([match[0], *quick(command.split())]), command)
+        return LOADED.sub(loaded, command)
+
+    def loaded(match: re.Match[str]) -> str:
+        overrides = [*ast.literal_eval(f"[{match[2]}]")]
+        return f"{match[1]}{[*quick(overrides), *overrides]}"
 
     return "\n".join(line(command) for command in text.split("\n"))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import dist_cifar
 from dist_cifar.config import Config, describe, load_config
 from dist_cifar.config.schema import SECTIONS
 from dist_cifar.errors import ConfigError
@@ -197,6 +198,20 @@ def test_the_reference_is_what_its_script_writes():
     reference = script("config_reference")
     assert (DOCS / "configuration.md") == reference.PAGE
     assert reference.PAGE.read_text() == reference.page()
+
+
+# --- docs/api.md -------------------------------------------------------------------------------------------------
+
+
+def test_the_api_is_what_its_script_writes():
+    reference = script("api_reference")
+    assert (DOCS / "api.md") == reference.PAGE
+    assert reference.PAGE.read_text() == reference.page()
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    reference = script("api_reference")
+    assert sorted(name for names in reference.SECTIONS.values() for name in names) == dist_cifar.__all__
 
 
 # --- docs/troubleshooting.md --------------------------------------------------------------------------------------
