@@ -97,6 +97,7 @@ def heeded() -> Iterator[None]:
     hook = sys.unraisablehook
     before = _set_handlers() if is_main else {}
     _installed = _reported = True
+    _deferred = False  # a training that was called directly has left it
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ EXAMPLES = {
         from dist_cifar.distributed.collectives import Communicator
         from dist_cifar.distributed.launch_env import DistEnv
         from dist_cifar.optim import optimizer_factory
+        from dist_cifar.run.run_dir import RunDir
 
 
         class Printer:
@@ -90,7 +91,8 @@ EXAMPLES = {
         optimizer = optimizer_factory(config.optimizer)(trainer.strategy.module.parameters())
         print(len(optimizer.param_groups), "group of parameters")  # an Optimizer
         print(Noise().read(config.data).classes)
-        assert trainer.fit([lambda config, run_dir: Printer()])
+        with RunDir.of(config).lock():
+            assert trainer.fit([lambda config, run_dir: Printer()])
     """,
 }
 """Examples of names whose docstring has none."""

@@ -51,7 +51,7 @@ def wrong_names(page: str) -> list[str]:
         if re.match(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*$", name):
             exists = (REPOSITORY / name).exists()
         elif re.fullmatch(r"test_\w+", name):
-            exists = f"def {name}(" in TESTS
+            exists = f"def {name}(" in TESTS or f'"{name}"' in PACKAGE
         elif re.fullmatch(r"\w+\.(jsonl?|yaml)", name):
             exists = f'"{name}"' in PACKAGE or (REPOSITORY / "launch/accelerate" / name).exists()
         elif field:
