@@ -35,7 +35,7 @@ PAGES = [
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "-"]}
 """What runs a block: it gets it as its last argument, a diff on its standard input."""
-MARK = re.compile(r"<!-- not run: (.*?) -->")
+MARK = re.compile(r"<!-- not run: ([^\n]*?) -->")
 DOORS = r"dist_cifar/train\.py|-m dist_cifar\.train|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
