@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dist_cifar.errors import ConfigError, LaunchError, one_line
+from dist_cifar.errors import ConfigError, LaunchError
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,8 @@ def template(directory: Path, name: str) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise LaunchError(
-            f"submit: {path} cannot be read ({one_line(error)}); jobs run in the folder that holds slurm/: cd to your"
+            f"submit: {path} cannot be read ({reason}); jobs run in the folder that holds slurm/: cd to your"
             " clone or project, or let `dist-cifar init` write one here"
         ) from None
