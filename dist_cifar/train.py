@@ -1,5 +1,7 @@
 """The front door: `accelerate launch dist_cifar/train.py [key=value ...]`, and so for `torchrun` and `python`.
 
+Outside a clone it is a module of the installed package: `accelerate launch -m dist_cifar.train [key=value ...]`.
+
 The training loop is in `dist_cifar/trainer.py`.
 """
 
@@ -7,9 +9,10 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Started as a file, its folder is first on the path, unless Python was told otherwise, and the package may not be
-    # installed.
-    sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
+    if not __package__:
+        # Started as a file, its folder is first on the path, unless Python was told otherwise, and the package may not
+        # be installed.
+        sys.path[: not sys.flags.safe_path] = [str(Path(__file__).resolve().parents[1])]
     from dist_cifar import stopping
 
     def run() -> int:

@@ -2,16 +2,18 @@
 # Trains on this machine, with all its GPUs or, where it has none, with CPU ranks (2 unless --ranks says otherwise):
 #   launch/local.sh [--ranks N] --config configs/cifar10_resnet18.yaml run.dir=runs/first
 set -euo pipefail
-repository=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
-command -v torchrun >/dev/null || PATH=$repository/.venv/bin:$PATH # of `make quickstart`, if no other is active
+project=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd) # a clone, or one of `dist-cifar init`
+command -v torchrun >/dev/null || PATH=$project/.venv/bin:$PATH # if no other is active
 die() { echo "launch/local.sh: $*" >&2 && exit 2; }
 command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
+train=("$project/dist_cifar/train.py")
+[[ -e ${train[0]} ]] || train=(-m dist_cifar.train) # of the installed package
 
 if [[ ${1:-} == --ranks ]]; then
     [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--ranks wants a number, found '${2:-}'"
     ranks=$2 && shift 2
 else
-    . "$repository/launch/gpus.sh"
+    . "$project/launch/gpus.sh"
     ranks=$(count_gpus)
 fi
 if ((ranks == 0)); then
@@ -20,4 +22,4 @@ if ((ranks == 0)); then
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
 # Without an address of its own, torchrun looks up that of the hostname.
-exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" "$repository/dist_cifar/train.py" "$@"
+exec torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" "${train[@]}" "$@"

@@ -9,13 +9,15 @@
 # RANKS         ranks of this node; default: one for each GPU, without a GPU 1
 # MAX_RESTARTS  how often the workers are started again; default 3
 set -euo pipefail
-repository=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
-command -v torchrun >/dev/null || PATH=$repository/.venv/bin:$PATH # of `make quickstart`, if no other is active
+project=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd) # a clone, or one of `dist-cifar init`
+command -v torchrun >/dev/null || PATH=$project/.venv/bin:$PATH # if no other is active
 die() { echo "launch/torchrun.sh: $*" >&2 && exit 2; }
 command -v torchrun >/dev/null || die "there is no torchrun; activate the environment that dist_cifar is installed in"
+train=("$project/dist_cifar/train.py")
+[[ -e ${train[0]} ]] || train=(-m dist_cifar.train) # of the installed package
 
 NODES=${NODES:-1} PORT=${PORT:-29400} MAX_RESTARTS=${MAX_RESTARTS:-3}
-. "$repository/launch/gpus.sh"
+. "$project/launch/gpus.sh"
 RANKS=${RANKS:-$(count_gpus)}
 ((RANKS)) || RANKS=1
 for name in NODES PORT MAX_RESTARTS RANKS; do
@@ -35,4 +37,4 @@ python -m dist_cifar train --print-run-dir "$@" >/dev/null
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it and says so; each rank sets its own number
 exec torchrun --nnodes "$NODES" "${here[@]}" --nproc-per-node "$RANKS" --max-restarts "$MAX_RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "dist_cifar-$PORT" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$repository/dist_cifar/train.py" "$@"
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${train[@]}" "$@"

@@ -5,7 +5,8 @@
 # failed is requeued `max_restarts` times. What the ranks print goes to the job's log and, by rank, to
 # RUN.DIR/logs/JOB-ATTEMPT/rank-N.log; why a job was requeued stands in its log and in RUN.DIR/requeues.log.
 #
-# It is sourced in the repository, after `max_requeues` and `max_restarts`, and perhaps `container` and `srun_options`.
+# It is sourced in the folder that holds slurm/, a clone or one of `dist-cifar init`, after `max_requeues` and
+# `max_restarts`, and perhaps `container` and `srun_options`.
 
 # A job that was submitted from inside another one has inherited how that one's steps were pinned: srun would obey it.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"
@@ -55,7 +56,7 @@ fi
 exec "$@"'
 
 run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
-    local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u dist_cifar/train.py "${@:2}")
+    local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u -m dist_cifar.train "${@:2}")
     # The number of tasks that sbatch has set is wrong in a job that has been given other nodes. A rank that ends
     # early, as all do when they have saved, must not end the others.
     local tasks=${SLURM_NTASKS_PER_NODE:-1}

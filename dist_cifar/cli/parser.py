@@ -11,11 +11,25 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dist_cifar import __version__
-from dist_cifar.cli import bench, data, doctor, evaluate, export, predict, report, status, submit, train, verify, watch
+from dist_cifar.cli import (
+    bench,
+    data,
+    doctor,
+    evaluate,
+    export,
+    init,
+    predict,
+    report,
+    status,
+    submit,
+    train,
+    verify,
+    watch,
+)
 from dist_cifar.cli.arguments import add_local_rank
 from dist_cifar.errors import ConfigError, did_you_mean, nearest
 
-COMMANDS = (train, verify, doctor, submit, data, evaluate, predict, export, report, watch, status, bench)
+COMMANDS = (init, train, verify, doctor, submit, data, evaluate, predict, export, report, watch, status, bench)
 """In the order of the help. Each has `add(commands)`, and `run(options)`, which returns the exit code."""
 
 

@@ -16,8 +16,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "submit",
         help="submit a training to SLURM",
-        description="Fill in a batch script of slurm/, have sbatch test it, and submit it. To be run in the repository,"
-        " where the job will run. docs/slurm.md says what the job does when it is preempted, out of time or broken.",
+        description="Fill in a batch script of slurm/, have sbatch test it, and submit it. To be run in the folder that"
+        " holds slurm/, where the job will run. docs/slurm.md says what the job does when it is preempted, out of time"
+        " or broken.",
         allow_abbrev=False,
     )
     add_config(parser, example="run.dir=runs/first")
@@ -62,11 +63,10 @@ def run(options: argparse.Namespace) -> int:
     """Submits the job. Returns the exit code."""
     from dist_cifar.config import load_config
     from dist_cifar.strategy import slice_count
-    from dist_cifar.tools.slurm import REPOSITORY, JobVariables, Request, render, submit, template
+    from dist_cifar.tools.slurm import JobVariables, Request, render, submit, template
 
     config = load_config(options.config, options.overrides, environ=JobVariables(os.environ))
-    if Path.cwd() != REPOSITORY:
-        raise ConfigError(f"submit: jobs run in the repository, where their paths begin: cd {REPOSITORY}")
+    directory = Path.cwd()
     ranks = options.ranks_per_node or max(options.gpus_per_node, 1)
     slice_count(config.batch, config.strategy, world_size=options.nodes * ranks)
     arguments = ["--config", str(options.config)] if options.config else []
@@ -82,14 +82,14 @@ def run(options: argparse.Namespace) -> int:
     names = "nodes gpus_per_node time job_name partition account qos constraint cpus_per_task container max_restarts"
     request = Request(
         arguments=tuple(arguments),
-        directory=REPOSITORY,
+        directory=directory,
         ranks_per_node=ranks,
         array=array,
         sbatch=tuple(options.sbatch),
         setup=tuple(options.setup),
         **{name: getattr(options, name) for name in names.split()},
     )
-    text = render(template(script), request)
+    text = render(template(directory, script), request)
     if options.dry_run:
         print(text, end="", flush=True)
     print(submit(text, dry_run=options.dry_run), file=sys.stderr if options.dry_run else sys.stdout)

@@ -19,7 +19,6 @@ from typing import Any
 
 from dist_cifar.errors import ConfigError, LaunchError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 logger = logging.getLogger(__name__)
 
 _OF_A_JOB = re.compile(
@@ -41,7 +40,7 @@ class Request:
     arguments: tuple[str, ...]
     """The arguments of `train`: `--config FILE key=value ...`."""
     directory: Path
-    """The repository, where the job runs."""
+    """The folder that holds `slurm/`, where the job runs."""
     nodes: int = 1
     gpus_per_node: int = 1
     """GPUs of each node; 0 asks for none."""
@@ -65,7 +64,10 @@ class Request:
 
 
 def render(template: str, request: Request) -> str:
-    """Returns the script. Raises `ConfigError` for a value that no line of a script can hold."""
+    """Returns the script.
+
+    Raises `ConfigError` for a value that no line of a script can hold, and for a template without a line to fill in.
+    """
     for field in fields(request):
         for value in _texts(getattr(request, field.name)):
             if any(ord(character) < 32 or ord(character) == 127 for character in value):
@@ -129,7 +131,11 @@ def _in_header(text: str, lines: list[str]) -> str:
 
 
 def _with_line(text: str, start: str, replacement: str) -> str:
-    assert f"\n{start}" in text, f"the template has no line {start!r}"
+    if f"\n{start}" not in text:
+        raise ConfigError(
+            f"submit: the script in slurm/ has no line that begins with {start.strip()!r}, in whose place"
+            f" {replacement.strip()!r} belongs; put it back, or submit the script with sbatch"
+        )
     return text.replace(f"\n{start}", f"\n{replacement}", 1)
 
 
@@ -208,10 +214,14 @@ def sweep_lines(content: bytes) -> list[list[str]]:
     return sweep
 
 
-def template(name: str) -> str:
-    """Reads a script of `slurm/`. Raises `LaunchError` outside a clone of the repository."""
-    path = REPOSITORY / "slurm" / f"{name}.sbatch"
+def template(directory: Path, name: str) -> str:
+    """Reads a script of `directory/slurm`. Raises `LaunchError` if it is not there."""
+    path = directory / "slurm" / f"{name}.sbatch"
     try:
         return path.read_text()
-    except OSError as error:
-        raise LaunchError(f"submit: {path} cannot be read ({error.strerror}); run it from a clone") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise LaunchError(
+            f"submit: {path} cannot be read ({reason}); jobs run in the folder that holds slurm/: cd to your"
+            " clone or project, or let `dist-cifar init` write one here"
+        ) from None

@@ -15,14 +15,8 @@ import pytest
 from dist_cifar.cli.main import main
 from dist_cifar.errors import ConfigError
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tools.slurm import (
-    REPOSITORY,
-    Request,
-    job_environment,
-    render,
-    sweep_lines,
-    template,
-)
+from dist_cifar.tools.slurm import Request, job_environment, render, sweep_lines, template
+from tests import REPOSITORY
 
 HOSTILE = "it's $(touch hacked) `touch hacked` \"#\\ %j; touch hacked"
 REQUEST = Request(
@@ -66,7 +60,7 @@ train_ranks torchrun "$@"
 
 
 def rendered(name: str = "train", **changes: object) -> str:
-    return render(template(name), dataclasses.replace(REQUEST, **changes))
+    return render(template(REPOSITORY, name), dataclasses.replace(REQUEST, **changes))
 
 
 def test_golden():
@@ -128,7 +122,7 @@ def test_more_options_and_a_setup():
 
 @pytest.mark.parametrize("name", ["train", "train_srun", "sweep", "preflight", "data"])
 def test_logs_have_a_folder_that_is_there(name):
-    folder = re.search(r"^#SBATCH --output=(.*)/%x", template(name), re.MULTILINE)[1]
+    folder = re.search(r"^#SBATCH --output=(.*)/%x", template(REPOSITORY, name), re.MULTILINE)[1]
     assert (REPOSITORY / folder).is_dir() and folder != "."
 
 
@@ -169,7 +163,7 @@ def test_a_variable_that_only_the_job_has_is_no_fault(sbatch):
 
 def read_by_the_job(path: Path, task: int) -> list[str]:
     """What the batch script reads in a line of a sweep's file."""
-    line = next(line for line in template("sweep").splitlines() if line.startswith("read -ra overrides"))
+    line = next(line for line in template(REPOSITORY, "sweep").splitlines() if line.startswith("read -ra overrides"))
     script = f'{line}\nfor word in "${{overrides[@]}}"; do printf "%s\\0" "$word"; done'
     environ = os.environ | {"SLURM_ARRAY_TASK_ID": str(task)}
     done = subprocess.run(["bash", "-c", script, "bash", path], capture_output=True, env=environ, check=False)
@@ -260,10 +254,24 @@ def test_bad_input(sbatch, capsys, arguments, message):
     assert not sbatch.exists()
 
 
-def test_elsewhere_than_in_the_repository(sbatch, tmp_path, monkeypatch, capsys):
+def test_elsewhere_than_beside_the_scripts(sbatch, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["submit"]) == 2
-    assert f"cd {REPOSITORY}" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/slurm/train.sbatch" in line and "`dist-cifar init` write one here" in line
+
+
+def test_the_scripts_of_a_project_are_filled_in_as_they_were_edited(sbatch, tmp_path, monkeypatch, capsys):
+    (tmp_path / "slurm").mkdir()
+    script = tmp_path / "slurm/train.sbatch"
+    script.write_text(template(REPOSITORY, "train").replace("max_requeues=1000", "max_requeues=7"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nmax_requeues=7 " in printed and f"#SBATCH --chdir={tmp_path}\n" in printed
+    script.write_text(script.read_text().replace("container=()", "container=(podman run image)"))
+    assert main(["submit", "--container", "image.sif"]) == 2
+    assert "has no line that begins with 'container=()'" in capsys.readouterr().err
 
 
 def test_what_sbatch_says_is_passed_on(sbatch, tmp_path, monkeypatch, capsys):

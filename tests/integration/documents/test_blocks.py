@@ -36,8 +36,8 @@ PAGES = [
 TESTS = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("*.py"))
 LANGUAGES = {"sh": ["bash", "-ec"], "python": [sys.executable, "-c"], "diff": ["git", "apply", "-"]}
 """What runs a block: it gets it as its last argument, a diff on its standard input."""
-MARK = re.compile(r"<!-- not run: (.*?) -->")
-DOORS = r"dist_cifar/train\.py|dist_cifar train|dist-cifar train"
+MARK = re.compile(r"<!-- not run: ([^\n]*?) -->")
+DOORS = r"dist_cifar/train\.py|-m dist_cifar\.train|dist_cifar train|dist-cifar train"
 TRAINING = re.compile(rf"{DOORS}|launch/local\.sh(?: --ranks \d+)?|launch/torchrun\.sh")
 QUICK = (
     "run.device=cpu run.log_every_steps=2 data.source=synthetic data.synthetic_train_size=72"
@@ -223,7 +223,7 @@ COMMANDS = [
     for line in block.text.splitlines()
 ]
 EXTENDING = (REPOSITORY / "docs/extending.md").read_text()
-OTHERS = "verify|data|submit|doctor|report|watch|evaluate|predict|export"
+OTHERS = "init|verify|data|submit|doctor|report|watch|evaluate|predict|export"
 
 
 def arguments_of(line: str, doors: str) -> list[str]:

@@ -122,7 +122,7 @@ def test_accelerate_on_two_nodes(config, require_golden, tmp_path):
 @pytest.mark.slow
 def test_accelerate_on_one_gpu_without_it(config, require_golden, tmp_path):
     command = ["accelerate", "launch", "--config_file", str(LAUNCH / "accelerate/one_gpu.yaml")]
-    finish(start([*command, str(REPOSITORY / "dist_cifar/train.py"), "--config", str(config)], tmp_path))
+    finish(start([*command, "-m", "dist_cifar.train", "--config", str(config)], tmp_path))
     require_golden(tmp_path / "run", 1)
 
 

@@ -515,6 +515,17 @@ def test_the_front_door_leaves_the_users_path_alone(option, tmp_path):
     assert code == 0 and err == f"{[str(REPOSITORY), str(tmp_path)]}\n"
 
 
+def test_as_a_module_the_front_door_starts_where_the_user_is(tmp_path):
+    """There lie the modules that a config may name."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\natexit.register(lambda: print(sys.path[:2], file=sys.stderr))\n"
+    )
+    (tmp_path / "mine").mkdir()
+    path = f"{tmp_path}:{REPOSITORY}"
+    code, _, err = run("python -m dist_cifar.train --print-config", tmp_path / "mine", PYTHONPATH=path)
+    assert code == 0 and err == f"{[str(tmp_path / 'mine'), str(tmp_path)]}\n"
+
+
 def test_options_may_stand_between_fields(config, capsys):
     assert main(["train", "--config", str(config), "run.seed=3", "--print-config", "run.name=x", "--resume"]) == 0
     assert "seed: 3" in capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_requeue_by_hand(cluster, submit, golden):
 def test_scancel_ends_it_for_good_and_leaves_no_process(cluster, submit):
     job, run = submit("train.sbatch", ["--nodes=2", "--gpus-per-node=2"])
     cluster.wait_until(lambda: run.step() >= 5, "step 5", job)
-    ours = "train.py|torchrun|job_script|slurmstepd"
+    ours = "dist_cifar.train|torchrun|job_script|slurmstepd"
     nodes = [node for node in cluster.nodes if cluster.processes(node, ours)]
     assert len(nodes) == 2
     cluster.run("scancel", str(job))
