@@ -78,6 +78,7 @@ def _run_rank(config: Config, options: argparse.Namespace) -> int:
 
     from dist_cifar.cli.failure_exit import FailureExit
     from dist_cifar.cli.job import connect
+    from dist_cifar.config import load_components
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
     from dist_cifar.run.provenance import shared_facts
@@ -87,6 +88,7 @@ def _run_rank(config: Config, options: argparse.Namespace) -> int:
 
     gc.freeze()
     gc.enable()
+    load_components(config)
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
     keep_freed_memory()
