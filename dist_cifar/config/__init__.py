@@ -1,11 +1,11 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
-from dist_cifar.config.components import is_own, load_components
+from dist_cifar.config.components import is_own, known_names, load_components
 from dist_cifar.config.load import config_from_values, describe, flatten, key_hint, load_config, to_yaml
+from dist_cifar.config.marks import AtResume
 from dist_cifar.config.paths import expand_path
 from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
-    AtResume,
     AugmentConfig,
     BatchConfig,
     CheckpointConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "flatten",
     "is_own",
     "key_hint",
+    "known_names",
     "load_components",
     "load_config",
     "to_yaml",

@@ -10,7 +10,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from dist_cifar.config.schema import HINTS, Config, Names
+from dist_cifar.config.marks import Names
+from dist_cifar.config.schema import HINTS, Config
 from dist_cifar.plugins import check_options, find
 
 
@@ -52,6 +53,11 @@ def load_components(config: Config) -> None:
 def is_own(config: Config, section: str, name: str = "name") -> bool:
     """Whether the field names a component from outside the package."""
     return any((found, field) == (section, name) for _, found, field, _ in _named(config))
+
+
+def known_names(section: str, field: str) -> tuple[str, ...]:
+    """The names that a field takes without a colon: those of the package's own components."""
+    return next(_marks(HINTS[section][field])).known
 
 
 def _named(config: Config) -> Iterator[tuple[str, str, str, str]]:

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_origin
 
 from dist_cifar.config import schema
 from dist_cifar.config.key_hints import hint_for
+from dist_cifar.config.marks import PathKind
 from dist_cifar.config.paths import expand_path, has_variables
-from dist_cifar.config.schema import HINTS, SECTIONS, Config, PathKind
+from dist_cifar.config.schema import HINTS, SECTIONS, Config
 from dist_cifar.config.values import convert, is_optional, path_kind, type_name, unmarked
 from dist_cifar.config.yaml_text import brief, parse_yaml, read_text, show
 from dist_cifar.errors import ConfigError, nearest_path

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from dist_cifar.config.schema import Names, PathKind, Range
+from dist_cifar.config.marks import Names, PathKind, Range
 from dist_cifar.config.yaml_text import brief
 from dist_cifar.errors import ConfigError, did_you_mean
 from dist_cifar.plugins import is_reference, registered_names

@@ -8,13 +8,12 @@ from 0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from dist_cifar.config import Config, OptimizerConfig, PlateauConfig
+from dist_cifar.config import OptimizerConfig, PlateauConfig
 from dist_cifar.errors import counted
 from dist_cifar.optim.lr_scaling import scaled_lr
-from dist_cifar.optim.own_schedule import ScheduleContext, build_own
 from dist_cifar.optim.plateau import Plateau, start_plateau, step_plateau
 from dist_cifar.state import Evaluation
 
@@ -83,28 +82,3 @@ class WarmupPlateau:
 def warmup_factor(warmup_steps: int, step: int) -> float:
     """The warm-up factor: linear from 1/n in step 0 to 1 in step n - 1, of n warm-up steps, and 1 afterwards."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-def build_plateau(config: Config, *, global_size: int, steps_per_epoch: int) -> LRSchedule:
-    """The schedule `plateau`."""
-    return WarmupPlateau(config.optimizer, config.plateau, global_size=global_size, steps_per_epoch=steps_per_epoch)
-
-
-LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": build_plateau}
-"""The builder of every schedule by its name."""
-
-
-def build_lr_schedule(config: Config, *, global_size: int, steps_per_epoch: int, total_steps: int) -> LRSchedule:
-    """The schedule of a run of `total_steps` whose global batch has `global_size` samples."""
-    name = config.schedule.name
-    if name in LR_SCHEDULES:
-        return LR_SCHEDULES[name](config, global_size=global_size, steps_per_epoch=steps_per_epoch)
-    lr, reason = scaled_lr(config.optimizer, global_size)
-    context = ScheduleContext(
-        lr=lr,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-    )
-    schedule: LRSchedule = build_own(name, config.schedule.options, context, reason)
-    return schedule

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def accelerate_names(config: Config) -> list[str]:
-    """Those of `tracking.also` that are Accelerate's."""
+    """The names of `tracking.also` that are Accelerate's."""
     return [name for name in config.tracking.also if name in TRACKERS]
 
 

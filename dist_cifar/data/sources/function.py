@@ -7,7 +7,7 @@ ranks of a node share one copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ _NAMES = ("train_images", "train_labels", "test_images", "test_labels", "classes
 
 
 class FunctionSource(Source):
-    """The function that `data.source` names, called with `data.options`."""
+    """A function, called with `data.options`, that returns what `checked` takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
         self._arrays: Arrays | None = None
 
     def key(self, config: DataConfig, cache_dir: Path) -> str:
@@ -40,9 +41,8 @@ class FunctionSource(Source):
     def _load(self, config: DataConfig) -> Arrays:
         if self._arrays is None:
             origin = f"data.source={config.source}"
-            function = plugins.find("data_source", "data.source", config.source)
             try:
-                returned = function(**config.options)
+                returned = self._function(**config.options)
             except Exception as error:
                 raise plugins.broken(origin, error, "loading the data") from None
             self._arrays = checked(returned, origin)

@@ -1,4 +1,8 @@
-"""A learning rate that is a function of the step, written outside the package."""
+"""The learning rate schedules by name.
+
+A new one is a file beside `lr_schedule.py`, with a builder that is entered in `LR_SCHEDULES`; one from outside the
+package is named in the config: a function of the step, or an `LRSchedule`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,35 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dist_cifar import plugins
+from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError
+from dist_cifar.optim.lr_scaling import scaled_lr
+from dist_cifar.optim.lr_schedule import LRSchedule, WarmupPlateau
 from dist_cifar.state import Evaluation
+
+
+def build_plateau(config: Config, *, global_size: int, steps_per_epoch: int) -> LRSchedule:
+    """The schedule `plateau`."""
+    return WarmupPlateau(config.optimizer, config.plateau, global_size=global_size, steps_per_epoch=steps_per_epoch)
+
+
+LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": build_plateau}
+"""The builder of every schedule by its name."""
+
+
+def build_lr_schedule(config: Config, global_size: int, steps_per_epoch: int, total_steps: int) -> LRSchedule:
+    """The schedule of a run of `total_steps` whose global batch has `global_size` samples."""
+    name = config.schedule.name
+    if name in LR_SCHEDULES:
+        return LR_SCHEDULES[name](config, global_size=global_size, steps_per_epoch=steps_per_epoch)
+    lr, reason = scaled_lr(config.optimizer, global_size)
+    context = ScheduleContext(
+        lr=lr,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    return _build_own(name, config.schedule.options, context, reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +84,7 @@ class FunctionSchedule:
         return f"{self._reason}; {self._name}"
 
 
-def build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, reason: str) -> Any:
+def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, reason: str) -> LRSchedule:
     """The schedule that `schedule.name` names: the component is called with `context` and the options.
 
     It returns the learning rate as a function of the step, or an `LRSchedule`. Raises `ConfigError` if it does neither.
@@ -64,7 +95,8 @@ def build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, r
     except Exception as error:
         raise plugins.broken(origin, error, "making the schedule") from None
     if all(hasattr(made, method) for method in ("lr", "observe", "state_dict", "load_state_dict", "describe")):
-        return made
+        own: LRSchedule = made
+        return own
     if not callable(made):
         raise ConfigError(f"{origin}: returns {type(made).__name__}; it must return a function of the step")
     schedule = FunctionSchedule(made, name, reason)
