@@ -72,6 +72,41 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     return enter
 
 
+def register_model(name: str) -> Callable[[T], T]:
+    """Registers a builder of networks: `build(*, num_classes, **options)` returns a `torch.nn.Module`."""
+    return register("model", name)
+
+
+def register_data_source(name: str) -> Callable[[T], T]:
+    """Registers a function `load(**options)` that returns arrays, or a subclass of `Source`."""
+    return register("data_source", name)
+
+
+def register_optimizer(name: str) -> Callable[[T], T]:
+    """Registers a `torch.optim.Optimizer`, made as `make(parameters, lr=..., **options)`."""
+    return register("optimizer", name)
+
+
+def register_schedule(name: str) -> Callable[[T], T]:
+    """Registers a schedule: `make(context, **options)` returns a function of the step or an `LRSchedule`."""
+    return register("schedule", name)
+
+
+def register_augmentation(name: str) -> Callable[[T], T]:
+    """Registers a function `transform(image, generator, **options)` of one image."""
+    return register("augmentation", name)
+
+
+def register_tracker(name: str) -> Callable[[T], T]:
+    """Registers a tracker, made as `make(config, run_dir)`."""
+    return register("tracker", name)
+
+
+def register_strategy(name: str) -> Callable[[T], T]:
+    """Registers a strategy, made as the package's own are."""
+    return register("strategy", name)
+
+
 def registrations() -> list[tuple[str, str, Any]]:
     """Everything that has been registered, as (kind, name, object)."""
     return [(kind, name, component) for (kind, name), component in _registered.items()]

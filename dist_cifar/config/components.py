@@ -41,7 +41,7 @@ def load_components(config: Config) -> None:
 
     Raises `ConfigError`, which names the file and the line where there is one.
     """
-    for kind, section, name, value in _named(config):
+    for kind, section, name, value in own_components(config):
         key = f"{section}.{name}"
         component = find(kind, key, value)
         options_name = _OPTIONS.get(name, "options")
@@ -52,7 +52,7 @@ def load_components(config: Config) -> None:
 
 def is_own(config: Config, section: str, name: str = "name") -> bool:
     """Whether the field names a component from outside the package."""
-    return any((found, field) == (section, name) for _, found, field, _ in _named(config))
+    return any((found, field) == (section, name) for _, found, field, _ in own_components(config))
 
 
 def known_names(section: str, field: str) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ def known_names(section: str, field: str) -> tuple[str, ...]:
     return next(_marks(HINTS[section][field])).known
 
 
-def _named(config: Config) -> Iterator[tuple[str, str, str, str]]:
+def own_components(config: Config) -> Iterator[tuple[str, str, str, str]]:
     """(kind, section, field, name) of every component from outside that the config names."""
     for section, hints in HINTS.items():
         for field, hint in hints.items():
