@@ -17,7 +17,7 @@ from tests import REPOSITORY
 PACKAGE = REPOSITORY / "dist_cifar"
 ORDER = [
     ["errors", "terminal"],
-    ["stopping", "plugins"],
+    ["stopping", "plugins", "nn"],
     ["config"],
     ["distributed"],
     ["ops"],

@@ -157,7 +157,7 @@ def test_a_resume_after_an_edit_is_refused_by_the_files_name(own, registered, mo
     config = own("model.name=resnet8")
     assert not disturbed(communicator, config, 2, 0, False)
     plugins._files["mine.py"] = "1" * 64
-    with pytest.raises(ConfigError, match="result would change .*mine.py: 000000000000 -> 111111111111"):
+    with pytest.raises(ConfigError, match=r"result would change .*mine.py: 000000000000 -> 111111111111"):
         train(communicator, config)
     plugins._files["mine.py"] = "0" * 64
     assert train(communicator, config)

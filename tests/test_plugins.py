@@ -160,5 +160,5 @@ def test_options_are_checked_against_annotations(hint, good, bad):
     for value in good:
         plugins.check_options(namespace["f"], {"x": value}, key="k")
     for value in bad:
-        with pytest.raises(ConfigError, match="k.x: must be"):
+        with pytest.raises(ConfigError, match=r"k.x: must be"):
             plugins.check_options(namespace["f"], {"x": value}, key="k")

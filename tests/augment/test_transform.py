@@ -82,7 +82,7 @@ def test_a_wrong_function_is_one_line(monkeypatch, function, message):
 def test_an_error_of_a_process_comes_back():
     transform = OwnTransform("examples.own_augmentation:gone", {}, seed=0, workers=1)
     try:
-        with pytest.raises(ConfigError, match="own_augmentation.py has no gone"):
+        with pytest.raises(ConfigError, match=r"own_augmentation\.py has no gone"):
             transform(IMAGES, 0, INDICES)
     finally:
         transform.close()

@@ -79,7 +79,9 @@ def test_the_trial_leaves_the_model_and_the_generator_as_they_were(registered):
 
 
 def test_a_network_of_torchvision_has_its_options_and_its_errors():
-    model = build_model(ModelConfig(name="torchvision:resnet18", options={"width_per_group": 64}), num_classes=7, seed=0)
+    model = build_model(
+        ModelConfig(name="torchvision:resnet18", options={"width_per_group": 64}), num_classes=7, seed=0
+    )
     assert model.fc.out_features == 7
     with pytest.raises(ConfigError, match="building the model fails: TypeError: .*depth"):
         build_model(ModelConfig(name="torchvision:resnet18", options={"depth": 3}), num_classes=7, seed=0)

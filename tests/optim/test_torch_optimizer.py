@@ -17,9 +17,7 @@ from dist_cifar.optim.torch_optimizer import TorchOptimizer
 NESTEROV = OptimizerConfig(
     name="examples.own_optimizer:Nesterov", options={"momentum": 0.9, "weight_decay": 1e-2}, lr=0.1
 )
-SGD = OptimizerConfig(
-    name="torch.optim:SGD", options={"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}, lr=0.1
-)
+SGD = OptimizerConfig(name="torch.optim:SGD", options={"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}, lr=0.1)
 
 
 def network() -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from dist_cifar import plugins
@@ -25,8 +27,8 @@ def opened(tmp_path, monkeypatch):
 
 
 class Keeps:
-    rows: list = []
-    ends: list = []
+    rows: ClassVar[list] = []
+    ends: ClassVar[list] = []
 
     def __init__(self, config, run_dir):
         assert isinstance(config, Config) and run_dir.is_dir()

@@ -94,7 +94,7 @@ def test_what_is_no_data_set_is_refused_in_one_line(load, changes, message):
 
 @pytest.mark.parametrize("returned", [None, 3, (IMAGES, LABELS), {"train_images": IMAGES}])
 def test_what_is_no_five_arrays_is_refused(load, returned):
-    with pytest.raises(DataError, match="data.source=own: returns"):
+    with pytest.raises(DataError, match=r"data.source=own: returns"):
         load(lambda: returned)
 
 
