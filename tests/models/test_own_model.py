@@ -83,5 +83,5 @@ def test_a_network_of_torchvision_has_its_options_and_its_errors():
         ModelConfig(name="torchvision:resnet18", options={"width_per_group": 64}), num_classes=7, seed=0
     )
     assert model.fc.out_features == 7
-    with pytest.raises(ConfigError, match="building the model fails: TypeError: .*depth"):
+    with pytest.raises(ConfigError, match=r"building the model fails: TypeError: .*depth"):
         build_model(ModelConfig(name="torchvision:resnet18", options={"depth": 3}), num_classes=7, seed=0)
