@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from dist_cifar.errors import UserError as UserError
     from dist_cifar.optim.base import Optimizer as Optimizer
     from dist_cifar.optim.lr_schedule import LRSchedule as LRSchedule
+    from dist_cifar.plugins import register_augmentation as register_augmentation
+    from dist_cifar.plugins import register_data_source as register_data_source
+    from dist_cifar.plugins import register_model as register_model
+    from dist_cifar.plugins import register_optimizer as register_optimizer
+    from dist_cifar.plugins import register_schedule as register_schedule
+    from dist_cifar.plugins import register_strategy as register_strategy
+    from dist_cifar.plugins import register_tracker as register_tracker
     from dist_cifar.strategy.base import Strategy as Strategy
     from dist_cifar.tracking.base import Tracker as Tracker
     from dist_cifar.trainer import Trainer as Trainer
@@ -40,6 +47,13 @@ else:
         "launch": "api.launching",
         "load_config": "config",
         "load_model": "api.trained_model",
+        "register_augmentation": "plugins",
+        "register_data_source": "plugins",
+        "register_model": "plugins",
+        "register_optimizer": "plugins",
+        "register_schedule": "plugins",
+        "register_strategy": "plugins",
+        "register_tracker": "plugins",
         "train": "api.training",
     }
     """The module of each public name, which is imported when the name is first used."""
@@ -69,5 +83,12 @@ __all__ = [
     "launch",
     "load_config",
     "load_model",
+    "register_augmentation",
+    "register_data_source",
+    "register_model",
+    "register_optimizer",
+    "register_schedule",
+    "register_strategy",
+    "register_tracker",
     "train",
 ]

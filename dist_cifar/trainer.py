@@ -16,16 +16,17 @@ from contextlib import ExitStack, closing, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.evaluate import Evaluator
-from dist_cifar.models import build_model
+from dist_cifar.models import MODELS, build_model
+from dist_cifar.ops.pass_random import seed_pass
 from dist_cifar.ops.precision import resolve_precision
-from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule
+from dist_cifar.optim.lr_schedule import LRSchedule
+from dist_cifar.optim.schedules import build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.checkpointing import RunCheckpoints, unfit
 from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
@@ -108,13 +109,11 @@ class Trainer:
         if spec.bitwise:
             make_deterministic(device)
             communicator.assert_equal_across_ranks("the numerics", numerics_fingerprint(device))
-        augments_on_device(config.augment.backend, device)  # or an error, before anything takes long
         compile_kernels(config, communicator)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
         evaluator = build_evaluator(model, config, data, communicator)
-        sizes = {"global_size": plan.global_size, "steps_per_epoch": plan.steps_per_epoch}
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(
             config=config,
@@ -122,7 +121,7 @@ class Trainer:
             plan=plan,
             batches=data.batches,
             strategy=build_strategy(model, config, communicator=communicator, plan=plan),
-            schedule=build_lr_schedule(config.optimizer, config.plateau, **sizes),
+            schedule=build_lr_schedule(config, plan.global_size, plan.steps_per_epoch, plan.total_steps),
             evaluator=evaluator,
             checkpoints=RunCheckpoints(run_dir, config, communicator, dataset=dataset, bitwise=spec.bitwise),
             records=RunRecords(run_dir, config, communicator, plan, dataset=dataset, train_indices=data.train_indices),
@@ -198,6 +197,8 @@ class Trainer:
         inputs, labels = batch.inputs.split(self.plan.micro_size), batch.labels.split(self.plan.micro_size)
         for i in range(micro_batches):
             phase("forward")
+            if self.config.model.name not in MODELS:  # it may draw random numbers
+                seed_pass(self.config.run.seed, self.state.step, self.communicator.rank * micro_batches + i)
             logits = strategy.forward(inputs[i])
             loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)
             if i == micro_batches - 1:
@@ -215,8 +216,7 @@ class Trainer:
         return grad_norm
 
     def evaluate(self) -> Evaluation:
-        """Evaluates on the validation split, tells the schedule if that is due, and notes the best step. A
-        collective."""
+        """Evaluates on the validation split, tells the schedule if that is due, notes the best step. A collective."""
         phase("evaluation")
         state = self.state
         result = self.evaluator.validate(self.strategy.model_state_dict())

@@ -17,12 +17,13 @@ from tests import REPOSITORY
 PACKAGE = REPOSITORY / "dist_cifar"
 ORDER = [
     ["errors", "terminal"],
-    ["stopping"],
+    ["stopping", "plugins", "nn"],
     ["config"],
     ["distributed"],
     ["ops"],
     ["state"],
-    ["augment", "models", "optim"],
+    ["augment", "optim"],
+    ["models"],
     ["run"],
     ["data"],
     ["evaluate"],
@@ -43,12 +44,13 @@ ONLY_IN = {
     "accelerate": ("strategy", "tracking"),
     "wandb": ("tracking",),
     "deepspeed": ("strategy",),
-    "torchvision": ("augment",),
+    "torchvision": ("augment", "models"),
+    "timm": ("models",),
     "jinja2": ("tools",),
     "onnxscript": ("tools",),
     "onnxruntime": ("tools",),
     "psutil": ("distributed", "tools"),
-    "cloudpickle": ("api",),
+    "cloudpickle": ("api", "plugins"),
 }
 """Where a package may be imported."""
 NO_DISTRIBUTION = ("augment", "models")

@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dist_cifar import stopping
+from dist_cifar import plugins, stopping
 from dist_cifar.api.launching import ENDED, FAILURE, PAYLOAD, Payload
 from dist_cifar.distributed.launch_env import launcher_rank
 from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, RankError, StoppedError, TrainingError, UserError
@@ -40,6 +40,7 @@ def run() -> int:
 
 def _train(folder: Path) -> int:
     payload: Payload = pickle.loads((folder / PAYLOAD).read_bytes())
+    plugins.restore(payload.registrations)
     env = enter_training(payload.config)
     import_torch(payload.config, env)
     is_done = run_rank(

@@ -19,7 +19,7 @@ from typing import Any
 
 import cloudpickle
 
-from dist_cifar import errors, stopping
+from dist_cifar import errors, plugins, stopping
 from dist_cifar.api.run_result import RunResult, read_result, result_of_stop
 from dist_cifar.config import Config, checked
 from dist_cifar.distributed.launch_env import read_env
@@ -60,6 +60,8 @@ class Payload:
     config: Config
     must_resume: bool
     resume_anyway: bool
+    registrations: list[tuple[str, str, Any]]
+    """What `dist_cifar.plugins.registrations` returns here."""
 
 
 def launch(config: Config, *, ranks: int, must_resume: bool = False, resume_anyway: bool = False) -> RunResult:
@@ -90,7 +92,12 @@ def launch(config: Config, *, ranks: int, must_resume: bool = False, resume_anyw
             " start ranks of their own; call train, or leave the launcher out"
         )
     slice_count(config.batch, config.strategy, world_size=ranks)
-    payload = Payload(config=config, must_resume=must_resume, resume_anyway=resume_anyway)
+    payload = Payload(
+        config=config,
+        must_resume=must_resume,
+        resume_anyway=resume_anyway,
+        registrations=plugins.registrations(),
+    )
     with stopping.heeded(), tempfile.TemporaryDirectory(prefix="dist_cifar-") as name:
         folder = Path(name)
         (folder / PAYLOAD).write_bytes(cloudpickle.dumps(payload))

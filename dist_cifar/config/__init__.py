@@ -1,10 +1,11 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
+from dist_cifar.config.components import is_own, known_names, load_components, own_components
 from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
+from dist_cifar.config.marks import AtResume
 from dist_cifar.config.paths import expand_path
 from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
-    AtResume,
     AugmentConfig,
     BatchConfig,
     CheckpointConfig,
@@ -16,6 +17,7 @@ from dist_cifar.config.schema import (
     OptimizerConfig,
     PlateauConfig,
     RunConfig,
+    ScheduleConfig,
     StrategyConfig,
     TrackingConfig,
     TrainConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "OptimizerConfig",
     "PlateauConfig",
     "RunConfig",
+    "ScheduleConfig",
     "StrategyConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -45,7 +48,11 @@ __all__ = [
     "differences",
     "expand_path",
     "flatten",
+    "is_own",
     "key_hint",
+    "known_names",
+    "load_components",
     "load_config",
+    "own_components",
     "to_yaml",
 ]

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_origin
 
 from dist_cifar.config import schema
 from dist_cifar.config.key_hints import hint_for
+from dist_cifar.config.marks import PathKind
 from dist_cifar.config.paths import expand_path, has_variables
-from dist_cifar.config.schema import HINTS, SECTIONS, Config, PathKind
+from dist_cifar.config.schema import HINTS, SECTIONS, Config
 from dist_cifar.config.values import convert, is_optional, path_kind, type_name, unmarked
 from dist_cifar.config.yaml_text import brief, parse_yaml, read_text, show
 from dist_cifar.errors import ConfigError, nearest_path
@@ -162,6 +163,7 @@ def _is_plain_file(path: Path) -> bool:
 def _parse_overrides(overrides: Sequence[str], old_names: list[str]) -> dict[str, Any]:
     origin = "command line"
     texts: dict[str, str] = {}
+    options: dict[str, dict[str, Any]] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -169,11 +171,31 @@ def _parse_overrides(overrides: Sequence[str], old_names: list[str]) -> dict[str
         if key in texts:
             raise ConfigError(f"{origin}: {brief(key)} is given twice; give it once")
         texts[key] = text
-    values: dict[str, Any] = {}
+        field, _, name = key.rpartition(".")
+        if _is_options(field):
+            options.setdefault(field, {})[name] = _option(texts.pop(key), f"{origin}: {key}")
+    values: dict[str, Any] = {
+        field: convert(_hint(field, origin), given, field, origin) for field, given in options.items()
+    }
     for key, text in _rename(texts, origin, old_names).items():
         hint = _hint(key, origin)
-        values[key] = convert(hint, _typed(hint, text, f"{origin}: {key}"), key, origin)
+        value = convert(hint, _typed(hint, text, f"{origin}: {key}"), key, origin)
+        values[key] = value | values.get(key, {}) if isinstance(value, dict) else value
     return values
+
+
+def _is_options(key: str) -> bool:
+    """Whether `key` names a field that holds arguments by name."""
+    section, _, name = key.partition(".")
+    return get_origin(unmarked(HINTS.get(section, {}).get(name))) is dict
+
+
+def _option(text: str, origin: str) -> Any:
+    """What was typed for an argument of unknown type: what YAML reads in it, or the text."""
+    try:
+        return parse_yaml(text, origin)
+    except ConfigError:
+        return text
 
 
 def _typed(hint: Any, text: str, origin: str) -> Any:
@@ -216,9 +238,11 @@ def _rename(values: Mapping[str, Any], origin: str, old_names: list[str]) -> dic
 
 
 def _update(values: dict[str, Any], layer: dict[str, Any]) -> None:
-    """Puts a layer over `values`. A layer that sets one of the two batch sizes unsets the other."""
+    """Puts a layer over `values`; of arguments by name, each one. A layer that sets one of the two batch sizes unsets
+    the other."""
     sizes = ("batch.global_size", "batch.per_rank_size")
-    values.update(layer)
+    for key, value in layer.items():
+        values[key] = values[key] | value if isinstance(value, dict) and key in values else value
     for size, other in (sizes, sizes[::-1]):
         if layer.get(size) is not None and other not in layer:
             values[other] = None
@@ -270,6 +294,10 @@ def _check(config: Config) -> None:
                 f"batch.global_size: {batch.global_size} samples cannot be shared equally by"
                 f" strategy.virtual_ranks={strategy.virtual_ranks}; set a multiple of it"
             )
+    if augment.transform is not None and augment.backend == "device":
+        raise ConfigError(
+            "augment.backend: device was set and augment.transform runs on the CPU; set augment.backend=auto"
+        )
     for name in ("erasing_area", "erasing_aspect"):
         low, high = getattr(augment, name)
         if low > high:

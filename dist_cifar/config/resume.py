@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from dist_cifar.config.load import flatten, with_current_keys
-from dist_cifar.config.schema import HINTS, AtResume, Config
+from dist_cifar.config.marks import AtResume
+from dist_cifar.config.schema import HINTS, Config
 from dist_cifar.config.yaml_text import brief
 
 

@@ -11,73 +11,26 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """Closed bounds of a number; with `above`, the lower one is open."""
-
-    minimum: float | None = None
-    maximum: float
-    above: float | None = None
-
-    def __contains__(self, number: float) -> bool:
-        return (
-            (self.minimum is None or number >= self.minimum)
-            and number <= self.maximum
-            and (self.above is None or number > self.above)
-        )
-
-    def __str__(self) -> str:
-        bounds = ((">=", self.minimum), (">", self.above), ("<=", self.maximum))
-        return " and ".join(
-            f"{sign} {bound if isinstance(bound, int) else f'{bound:g}'}" for sign, bound in bounds if bound is not None
-        )
-
-
-class AtResume(Enum):
-    """What a resumed run may do with a field."""
-
-    DECIDES = "decides"
-    """It must have the value that the run was started with."""
-    ROUNDING = "rounding"
-    """It changes how sums are rounded: outside of `exact` a resumed run may change it."""
-    FREE = "free"
-    """It may change."""
-
-
-T = TypeVar("T")
-Free = Annotated[T, AtResume.FREE]
-Rounding = Annotated[T, AtResume.ROUNDING]
-
-
-class PathKind(Enum):
-    """Where the `~` and the variables in a path are expanded."""
-
-    SHARED = "shared"
-    """When the config is read: the config that is printed and saved has the path in full."""
-    NODE = "node"
-    """In the process that uses it, because each node may have another value."""
-
-
-SharedPath = Annotated[str, PathKind.SHARED]
-NodePath = Annotated[str, PathKind.NODE]
-
-MANY = 10**9
-"""More steps, epochs or samples than any run has, and few enough for 32 bits."""
-PositiveInt = Annotated[int, Range(minimum=1, maximum=MANY)]
-NonNegativeInt = Annotated[int, Range(minimum=0, maximum=MANY)]
-Probability = Annotated[float, Range(minimum=0, maximum=1)]
-Seconds = Annotated[float, Range(above=0, maximum=10**7)]
-Factor = Annotated[float, Range(minimum=0, maximum=100)]
-"""A strength of an operation on pixels: beyond it an image has no grey left."""
-Beta = Annotated[float, Range(minimum=0, maximum=0.999999)]
-"""A decay rate that is below 1 in 32 bits too."""
-Aspect = Annotated[float, Range(minimum=1e-3, maximum=1000)]
-SmallFloat = Annotated[float, Range(minimum=1e-30, maximum=10_000)]
-"""A number that is not zero in 32 bits, nor are its products with others."""
+from dist_cifar.config.marks import (
+    MANY,
+    Aspect,
+    Beta,
+    Factor,
+    Free,
+    Names,
+    NodePath,
+    NonNegativeInt,
+    Options,
+    PositiveInt,
+    Probability,
+    Range,
+    Rounding,
+    Seconds,
+    SharedPath,
+    SmallFloat,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +69,12 @@ class RunConfig:
 class DataConfig:
     """The images."""
 
-    source: Literal["cifar10", "cifar100", "folder", "synthetic"] = "cifar10"
+    source: Annotated[str, Names(kind="data_source", known=("cifar10", "cifar100", "folder", "synthetic"))] = "cifar10"
     """`cifar10` and `cifar100`: the official python archives; `folder`: a folder or zip of `train/<class>/*` and
-    `test/<class>/*` images; `synthetic`: generated shapes, for tests and the quickstart."""
+    `test/<class>/*` images; `synthetic`: generated shapes, for tests and the quickstart; `my_data:load`: a function of
+    your own that returns the arrays."""
+    options: Options = field(default_factory=dict)
+    """Arguments of a function of your own."""
     root: Free[SharedPath] = "data"
     """Where the archive is (or is downloaded to), or the folder or zip of `source: folder`."""
     url: Free[str | None] = None
@@ -141,7 +97,7 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """The training augmentation: a policy, and the strengths of its operations in the order in which they are applied.
-    Zero switches an operation off. All fields below `flip_probability` belong to the policy `seed`."""
+    Zero switches an operation off. The fields from `rotation_degrees` on belong to the policy `seed`."""
 
     policy: Literal["seed", "flip_crop", "none"] = "seed"
     """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after reflection padding by 4,
@@ -149,6 +105,13 @@ class AugmentConfig:
     backend: Free[Literal["auto", "cpu", "device"]] = "auto"
     """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
     `cpu` in a thread of the rank; `auto` on the GPU where the rank has one and triton can be imported, else `cpu`."""
+    transform: Annotated[str, Names(kind="augmentation", known=())] | None = None
+    """`my_augment:fn`: a function of your own, called as `fn(image, generator)` with one uint8 [32, 32, 3] image and a
+    `numpy.random.Generator` of its own, before the policy's operations."""
+    transform_options: Options = field(default_factory=dict)
+    """Further arguments of that function, by name."""
+    transform_workers: Free[Annotated[int, Range(minimum=1, maximum=256)]] = 1
+    """Processes of each rank that call the function; their number does not change the result."""
     flip_probability: Probability = 0.5
     """Horizontal flip; policies `seed` and `flip_crop`."""
     rotation_degrees: Annotated[float, Range(minimum=0, maximum=180)] = 20.0
@@ -176,12 +139,20 @@ class AugmentConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"] = (
-        "resnet18"
-    )
-    """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 8 to 56."""
+    name: Annotated[
+        str,
+        Names(
+            kind="model",
+            known=("resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
+        ),
+    ] = "resnet18"
+    """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 8 to 56;
+    `my_models:Net`: a class or function of your own; `timm:NAME` and `torchvision:NAME`: one of those packages."""
+    options: Options = field(default_factory=dict)
+    """Arguments of a network that is not a ResNet of this package, e.g. `model.options.width=256`."""
     norm: Literal["batch", "group"] = "batch"
-    """Normalisation: BatchNorm, or GroupNorm with 8 groups, which does not depend on the other samples of a batch."""
+    """Normalisation of the ResNets of this package: BatchNorm, or GroupNorm with 8 groups, which does not depend on the
+    other samples of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +170,13 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Adam, its learning rate and the clipping of its gradients."""
+    """The optimizer, its learning rate and the clipping of its gradients."""
 
+    name: Annotated[str, Names(kind="optimizer", known=("adam",))] = "adam"
+    """`adam`, of which `betas`, `eps` and `weight_decay` are the settings; `torch.optim:SGD` or `my_optimizers:Lion`: a
+    class of torch's kind, made from the parameters, `lr` and the options."""
+    options: Options = field(default_factory=dict)
+    """Arguments of an optimizer that is not of this package, e.g. `optimizer.options.momentum=0.9`."""
     lr: SmallFloat = 1e-3
     """Base learning rate: what a global batch of `lr_base_batch` samples gets."""
     lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
@@ -222,6 +198,17 @@ class OptimizerConfig:
     log or checkpoint, and `skip` continues."""
     max_skipped_steps: PositiveInt = 10
     """With `non_finite: skip`, more skipped steps than this end the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate changes from step to step."""
+
+    name: Annotated[str, Names(kind="schedule", known=("plateau",))] = "plateau"
+    """`plateau`: a linear warm-up (`optimizer.warmup_epochs`), then `plateau.*`; `my_schedules:cosine`: a function of
+    your own, which returns the learning rate as a function of the step."""
+    options: Options = field(default_factory=dict)
+    """Arguments of a function of your own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +245,10 @@ class TrainConfig:
 class StrategyConfig:
     """How the replicas of the model are kept equal."""
 
-    name: Rounding[Literal["exact", "ddp", "deepspeed", "fsdp"]] = "exact"
+    name: Rounding[Annotated[str, Names(kind="strategy", known=("exact", "ddp", "deepspeed", "fsdp"))]] = "exact"
     """`exact` gives the same weights, to the last bit, for every world size; `ddp` is Accelerate's
     DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's `fully_shard`. A
-    run may be resumed with another strategy."""
+    run may be resumed with another strategy. `my_strategies:Mine`: a class of your own."""
     virtual_ranks: Rounding[Annotated[int, Range(minimum=1, maximum=2**16)]] = 8
     """Strategy `exact`: the number of slices of the global batch, each computed by itself: a power of two that divides
     the batch. It changes the result, as the batch size does. It must be divisible by the world size, which does not
@@ -313,7 +300,9 @@ class CheckpointConfig:
     the earlier checkpoints. The checkpoint with which a signal stops the run must succeed in either case."""
 
 
-TrackerName = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"]
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio")
+"""Accelerate's trackers."""
+TrackerName = Annotated[str, Names(kind="tracker", known=TRACKERS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +310,7 @@ class TrackingConfig:
     """W&B and other trackers; `metrics.jsonl` and `summary.json` are always written."""
 
     also: Free[tuple[TrackerName, ...]] = ()
-    """Other trackers, by way of Accelerate; each is a package to install."""
+    """Other trackers, by way of Accelerate; each is a package to install. `my_trackers:Slack`: a class of your own."""
     wandb: Free[Literal["auto", "online", "offline", "disabled"]] = "auto"
     """`auto` is `online` where wandb is installed and a key is configured, else `disabled`. An `online` run that
     cannot reach the server continues offline."""
@@ -352,6 +341,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -11,9 +11,10 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
-from dist_cifar.config.schema import PathKind, Range
+from dist_cifar.config.marks import Names, PathKind, Range
 from dist_cifar.config.yaml_text import brief
 from dist_cifar.errors import ConfigError, did_you_mean
+from dist_cifar.plugins import is_reference, registered_names
 
 _SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
 """Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
@@ -32,7 +33,12 @@ def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
         plain = arguments[0]
         if plain in (int, float):
             return _number(hint, plain, value, key, origin)
+        for mark in arguments[1:]:
+            if isinstance(mark, Names):
+                return _name(mark, value, key, origin)
         return convert(plain, value, key, origin)
+    if kind is dict:
+        return _options(value, key, origin)
     if kind is Literal:
         if isinstance(value, bool) and "on" in arguments:
             value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
@@ -66,6 +72,44 @@ def _number(hint: Any, plain: type, value: Any, key: str, origin: str) -> int | 
     return plain(value)
 
 
+def _name(names: Names, value: Any, key: str, origin: str) -> str:
+    """A name that is known, registered or has the form of a reference; whether that leads anywhere is seen later."""
+    known = (*names.known, *registered_names(names.kind))
+    if isinstance(value, str) and (value in known or is_reference(value)):
+        return value
+    hint = did_you_mean(value, known) if isinstance(value, str) else ""
+    choices = ", ".join((*known, "module:attribute"))
+    raise ConfigError(f"{origin}: {key}: must be one of {choices}, found {brief(value)}{hint}")
+
+
+def _options(value: Any, key: str, origin: str) -> dict[str, Any]:
+    """Arguments by name, whose values are what YAML can hold."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name.isidentifier() for name in value):
+        raise ConfigError(f"{origin}: {key}: must be names with values, found {brief(value)}; write e.g. {{width: 64}}")
+    for name, one in value.items():
+        _plain(one, f"{key}.{name}", origin)
+    return value
+
+
+def _plain(value: Any, key: str, origin: str) -> None:
+    """Raises `ConfigError` unless a value is null, true, false, a finite number, a text, or lists and names of such."""
+    if isinstance(value, list):
+        for one in value:
+            _plain(one, key, origin)
+    elif isinstance(value, dict):
+        _options(value, key, origin)
+    elif isinstance(value, str):
+        convert(str, value, key, origin)
+    elif not isinstance(value, bool | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(
+            f"{origin}: {key}: must be a number, a text, true, false, null or a list, found {brief(value)}"
+        )
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{origin}: {key}: must be below 2^63, found {brief(value)}")
+
+
 def unmarked(hint: Any) -> Any:
     """The type without its marks, and without the null that it may be."""
     while typing.get_origin(hint) in (Annotated, types.UnionType, typing.Union):
@@ -96,6 +140,9 @@ def type_name(hint: Any) -> str:
     if kind in (types.UnionType, typing.Union):
         return " or ".join(type_name(argument) for argument in arguments)
     if kind is Annotated:
+        names = [mark for mark in arguments[1:] if isinstance(mark, Names)]
+        if names:
+            return str(names[0])
         return " ".join(
             [type_name(arguments[0]), *(str(bounds) for bounds in arguments[1:] if isinstance(bounds, Range))]
         )
@@ -108,4 +155,6 @@ def type_name(hint: Any) -> str:
             else ", ".join(type_name(argument) for argument in arguments)
         )
         return f"[{inside}]"
+    if kind is dict:
+        return "names with values"
     return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]

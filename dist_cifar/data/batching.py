@@ -7,15 +7,14 @@ time or of the batches before.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.augment.backend import Augmenter
-from dist_cifar.augment.params import sample_params
+from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig
 from dist_cifar.data.dataset import Split
 from dist_cifar.data.prefetch import Batch, prefetch
@@ -84,19 +83,26 @@ class TrainingBatches:
     """Images of `split` to train on; the positions of `sampler` point into them."""
     plan: BatchPlan
     sampler: GlobalBatchSampler
-    augment: Augmenter
+    augment: Callable[[int, npt.NDArray[np.int64], AugmentParams], torch.Tensor]
+    """From the epoch, indices into `split` and their parameters to the network's input, float32 [n, 3, 32, 32]."""
     augment_config: AugmentConfig
     seed: int
+    close: Callable[[], None] = lambda: None
+    """Ends what `augment` has started."""
 
     def make(self, step: int) -> Batch:
         """This rank's share of the global batch of `step`, on the device that augments."""
         epoch, indices = step // self.plan.steps_per_epoch, self.indices[self.sampler.batch(step)]
         params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices)
-        return Batch(inputs=self.augment(indices, params), labels=torch.from_numpy(self.split.labels[indices]))
+        inputs = self.augment(epoch, indices, params)
+        return Batch(inputs=inputs, labels=torch.from_numpy(self.split.labels[indices]))
 
     def stream(self, first_step: int, device: torch.device) -> Generator[Batch, None, None]:
         """The batches from `first_step` to the end of the run, on `device`, prepared ahead in a thread."""
-        return prefetch(self.make, range(first_step, self.plan.total_steps), device)
+        try:
+            yield from prefetch(self.make, range(first_step, self.plan.total_steps), device)
+        finally:
+            self.close()
 
 
 def evaluation_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:

@@ -18,7 +18,7 @@ from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import DataConfig, expand_path
 from dist_cifar.data import cache, node_staging
 from dist_cifar.data.ownership import private_in
-from dist_cifar.data.sources import SOURCES
+from dist_cifar.data.sources import source_of
 from dist_cifar.errors import ConfigError, counted, listed
 from dist_cifar.ops import philox
 
@@ -59,8 +59,9 @@ def load_dataset(config: DataConfig) -> Dataset:
     `data.stage_dir`.
     """
     stage_dir = None if config.stage_dir is None else Path(expand_path(config.stage_dir, "data.stage_dir", os.environ))
-    cache_dir, source = _cache_dir(config), SOURCES[config.source]
-    entry = cache.load_or_build(cache_dir, config.source, source.key(config, cache_dir), lambda: source.read(config))
+    cache_dir, source = _cache_dir(config), source_of(config)
+    name = config.source.replace(":", "-").replace("/", "-")
+    entry = cache.load_or_build(cache_dir, name, source.key(config, cache_dir), lambda: source.read(config))
     if stage_dir is not None:
         entry = node_staging.staged(entry, stage_dir)
     arrays = entry.arrays
@@ -80,7 +81,7 @@ def _cache_dir(config: DataConfig) -> Path:
 
 def missing_download(config: DataConfig) -> str | None:
     """The address from which `load_dataset` would download the data set; None if it is here or is not downloaded."""
-    source = SOURCES[config.source]
+    source = source_of(config)
     url = source.missing_download(config)
     if url is None:
         return None

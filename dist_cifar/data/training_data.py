@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from dist_cifar.augment import cpu
 from dist_cifar.augment.backend import augmenter
+from dist_cifar.augment.params import AugmentParams
+from dist_cifar.augment.transform import OwnTransform
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, plan_batches
 from dist_cifar.data.dataset import Dataset, load_dataset, validation_split
@@ -43,14 +48,16 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
         dataset.train.labels, config.data.validation_size, dataset.classes
     )
     plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
+    augment, close = _augmentation(config, dataset, communicator.device)
     batches = TrainingBatches(
         split=dataset.train,
         indices=train_indices,
         plan=plan,
         sampler=GlobalBatchSampler(len(train_indices), plan, rank=rank, world_size=world_size, seed=config.run.seed),
-        augment=augmenter(config.augment.backend, dataset.train.images, dataset.stats, device=communicator.device),
+        augment=augment,
         augment_config=config.augment,
         seed=config.run.seed,
+        close=close,
     )
     return TrainingData(
         dataset=dataset,
@@ -59,3 +66,22 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
         plan=plan,
         batches=batches,
     )
+
+
+def _augmentation(
+    config: Config, dataset: Dataset, device: torch.device
+) -> tuple[Callable[[int, npt.NDArray[np.int64], AugmentParams], torch.Tensor], Callable[[], None]]:
+    """`TrainingBatches.augment` and `close` of a run."""
+    images, stats, setting = dataset.train.images, dataset.stats, config.augment
+    if setting.transform is None:
+        augment = augmenter(setting.backend, images, stats, device=device)
+        return lambda epoch, indices, params: augment(indices, params), lambda: None
+    transform = OwnTransform(
+        setting.transform, setting.transform_options, seed=config.run.seed, workers=setting.transform_workers
+    )
+
+    def transform_and_augment(epoch: int, indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:
+        changed = transform(images[indices], epoch, indices)
+        return cpu.augment(changed, np.arange(len(changed)), params, stats)
+
+    return transform_and_augment, transform.close

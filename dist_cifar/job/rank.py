@@ -61,6 +61,7 @@ def run_rank(
     _prepare_libraries(threads)
     import torch
 
+    from dist_cifar.config import load_components
     from dist_cifar.distributed.device import choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
     from dist_cifar.run.provenance import shared_facts
@@ -68,6 +69,7 @@ def run_rank(
     from dist_cifar.tools.report import ReportTracker
     from dist_cifar.trainer import train
 
+    load_components(config)
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
     keep_freed_memory()

@@ -1,16 +1,21 @@
-"""The networks by name. A new family is a file beside `resnet.py`, with builders that are entered in `MODELS`.
+"""The networks by name. A new family is a file beside `resnet.py`, with builders that are entered in `MODELS`; one from
+outside the package is named in the config.
 
 Nothing here knows of ranks, devices, the training, or of how `dist_cifar.ops` makes a network faster.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from dist_cifar import plugins
+from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import ModelConfig
+from dist_cifar.errors import ConfigError
 from dist_cifar.models import resnet
 
 ModelBuilder = Callable[..., nn.Module]
@@ -25,8 +30,46 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
     """Builds the network of `config` on the CPU: float32 [n, 3, 32, 32] to logits float32 [n, num_classes].
 
     The weights are the same for the same arguments, on every rank and whatever the global generator holds, which is
-    left as it was.
+    left as it was. Raises `ConfigError` where a network from outside the package fails or is none.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[config.name](config, num_classes=num_classes)
+        if config.name in MODELS:
+            return MODELS[config.name](config, num_classes=num_classes)
+        return _build_own(config, num_classes)
+
+
+def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Builds a network from outside the package, and tries a copy of it on two images."""
+    origin = f"model.name={config.name}"
+    build = plugins.find("model", "model.name", config.name)
+    try:
+        model = build(num_classes=num_classes, **config.options)
+    except Exception as error:
+        raise plugins.broken(origin, error, "building the model") from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{origin}: returns {type(model).__name__}; it must return a torch.nn.Module")
+    parameters = dict(model.named_parameters())
+    trained = {name: one for name, one in parameters.items() if one.requires_grad}
+    if not trained:
+        raise ConfigError(f"{origin}: the model has no parameter to train")
+    odd = next((name for name, one in parameters.items() if one.dtype != torch.float32 or one.is_meta), None)
+    if odd is not None:
+        raise ConfigError(f"{origin}: its parameter {odd} is {parameters[odd].dtype}; float32 on the CPU is needed")
+    trial = copy.deepcopy(model)
+    try:
+        logits = trial(torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape == (2, num_classes):
+            logits.sum().backward()
+    except Exception as error:
+        raise plugins.broken(origin, error, f"its forward pass of [2, 3, {IMAGE_SIZE}, {IMAGE_SIZE}]") from None
+    if shape != (2, num_classes):
+        raise ConfigError(f"{origin}: its forward pass of two images returns {shape}; must be [2, {num_classes}]")
+    unused = next((name for name, one in trial.named_parameters() if one.requires_grad and one.grad is None), None)
+    if unused is not None:
+        raise ConfigError(
+            f"{origin}: its parameter {unused} has no effect on the output, so no gradient; use it, or set its"
+            " requires_grad to False"
+        )
+    return model

@@ -28,7 +28,8 @@ _LEAST_WEIGHTS = 2**16
 def replace_small_convs(module: nn.Module) -> None:
     """Changes how `module`, which is on a CPU, computes its training passes from now on."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d) and _may_be_product(layer):
+        # Not of a subclass, which may compute something else.
+        if type(layer) is nn.Conv2d and _may_be_product(layer):
             layer.forward = partial(_forward, layer)  # type: ignore[method-assign]  # of this layer alone
 
 

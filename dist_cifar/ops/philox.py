@@ -21,6 +21,9 @@ STREAM_SPLIT = 2
 STREAM_SYNTHETIC = 3
 """The images of the synthetic data set."""
 
+STREAM_PASS = 4
+"""What a network draws in a pass of its training."""
+
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)

@@ -31,9 +31,9 @@ def clipped_step(optimizer: Optimizer, lr: float, max_grad_norm: float | None, g
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step."""
+    """Sets the learning rate of the next step; a group may have an `lr_scale` by which its own is multiplied."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def sharded_norm(gradients: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ from 0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dist_cifar.config import OptimizerConfig, PlateauConfig
@@ -82,14 +82,3 @@ class WarmupPlateau:
 def warmup_factor(warmup_steps: int, step: int) -> float:
     """The warm-up factor: linear from 1/n in step 0 to 1 in step n - 1, of n warm-up steps, and 1 afterwards."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": WarmupPlateau}
-"""The class of every schedule by its name."""
-
-
-def build_lr_schedule(
-    optimizer: OptimizerConfig, plateau: PlateauConfig, *, global_size: int, steps_per_epoch: int
-) -> LRSchedule:
-    """The schedule of a run whose global batch has `global_size` samples."""
-    return LR_SCHEDULES["plateau"](optimizer, plateau, global_size=global_size, steps_per_epoch=steps_per_epoch)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dist_cifar import plugins
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import AtResume, Config, at_resume, batch_differences, differences, flatten
 from dist_cifar.distributed.collectives import Communicator
@@ -138,6 +139,7 @@ class RunCheckpoints:
             "world_size": self._communicator.world_size,
             "numerics": numerics_fingerprint(self._communicator.device),
             "versions": versions(),
+            "own_files": plugins.imported_files(),
         }
 
         def begin_save() -> None:
@@ -195,6 +197,7 @@ class RunCheckpoints:
         found = differences(state["config"], self._config)
         found = batch_differences(found, state["config"], self._config, **ranks)
         data = changed({"data": state["data_sha256"][:12]}, {"data": self._dataset.content_sha256[:12]})
+        data += changed(_short(state.get("own_files", {})), _short(plugins.imported_files()))
         rounding = changed(state["numerics"], numerics_fingerprint(self._communicator.device))
         if self._bitwise and state["config"].get("strategy.name") == self._config.strategy.name:
             return [*found.values(), *data, *rounding], []
@@ -202,6 +205,11 @@ class RunCheckpoints:
         noted = {key for key in found if at_resume(key) is AtResume.ROUNDING}
         refused = [text for key, text in found.items() if key not in noted]
         return refused + data, [text for key, text in found.items() if key in noted] + rounding
+
+
+def _short(files: Mapping[str, str]) -> dict[str, str]:
+    """The beginning of each hash."""
+    return {name: known[:12] for name, known in files.items()}
 
 
 def unfit(config: Config, error: Exception) -> Exception:

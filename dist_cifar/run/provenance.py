@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import dist_cifar
+from dist_cifar import plugins
 from dist_cifar.config import Config, flatten
 from dist_cifar.distributed.cores import available_cores
 
@@ -101,9 +102,10 @@ read, and what it computes on, which the communicator and strategy `exact` compa
 def shared_facts(config: Config) -> dict[str, object]:
     """What must be the same on every rank of a training, by name: the config, the packages, the code."""
     facts = {key: value for key, value in flatten(config).items() if key not in _OF_EACH_RANK}
-    plugins = {name: installed_version(name) for name in ("numba", "triton", "deepspeed")}
-    packages = {f"the version of {name}": version for name, version in (versions() | plugins).items()}
-    return facts | packages | {"the SHA-256 of the code of dist_cifar": _code_sha256()}
+    optional = {name: installed_version(name) for name in ("numba", "triton", "deepspeed")}
+    packages = {f"the version of {name}": version for name, version in (versions() | optional).items()}
+    own = {f"the SHA-256 of {name}": known for name, known in plugins.imported_files().items()}
+    return facts | packages | own | {"the SHA-256 of the code of dist_cifar": _code_sha256()}
 
 
 def _code_sha256() -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dist_cifar import plugins
 from dist_cifar.config import BatchConfig, Config, StrategyConfig
 from dist_cifar.errors import ConfigError
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 class StrategyProperties:
     """What is known of a strategy before its module is imported."""
 
-    class_path: str
+    class_path: str = ""
     """`module:class` of the `Strategy`, made from a module, the config, and by keyword `communicator`, `plan` and
-    `make_optimizer`."""
+    `make_optimizer`; nothing needs it of one from outside the package."""
     bitwise: bool = False
     """The weights have the same bits on every number of ranks: a global batch is cut into `strategy.virtual_ranks`
     slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
@@ -50,8 +51,16 @@ STRATEGIES = {
 
 
 def properties(config: StrategyConfig) -> StrategyProperties:
-    """The properties of the strategy that `strategy.name` names."""
-    return STRATEGIES[config.name]
+    """The properties of the strategy that `strategy.name` names; of one from outside the package its class attribute
+    `properties`, if it has one."""
+    if config.name in STRATEGIES:
+        return STRATEGIES[config.name]
+    found: StrategyProperties = getattr(_own(config), "properties", StrategyProperties())
+    return found
+
+
+def _own(config: StrategyConfig) -> Any:
+    return plugins.find("strategy", "strategy.name", config.name)
 
 
 def bitwise_strategy() -> str:
@@ -86,7 +95,11 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
     """The strategy that `strategy.name` names, around `module`. The modules of the others are not imported."""
     from dist_cifar.optim import optimizer_factory
 
-    module_name, _, class_name = properties(config.strategy).class_path.partition(":")
-    make_strategy: Callable[..., Strategy] = getattr(importlib.import_module(module_name), class_name)
+    make_strategy: Callable[..., Strategy]
+    if config.strategy.name in STRATEGIES:
+        module_name, _, class_name = properties(config.strategy).class_path.partition(":")
+        make_strategy = getattr(importlib.import_module(module_name), class_name)
+    else:
+        make_strategy = _own(config.strategy)
     make_optimizer = optimizer_factory(config.optimizer)
     return make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)

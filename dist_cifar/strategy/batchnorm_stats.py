@@ -9,8 +9,9 @@ from dist_cifar.distributed.collectives import Communicator
 
 
 class BatchNormStats:
-    """All buffers of a module. From construction on they are views of `values` and `counts`: writing to these changes
-    the module, and loading a state dict into the module changes these.
+    """The float32 and int64 buffers of a module. From construction on they are views of `values` and `counts`: writing
+    to these changes the module, and loading a state dict into the module changes these. Buffers of other types, such as
+    masks, are left alone.
 
     Make it when the module is on its device for good.
     """
@@ -18,12 +19,13 @@ class BatchNormStats:
     def __init__(self, module: nn.Module) -> None:
         device = next(module.parameters()).device
         owners = _buffers(module)
-        floating = [entry for entry in owners if getattr(entry[1], entry[2]).is_floating_point()]
+        floating = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == torch.float32]
+        whole = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == torch.int64]
         self.names = [name for name, _, _ in floating]
         """Names of the floating-point buffers, in the order of `values`."""
         self.values = _flatten(floating, device)
         """float32 [n]: running means and variances."""
-        self.counts = _flatten([entry for entry in owners if entry not in floating], device)
+        self.counts = _flatten(whole, device)
         """int64 [m]: the number of batches that each layer has seen."""
         self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
         """Values and counts at the last `snapshot`."""
@@ -78,11 +80,13 @@ class PerRankBatchNormStats(BatchNormStats):
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Lists (full name, the module that has it, its name there) of every buffer."""
+    """Lists (full name, the module that has it, its name there) of every buffer that is saved."""
+    saved = module.state_dict()
     return [
         (f"{path}.{name}" if path else name, owner, name)
         for path, owner in module.named_modules()
         for name, _ in owner.named_buffers(recurse=False)
+        if (f"{path}.{name}" if path else name) in saved
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dist_cifar.augment import cpu
+from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.training_data import TrainingData
 from dist_cifar.distributed.collectives import Communicator
@@ -38,7 +39,11 @@ def prepare_module(module: nn.Module, config: Config, device: torch.device) -> N
 
 
 def compile_kernels(config: Config, communicator: Communicator) -> None:
-    """Loads what numba has compiled for this run from its cache, or compiles it. A collective."""
+    """Loads what numba has compiled for this run from its cache, or compiles it. A collective.
+
+    Raises `ConfigError` where `augment.backend` cannot be had, before anything takes long.
+    """
+    augments_on_device(config.augment.backend, communicator.device)
 
     def use() -> None:
         cpu.warm_up()

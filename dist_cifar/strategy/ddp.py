@@ -66,7 +66,7 @@ class DdpStrategy(DataParallelStrategy):
             )
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
-        self._optimizer = make_optimizer(module.parameters())
+        self._optimizer = make_optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
         # Only now: Accelerate moves the module to its name of the device.
         self._statistics = PerRankBatchNormStats(module, communicator)

@@ -59,7 +59,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
         self._utils = deepspeed.utils
         self.module = module.to(self._device)
         prepare_module(module, config, self._device)
-        self._optimizer = make_optimizer(module.parameters())
+        self._optimizer = make_optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
         self._clipping = _ClippingOptimizer(self._optimizer, self._max_grad_norm, is_sharded=self._stage > 0)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -99,7 +99,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
         flat = self._flat[0]
         state = self._optimizer.state[flat]
         tensors: Tensors = {}
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             for key, value in state.items():
                 cut = is_per_element(value, flat)
                 tensors[f"{name}.{key}"] = self._utils.safe_get_full_optimizer_state(parameter, key) if cut else value
@@ -113,7 +113,8 @@ class DeepSpeedStrategy(DataParallelStrategy):
 
     def _load_model(self, model: Tensors) -> None:
         for name, buffer in self.module.named_buffers():
-            buffer.copy_(model[name])
+            if name in model:
+                buffer.copy_(model[name])
         for name, parameter in self.module.named_parameters():
             self._set(parameter, None, model[name])
 
@@ -121,13 +122,16 @@ class DeepSpeedStrategy(DataParallelStrategy):
         if self._stage == 0:
             load_optimizer_state_dict(self.module, self._optimizer, optimizer)
         elif optimizer:
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained():
                 for part in self._flat:
                     for key, value in self._optimizer.state[part].items():
                         if is_per_element(value, part):
                             self._set(parameter, key, optimizer[f"{name}.{key}"])
                         else:  # the same for all parameters
                             value.copy_(optimizer[f"{name}.{key}"])
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [entry for entry in self.module.named_parameters() if entry[1].requires_grad]
 
     def _set(self, parameter: Any, key: str | None, whole: torch.Tensor) -> None:
         """Gives this rank its part of the parameter's value, or of an entry of the optimizer's state."""

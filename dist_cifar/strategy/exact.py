@@ -55,10 +55,11 @@ class ExactStrategy:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
-        self._optimizer = make_optimizer(module.parameters())
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer = make_optimizer(self._trained)
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
-        self._parameters = list(reversed(list(module.parameters())))
+        self._parameters = self._trained[::-1]
         self._gradients, self._statistics_tree = TreeAccumulator(), TreeAccumulator()
         self._stats_sum = self._statistics.values
         """The sum of the running statistics after each pass of the current slice."""
@@ -108,13 +109,12 @@ class ExactStrategy:
         for bucket, place in zip(self._buckets, self._bucket_slices, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
                 parameter.grad = view
-        norm = nn.utils.get_total_norm(_gradients(list(self.module.parameters())))
+        norm = nn.utils.get_total_norm(_gradients(self._trained))
         clipped_step(self._optimizer, lr, self._max_grad_norm, norm)
 
         statistics = self._statistics
         if statistics.names:
             statistics.values.copy_(self._statistics_bucket.views[0])
-        statistics.counts.copy_(statistics.start_counts + 1)
         statistics.restore_where(~norm.isfinite())
         statistics.snapshot()
         self._gradients.clear()

@@ -57,7 +57,8 @@ class FsdpStrategy(DataParallelStrategy):
         self._parameters: dict[str, Any] = dict(module.named_parameters())
         # Plain tensors with the memory of this rank's parts: fused Adam is not for DTensors on every device.
         self._parts = {name: parameter.to_local().detach() for name, parameter in self._parameters.items()}
-        self._optimizer = make_optimizer(part for part in self._parts.values() if part.numel())
+        self._trained = {name: part for name, part in self._parts.items() if self._parameters[name].requires_grad}
+        self._optimizer = make_optimizer(part for part in self._trained.values() if part.numel())
 
     def _forward(self, images: torch.Tensor, *, is_last: bool) -> torch.Tensor:
         self.module.set_requires_gradient_sync(is_last)
@@ -68,7 +69,7 @@ class FsdpStrategy(DataParallelStrategy):
 
     def _step(self, lr: float) -> torch.Tensor:
         gradients = []
-        for name, part in self._parts.items():
+        for name, part in self._trained.items():
             if part.numel():
                 part.grad = self._parameters[name].grad.to_local()
                 gradients.append(part.grad)
@@ -82,8 +83,8 @@ class FsdpStrategy(DataParallelStrategy):
         if not self._optimizer.state:
             return tensors
         stepped = next(iter(self._optimizer.state.values()))
-        for name, parameter in self._parameters.items():
-            part = self._parts[name]
+        for name, part in self._trained.items():
+            parameter = self._parameters[name]
             # An empty part, which the optimizer does not step, has empty moments.
             state = self._optimizer.state.get(part) or self._optimizer.new_state(part)
             for key, value in state.items():
@@ -103,8 +104,8 @@ class FsdpStrategy(DataParallelStrategy):
                 tensor.copy_(model[name])
 
     def _load_optimizer(self, optimizer: Tensors) -> None:
-        for name, parameter in self._parameters.items():
-            part = self._parts[name]
+        for name, part in self._trained.items():
+            parameter = self._parameters[name]
             state = self._optimizer.new_state(part)
             if part.numel() and any(f"{name}.{key}" in optimizer for key in state):
                 for key, value in state.items():

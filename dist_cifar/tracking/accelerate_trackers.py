@@ -21,35 +21,36 @@ from pathlib import Path
 from typing import Any
 
 from dist_cifar.config import Config
+from dist_cifar.config.schema import TRACKERS
 from dist_cifar.errors import ConfigError, one_line
 from dist_cifar.tracking.accelerate_private import any_state
 from dist_cifar.tracking.base import Results
 from dist_cifar.tracking.exactly_once import named, public_config
+from dist_cifar.tracking.own_tracker import rows_file
 
 logger = logging.getLogger(__name__)
 
 
+def accelerate_names(config: Config) -> list[str]:
+    """The names of `tracking.also` that are Accelerate's."""
+    return [name for name in config.tracking.also if name in TRACKERS]
+
+
 def require_installed(config: Config) -> None:
     """Raises `ConfigError` for a tracker of `tracking.also` whose package is missing."""
-    if config.tracking.also:
+    if accelerate_names(config):
         from accelerate.tracking import get_available_trackers
 
         installed = [str(name) for name in get_available_trackers()]
-        for name in config.tracking.also:
+        for name in accelerate_names(config):
             if name not in installed:
                 raise ConfigError(f"tracking.also: {name} is not installed; pip install {name}, or leave it out")
-
-
-def forget_accelerate_trackers(config: Config, run_dir: Path) -> None:
-    """Makes the trackers begin with the first row, because what they were given is not of this run."""
-    for name in config.tracking.also:
-        _rows_file(run_dir, name).unlink(missing_ok=True)
 
 
 def open_accelerate_trackers(config: Config, run_dir: Path) -> list[AccelerateTracker]:
     """The trackers of `tracking.also` that can be opened."""
     found = []
-    for name in dict.fromkeys(config.tracking.also):
+    for name in dict.fromkeys(accelerate_names(config)):
         try:
             found.append(AccelerateTracker(name, config, run_dir))
         except Exception as error:  # whatever it is, the run does not depend on it
@@ -64,7 +65,7 @@ class AccelerateTracker:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         kind = LOGGER_TYPE_TO_CLASS[name]
-        path = _rows_file(run_dir, name)
+        path = rows_file(run_dir, name)
         self.row_count = path.stat().st_size if path.exists() else 0
         self._name = name
         self._failed = False
@@ -93,10 +94,6 @@ class AccelerateTracker:
             if not self._failed:
                 logger.info(f"{self._name}: {one_line(error)}; some of the metrics will be missing there")
             self._failed = True
-
-
-def _rows_file(run_dir: Path, name: str) -> Path:
-    return run_dir / f"{name}.rows"
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.config import Config, differences, flatten
+from dist_cifar.config import Config, differences, flatten, is_own
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.cores import available_cores
 from dist_cifar.distributed.idle import idle_line
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted
+from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted, listed
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
+from dist_cifar.plugins import imported_files
 from dist_cifar.run import predictions, step_profiler
 from dist_cifar.run.checkpoint import CheckpointStore
 from dist_cifar.run.provenance import device_name, git_revision
@@ -80,9 +81,11 @@ class RunRecords:
             f"data       {config.data.source}: {counted(len(self._train_indices), 'image')} to train on,"
             f" validation {held_out}, test {counted(len(dataset.test.labels), 'image')}, {classes}"
         )
-        logger.info(
-            f"model      {config.model.name}, {config.model.norm} norm, {evaluator.parameter_count:,} parameters"
-        )
+        norm = "" if is_own(config, "model") else f" {config.model.norm} norm,"
+        logger.info(f"model      {config.model.name},{norm} {evaluator.parameter_count:,} parameters")
+        own = [f"{name} ({known[:12]})" for name, known in imported_files().items()]
+        if own:
+            logger.info(f"own files  {listed(own)}")
         logger.info(
             f"batch      {plan.global_size} = {counted(communicator.world_size, 'rank')} x"
             f" {counted(plan.micro_batches, 'micro-batch', 'micro-batches')} x {plan.micro_size}{virtual};"

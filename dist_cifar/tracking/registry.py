@@ -1,4 +1,4 @@
-"""Opens the trackers of a run: `metrics.jsonl` always, W&B and Accelerate's trackers where they are wanted.
+"""Opens the trackers of a run: `metrics.jsonl` always, W&B, Accelerate's and the user's own where they are wanted.
 
 Contract: JSONL errors are errors of the run (`OSError`); those of the others never are. `wandb` and `accelerate` are
 imported only where they are going to be used.
@@ -10,14 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dist_cifar.config import Config
-from dist_cifar.tracking.accelerate_trackers import (
-    forget_accelerate_trackers,
-    open_accelerate_trackers,
-    require_installed,
-)
+from dist_cifar.tracking.accelerate_trackers import accelerate_names, open_accelerate_trackers, require_installed
 from dist_cifar.tracking.base import Tracker
 from dist_cifar.tracking.exactly_once import ExactlyOnce, NumberedTracker
 from dist_cifar.tracking.jsonl import JsonlTracker
+from dist_cifar.tracking.own_tracker import open_own_trackers, rows_file
 from dist_cifar.tracking.wandb_tracker import forget_wandb, open_wandb
 
 
@@ -40,10 +37,16 @@ def open_trackers(
     """
     if config_changed or is_copy:
         forget_wandb(run_dir)
-        forget_accelerate_trackers(config, run_dir)
+        for name in config.tracking.also:
+            rows_file(run_dir, name).unlink(missing_ok=True)
     # First: their ConfigErrors must not leave a truncated metrics.jsonl.
     require_installed(config)
     wandb = open_wandb(config, run_dir, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
-    others: list[NumberedTracker] = [*([] if wandb is None else [wandb]), *open_accelerate_trackers(config, run_dir)]
+    own = [name for name in config.tracking.also if name not in accelerate_names(config)]
+    others: list[NumberedTracker] = [
+        *([] if wandb is None else [wandb]),
+        *open_accelerate_trackers(config, run_dir),
+        *open_own_trackers(own, config, run_dir),
+    ]
     return [jsonl, *(ExactlyOnce(tracker, jsonl.kept) for tracker in others)]

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from dist_cifar.config import Config, config_from_values, describe, flatten, load_config, schema, to_yaml
 from dist_cifar.config.load import MOVED
-from dist_cifar.config.schema import HINTS, SECTIONS, Range
+from dist_cifar.config.marks import Range
+from dist_cifar.config.schema import HINTS, SECTIONS
 from dist_cifar.config.values import convert, unmarked
 from dist_cifar.errors import ConfigError
 from tests import REPOSITORY
@@ -317,7 +318,12 @@ def test_without_sources_only_the_descriptions_are_missing(monkeypatch):
 def test_the_descriptions_are_read_from_a_zip(tmp_path):
     package = Path(schema.__file__).parents[1]
     with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
-        for path in [package / "__init__.py", package / "errors.py", *(package / "config").glob("*.py")]:
+        for path in [
+            package / "__init__.py",
+            package / "errors.py",
+            package / "plugins.py",
+            *(package / "config").glob("*.py"),
+        ]:
             archive.write(path, path.relative_to(package.parent))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from dist_cifar.config import describe, schema;"
     code += "print(schema.__file__); print(describe())"

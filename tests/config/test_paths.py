@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dist_cifar.config import expand_path, flatten, load_config, to_yaml
-from dist_cifar.config.schema import HINTS, PathKind
+from dist_cifar.config.marks import PathKind
+from dist_cifar.config.schema import HINTS
 from dist_cifar.config.values import path_kind
 from dist_cifar.errors import ConfigError
 

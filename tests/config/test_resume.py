@@ -6,7 +6,7 @@ import pytest
 
 from dist_cifar.config import Config, at_resume, batch_differences, differences, flatten, load_config
 from dist_cifar.config.load import MOVED
-from dist_cifar.config.schema import AtResume
+from dist_cifar.config.marks import AtResume
 
 RULES = {
     "run.name": "free",
@@ -21,6 +21,7 @@ RULES = {
     "run.straggler_factor": "free",
     "run.time_limit_seconds": "free",
     "data.source": "decides",
+    "data.options": "decides",
     "data.root": "free",
     "data.url": "free",
     "data.cache_dir": "free",
@@ -29,6 +30,9 @@ RULES = {
     "data.synthetic_train_size": "decides",
     "data.synthetic_test_size": "decides",
     "augment.policy": "decides",
+    "augment.transform": "decides",
+    "augment.transform_options": "decides",
+    "augment.transform_workers": "free",
     "augment.backend": "free",
     "augment.flip_probability": "decides",
     "augment.rotation_degrees": "decides",
@@ -41,10 +45,13 @@ RULES = {
     "augment.erasing_area": "decides",
     "augment.erasing_aspect": "decides",
     "model.name": "decides",
+    "model.options": "decides",
     "model.norm": "decides",
     "batch.global_size": "decides",
     "batch.per_rank_size": "decides",
     "batch.max_micro_batch": "decides",
+    "optimizer.name": "decides",
+    "optimizer.options": "decides",
     "optimizer.lr": "decides",
     "optimizer.lr_rule": "decides",
     "optimizer.lr_base_batch": "decides",
@@ -55,6 +62,8 @@ RULES = {
     "optimizer.max_grad_norm": "decides",
     "optimizer.non_finite": "decides",
     "optimizer.max_skipped_steps": "decides",
+    "schedule.name": "decides",
+    "schedule.options": "decides",
     "plateau.metric": "decides",
     "plateau.factor": "decides",
     "plateau.patience_evaluations": "decides",

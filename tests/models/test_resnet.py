@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import typing
 from functools import partial
 
 import pytest
 import torch
 import torchvision
 
-from dist_cifar.config import ModelConfig
+from dist_cifar.config import ModelConfig, known_names
 from dist_cifar.models import MODELS, build_model
 from dist_cifar.models.resnet import ZeroPadded
 
@@ -28,7 +27,7 @@ PARAMETERS = {
 
 
 def test_every_name_of_the_config_has_a_builder():
-    assert set(MODELS) == set(typing.get_args(typing.get_type_hints(ModelConfig)["name"])) == set(PARAMETERS)
+    assert set(MODELS) == set(known_names("model", "name")) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())

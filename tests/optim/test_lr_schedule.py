@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_cifar.config import OptimizerConfig, PlateauConfig
+from dist_cifar.config import Config, OptimizerConfig, PlateauConfig
 from dist_cifar.optim.lr_scaling import scaled_lr
-from dist_cifar.optim.lr_schedule import LRSchedule, build_lr_schedule, warmup_factor
+from dist_cifar.optim.lr_schedule import LRSchedule, warmup_factor
 from dist_cifar.optim.plateau import start_plateau, step_plateau
+from dist_cifar.optim.schedules import build_lr_schedule
 from dist_cifar.state import Evaluation
 
 
@@ -91,7 +92,8 @@ def evaluation(loss: float, correct: int = 5) -> Evaluation:
 
 def schedule(plateau: PlateauConfig) -> LRSchedule:
     optimizer = OptimizerConfig(lr=0.1, lr_rule="none", warmup_epochs=0.5)
-    return build_lr_schedule(optimizer, plateau, global_size=10, steps_per_epoch=10)
+    config = Config(optimizer=optimizer, plateau=plateau)
+    return build_lr_schedule(config, 10, 10, 100)
 
 
 def test_a_schedule_is_its_warm_up_times_its_plateau():

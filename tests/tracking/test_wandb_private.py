@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_cifar.tracking.wandb_private import mark_as_synced, row_count
-from tests import PATIENCE_SECONDS
-from tests.tracking import wandb_file
+from tests import PATIENCE_SECONDS, wandb_file
 from tests.tracking.test_wandb_tracker import KEY, environment, offline_files, shell
 
 WRITE = """

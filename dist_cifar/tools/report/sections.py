@@ -265,6 +265,7 @@ def settings(run: Run) -> Settings:
     names = ("git_revision", "weights_sha256", "data_sha256", "inexact_since_step")
     facts = {name: run.summary.get(name) for name in names}
     facts |= (run.summary.get("versions") or {}) | (run.summary.get("numerics") or {})
+    facts |= run.summary.get("own_files") or {}
     shown = {name: str(value) for name, value in facts.items() if value not in (None, "")}
     return Settings(changed=changed, unchanged=unchanged, facts=shown)
 

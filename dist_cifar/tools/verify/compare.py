@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_cifar.config import Config, own_components
 from dist_cifar.errors import TrainingError
 from dist_cifar.tools.verify.plan import Trial
 
@@ -84,6 +85,18 @@ def describe(difference: Difference, first: str) -> str:
         listed = ", ".join(names[:_NAMES_SHOWN])
         parts.append(f"{trial} differs {other} in {listed}{more}" if names else f"{trial} has no digests of it")
     return f"step {difference.step}: {'; '.join(parts)}"
+
+
+def own_hint(config: Config) -> str:
+    """Why components of the user's own may differ between numbers of ranks; empty where the config names none."""
+    own = [f"{section}.{field}={name}" for _, section, field, name in own_components(config)]
+    if not own:
+        return ""
+    return (
+        f"; {', '.join(own)}: what a forward pass or a step draws from Python's or numpy's generators, keeps in Python"
+        " attributes or reads from the clock or a file is not the same on every number of ranks: draw from torch, keep"
+        " it in buffers"
+    )
 
 
 def state_digest(rows: Sequence[Row], step: int) -> str:

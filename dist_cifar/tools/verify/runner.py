@@ -39,6 +39,7 @@ from dist_cifar.tools.verify.compare import (
     first_difference,
     machine_line,
     outcome,
+    own_hint,
     require_resumed,
     table,
 )
@@ -215,7 +216,7 @@ class Coordinator:
             }
             write_output(json_file, json.dumps(result, indent=2) + "\n")
         if difference is not None:
-            raise TrainingError(f"verify: {describe(difference, outcomes[0].name)}")
+            raise TrainingError(f"verify: {describe(difference, outcomes[0].name)}{own_hint(self._config)}")
         print(f"all equal: {outcomes[0].digest}", flush=True)
 
     def _run_segment(self, path: Path, trial: Trial, index: int) -> list[Row]:

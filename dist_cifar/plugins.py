@@ -1,0 +1,312 @@
+"""Components from outside the package: names that stand for code which a user has written beside their own work.
+
+Contract: a name is `module:attribute`, looked up from the current directory, then among installed packages, or one
+that a `register_*` decorator has registered. Whatever is wrong with the code behind it is a `ConfigError` of one line
+that names the file and the line. The files that were imported are known by their SHA-256, which is part of the run.
+Nothing here imports torch; what a module imports is its own affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dist_cifar.errors import ConfigError, did_you_mean, nearest, one_line
+
+_REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_][\w./-]*")
+KINDS = ("model", "data_source", "optimizer", "schedule", "augmentation", "tracker", "strategy")
+"""What can be brought from outside."""
+
+_HUBS = {
+    ("model", "timm"): "dist_cifar.models.hubs:timm",
+    ("model", "torchvision"): "dist_cifar.models.hubs:torchvision",
+}
+"""Packages whose names are looked up by a function of ours: `function(name, origin)` returns the component."""
+
+T = TypeVar("T")
+
+_registered: dict[tuple[str, str], Any] = {}
+"""By kind and name."""
+_files: dict[str, str] = {}
+"""What `imported_files` returns."""
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` has the form `module:attribute`."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
+def registered_names(kind: str) -> list[str]:
+    """The names that have been registered for a kind of component."""
+    return [name for known, name in _registered if known == kind]
+
+
+def register(kind: str, name: str) -> Callable[[T], T]:
+    """Registers the decorated object under `name`, for this process and those that it starts with `launch`.
+
+    Raises `ConfigError` for a name that has a colon, which would be looked up in a module.
+    """
+    if ":" in name or not name.strip():
+        raise ConfigError(f"register_{kind}: {name!r} cannot be a name; use letters, digits and _")
+
+    def enter(component: T) -> T:
+        _registered[kind, name] = component
+        _note_source(component)
+        return component
+
+    return enter
+
+
+def register_model(name: str) -> Callable[[T], T]:
+    """Registers a builder of networks: `build(*, num_classes, **options)` returns a `torch.nn.Module`."""
+    return register("model", name)
+
+
+def register_data_source(name: str) -> Callable[[T], T]:
+    """Registers a function `load(**options)` that returns arrays, or a subclass of `Source`."""
+    return register("data_source", name)
+
+
+def register_optimizer(name: str) -> Callable[[T], T]:
+    """Registers a `torch.optim.Optimizer`, made as `make(parameters, lr=..., **options)`."""
+    return register("optimizer", name)
+
+
+def register_schedule(name: str) -> Callable[[T], T]:
+    """Registers a schedule: `make(context, **options)` returns a function of the step or an `LRSchedule`."""
+    return register("schedule", name)
+
+
+def register_augmentation(name: str) -> Callable[[T], T]:
+    """Registers a function `transform(image, generator, **options)` of one image."""
+    return register("augmentation", name)
+
+
+def register_tracker(name: str) -> Callable[[T], T]:
+    """Registers a tracker, made as `make(config, run_dir)`."""
+    return register("tracker", name)
+
+
+def register_strategy(name: str) -> Callable[[T], T]:
+    """Registers a strategy, made as the package's own are."""
+    return register("strategy", name)
+
+
+def registrations() -> list[tuple[str, str, Any]]:
+    """Everything that has been registered, as (kind, name, object)."""
+    return [(kind, name, component) for (kind, name), component in _registered.items()]
+
+
+def restore(entries: list[tuple[str, str, Any]]) -> None:
+    """Registers in this process what `registrations` returned in another one."""
+    for kind, name, component in entries:
+        _registered[kind, name] = component
+
+
+def pickled_registrations(kind: str) -> bytes:
+    """The registrations of a kind for a process that is started; nothing where there are none."""
+    entries = [entry for entry in registrations() if entry[0] == kind]
+    if not entries:
+        return b""
+    import cloudpickle  # functions of a notebook have no module that could be imported
+
+    pickled: bytes = cloudpickle.dumps(entries)
+    return pickled
+
+
+def find(kind: str, key: str, name: str) -> Any:
+    """The object that the config's `key` calls `name`, which is registered or a reference. Raises `ConfigError`."""
+    if (kind, name) in _registered:
+        return _registered[kind, name]
+    module_name, _, attribute = name.partition(":")
+    found: Any = import_module(module_name, f"{key}={name}")
+    if (kind, module_name) in _HUBS:
+        hub, _, function = _HUBS[kind, module_name].partition(":")
+        return getattr(importlib.import_module(hub), function)(attribute, f"{key}={name}")
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = [known for known in vars(found) if not known.startswith("_")] if hasattr(found, "__dict__") else []
+            raise ConfigError(f"{key}={name}: {_place(module_name)} has no {part}{did_you_mean(part, known)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{key}={name}: is a {type(found).__name__}; name a class or a function")
+    return found
+
+
+# --- importing ---------------------------------------------------------------------------------------------------
+
+
+def import_module(name: str, origin: str) -> types.ModuleType:
+    """Imports the module `name`, from the current directory if it lies there. Raises `ConfigError`.
+
+    `origin` begins the error's message, e.g. `model.name=my_models:Net`.
+    """
+    here, known = str(Path.cwd()), set(sys.modules)
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            files = [path.stem for path in Path.cwd().glob("*.py")]
+            raise ConfigError(
+                f"{origin}: there is no {error.name}.py in {here} and no package of that name is installed"
+                f"{did_you_mean(name, files)}"
+            ) from None
+        raise broken(origin, error, "importing it") from None
+    except Exception as error:
+        raise broken(origin, error, "importing it") from None
+    except SystemExit as error:
+        raise ConfigError(f"{origin}: importing it ends the program ({error}); move that below `if __name__`") from None
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)  # for what it imports later
+    for new in {name, *(set(sys.modules) - known)}:
+        _note_module(new, is_named=new == name)
+    return module
+
+
+def imported_files() -> dict[str, str]:
+    """What the run depends on besides the package: the SHA-256 of each file that was imported from the current
+    directory, by its path from there, and the version of each installed package that was named."""
+    return dict(sorted(_files.items()))
+
+
+def _note_module(name: str, *, is_named: bool) -> None:
+    """Notes the file of a module, or the version of the installed package to which it belongs."""
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    package = name.partition(".")[0]
+    if file is None or package in ("dist_cifar", "__main__") or not os.path.isabs(file) or not file.endswith(".py"):
+        return  # torch has modules that name files which there are not
+    path = Path(file).resolve()
+    installed = "site-packages" in path.parts or "dist-packages" in path.parts
+    if not installed and (is_named or path.is_relative_to(Path.cwd())):
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        _files[str(shown)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    elif is_named:
+        try:
+            _files[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            _files[package] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _note_source(component: Any) -> None:
+    """Notes what a registered object is made of: the file of its module, or its own text if it is of a notebook."""
+    module = getattr(component, "__module__", None)
+    if module is not None and module != "__main__":
+        _note_module(module, is_named=True)
+        return
+    try:
+        text = inspect.getsource(component)
+    except (OSError, TypeError):
+        return  # typed at a prompt: there is nothing to compare
+    _files[f"{module}:{component.__qualname__}"] = hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def broken(origin: str, error: BaseException, doing: str) -> ConfigError:
+    """The line for an exception of the user's own code: which file and line raised it, and what."""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f"{_shown(error.filename)}, line {error.lineno}: "
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if _is_own(frame.filename)]
+        where = f"{_shown(own[-1].filename)}, line {own[-1].lineno}: " if own else ""
+    return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {one_line(error)}")
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a file is neither this package's nor installed nor Python's own."""
+    path = Path(filename)
+    inside = ("site-packages", "dist-packages", "lib", "lib64")
+    return path.suffix == ".py" and not path.is_relative_to(Path(__file__).parent) and not set(inside) & set(path.parts)
+
+
+def _shown(filename: str) -> str:
+    path = Path(filename)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
+
+
+def _place(module_name: str) -> str:
+    file = getattr(sys.modules[module_name], "__file__", None)
+    return module_name if file is None else _shown(file)
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    component: Any, options: Mapping[str, Any], *, key: str, given: tuple[str, ...] = (), positional: int = 0
+) -> None:
+    """Checks `options` against the signature of what is going to be called with them.
+
+    `key` is the config's field of the options; `given` names the arguments that the package gives itself, beside the
+    first `positional` ones. Raises `ConfigError` for an option that is unknown, missing or of a type that its
+    annotation excludes.
+    """
+    try:
+        parameters = inspect.signature(component).parameters
+        hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
+    except (TypeError, ValueError, NameError):  # of C code, or with names that exist for type checkers alone
+        return
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = [name for name, one in parameters.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    named = named[positional:]
+    own = [name for name in named if name not in given]
+    what = getattr(component, "__name__", "it")
+    for name in given:
+        if name not in named and not takes_all:
+            raise ConfigError(f"{key}: {what} takes no argument {name}, which every such component is given; add it")
+    for name, value in options.items():
+        if name in given:
+            raise ConfigError(f"{key}.{name}: is given to {what} by the training; leave it out")
+        if name not in own and not takes_all:
+            meant = nearest(name, own)
+            hint = f"did you mean {meant}?" if meant else f"it takes {', '.join(own) or 'none'}"
+            raise ConfigError(f"{key}.{name}: {what} has no such option; {hint}")
+        if name in hints and not _fits(value, hints[name]):
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise ConfigError(f"{key}.{name}: must be {kind}, found {value!r}")
+    missing = [name for name in own if parameters[name].default is inspect.Parameter.empty and name not in options]
+    if missing:
+        raise ConfigError(f"{key}.{missing[0]}: {what} needs it and it has no default; set {key}.{missing[0]}=VALUE")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML may be of the annotated type; of annotations that are not simple ones, yes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if hint in (list, tuple) or origin in (list, tuple):
+        return isinstance(value, list | tuple)
+    if hint is dict or origin is dict:
+        return isinstance(value, dict)
+    return True

@@ -1,0 +1,105 @@
+"""Optimizers from outside the package: torch's bits, a state that is saved by name, steps that change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dist_cifar import plugins
+from dist_cifar.config import OptimizerConfig
+from dist_cifar.errors import ConfigError
+from dist_cifar.optim import optimizer_factory
+from dist_cifar.optim.base import load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.clipping import set_lr
+from dist_cifar.optim.torch_optimizer import TorchOptimizer
+
+NESTEROV = OptimizerConfig(
+    name="examples.own_optimizer:Nesterov", options={"momentum": 0.9, "weight_decay": 1e-2}, lr=0.1
+)
+SGD = OptimizerConfig(name="torch.optim:SGD", options={"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}, lr=0.1)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def run(module: nn.Module, optimizer, steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        module(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("config", [NESTEROV, SGD], ids=["own", "torch's"])
+def test_its_steps_are_those_of_torch_to_the_last_bit(config):
+    ours, theirs = network(), network()
+    run(ours, optimizer_factory(config)(ours.parameters()), range(4))
+    oracle = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
+    run(theirs, oracle, range(4))
+    assert torch.equal(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adamax"])
+def test_a_state_that_was_saved_continues_with_the_same_bits(name):
+    config = OptimizerConfig(name=f"torch.optim:{name}", lr=0.01)
+    whole, first, second = network(), network(), network()
+    run(whole, optimizer_factory(config)(whole.parameters()), range(4))
+    optimizer = optimizer_factory(config)(first.parameters())
+    run(first, optimizer, range(2))
+    saved = {key: value.clone() for key, value in optimizer_state_dict(first, optimizer).items()}
+    second.load_state_dict(first.state_dict())
+    resumed = optimizer_factory(config)(second.parameters())
+    load_optimizer_state_dict(second, resumed, saved)
+    run(second, resumed, range(2, 4))
+    assert torch.equal(weights(second), weights(whole))
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    module = network()
+    optimizer = optimizer_factory(NESTEROV)(module.parameters())
+    before = weights(module)
+    module(torch.randn(8, 4)).sum().backward()
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert torch.equal(weights(module), before) and not optimizer.state
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    assert not torch.equal(weights(module), before)
+
+
+def test_a_group_has_a_learning_rate_of_its_own():
+    module = network()
+    groups = [{"params": [module[0].weight], "lr_scale": 0.5}, {"params": [module[2].weight]}]
+    optimizer = TorchOptimizer(groups, lambda given: torch.optim.SGD(given, lr=1.0), "x")
+    set_lr(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+class Counts(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["count"] = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda params, lr: 3, "returns int; it must be a torch.optim.Optimizer"),
+        (lambda params, lr: torch.optim.SGD(params, lr=-1.0), "making the optimizer fails: .*ValueError"),
+        (Counts, "its state count is int; keep a tensor there"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused_in_one_line(monkeypatch, make, message):
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_optimizer("own")(make)
+    module = network()
+    with pytest.raises(ConfigError, match=f"optimizer.name=own: {message}"):
+        run(module, optimizer_factory(OptimizerConfig(name="own"))(module.parameters()), range(1))
