@@ -23,6 +23,15 @@ SECTIONS = {
     "Configure": ("load_config", "Config"),
     "Train": ("train", "launch", "RunResult"),
     "Use a trained model": ("load_model", "TrainedModel"),
+    "Components of your own": (
+        "register_model",
+        "register_data_source",
+        "register_optimizer",
+        "register_schedule",
+        "register_augmentation",
+        "register_tracker",
+        "register_strategy",
+    ),
     "Errors": ("UserError", "RankError"),
     "The parts of a training": ("Trainer", "Strategy", "LRSchedule", "Optimizer", "Tracker", "Source"),
 }
@@ -41,6 +50,69 @@ EXAMPLES = {
             dist_cifar.load_config(None, ["train.epoch=3"])
         except dist_cifar.UserError as error:
             print(error)
+    """,
+    "register_model": """
+        import numpy as np
+        import torch
+        from torch import nn
+
+        import dist_cifar
+
+
+        @dist_cifar.register_model("mlp")
+        def mlp(*, num_classes, width=64):
+            return nn.Sequential(nn.Flatten(), nn.Linear(3072, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+
+        @dist_cifar.register_data_source("noise")
+        def noise(count=400):
+            images = np.random.default_rng(0).integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+            labels = np.arange(count) % 3
+            return images[:-100], labels[:-100], images[-100:], labels[-100:], ["rock", "paper", "scissors"]
+
+
+        @dist_cifar.register_optimizer("sgd")
+        def sgd(parameters, lr, momentum=0.9):
+            return torch.optim.SGD(parameters, lr, momentum)
+
+
+        @dist_cifar.register_schedule("linear")
+        def linear(context):
+            return lambda step: context.lr * (1 - step / context.total_steps)
+
+
+        @dist_cifar.register_augmentation("darken")
+        def darken(image, generator):
+            return (image * generator.uniform(0.5, 1)).astype(np.uint8)
+
+
+        @dist_cifar.register_tracker("printer")
+        class Printer:
+            def __init__(self, config, run_dir):
+                self.name = config.run.name
+
+            def log(self, row):
+                print(self.name, row["kind"], row["step"])
+
+            def finish(self, exit_code, results=None):
+                print("ended", exit_code)
+
+
+        config = dist_cifar.load_config(
+            "configs/quickstart.yaml",
+            [
+                "run.dir=runs/own",
+                "model.name=mlp",
+                "model.options.width=32",
+                "data.source=noise",
+                "data.validation_size=30",
+                "optimizer.name=sgd",
+                "schedule.name=linear",
+                "augment.transform=darken",
+                "tracking.also=[printer]",
+            ],
+        )
+        print(dist_cifar.train(config))
     """,
     "Trainer": """
         import numpy as np
@@ -103,6 +175,8 @@ SHOWN_BY = {
     "TrainedModel": "load_model",
     "UserError": "load_config",
     "RankError": "launch",
+    **dict.fromkeys(SECTIONS["Components of your own"][1:-1], "register_model"),
+    "register_strategy": "Strategy",
     **dict.fromkeys(("Strategy", "LRSchedule", "Optimizer", "Tracker", "Source"), "Trainer"),
 }
 """Names that are used in the example of another one."""
