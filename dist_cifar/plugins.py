@@ -2,28 +2,27 @@
 
 Contract: a name is `module:attribute`, looked up from the current directory, then among installed packages, or one
 that a `register_*` decorator has registered. Whatever is wrong with the code behind it is a `ConfigError` of one line
-that names the file and the line. The files that were imported are known by their SHA-256, which is part of the run.
+that names the file and the line. The files behind it are known by their SHA-256, which is part of the run.
 Nothing here imports torch; what a module imports is its own affair.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
-import os
 import re
 import sys
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dist_cifar.errors import ConfigError, did_you_mean, nearest, one_line
+from dist_cifar.plugin_files import files_of_module, files_of_object
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_][\w./-]*")
 KINDS = ("model", "data_source", "optimizer", "schedule", "augmentation", "tracker", "strategy")
@@ -37,10 +36,22 @@ _HUBS = {
 
 T = TypeVar("T")
 
-_registered: dict[tuple[str, str], Any] = {}
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """A component that a decorator has registered."""
+
+    kind: str
+    name: str
+    component: Any
+    files: dict[str, str]
+    """See `files_of`."""
+
+
+_registered: dict[tuple[str, str], Registration] = {}
 """By kind and name."""
-_files: dict[str, str] = {}
-"""What `imported_files` returns."""
+_imported: dict[str, dict[str, str]] = {}
+"""What `files_of` returns for the modules that have been imported, by their names."""
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -65,8 +76,9 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         raise ConfigError(f"register_{kind}: {name!r} cannot be a name; use letters, digits and _")
 
     def enter(component: T) -> T:
-        _registered[kind, name] = component
-        _note_source(component)
+        _registered[kind, name] = Registration(
+            kind=kind, name=name, component=component, files=files_of_object(component)
+        )
         return component
 
     return enter
@@ -107,20 +119,26 @@ def register_strategy(name: str) -> Callable[[T], T]:
     return register("strategy", name)
 
 
-def registrations() -> list[tuple[str, str, Any]]:
-    """Everything that has been registered, as (kind, name, object)."""
-    return [(kind, name, component) for (kind, name), component in _registered.items()]
+def registrations() -> list[Registration]:
+    """Everything that has been registered."""
+    return list(_registered.values())
 
 
-def restore(entries: list[tuple[str, str, Any]]) -> None:
+def restore(entries: list[Registration]) -> None:
     """Registers in this process what `registrations` returned in another one."""
-    for kind, name, component in entries:
-        _registered[kind, name] = component
+    _registered.update({(entry.kind, entry.name): entry for entry in entries})
+
+
+def files_of(kind: str, name: str) -> dict[str, str]:
+    """What the component `name`, which has been found, depends on: see `dist_cifar.plugin_files`."""
+    if (kind, name) in _registered:
+        return _registered[kind, name].files
+    return _imported[name.partition(":")[0]]
 
 
 def pickled_registrations(kind: str) -> bytes:
     """The registrations of a kind for a process that is started; nothing where there are none."""
-    entries = [entry for entry in registrations() if entry[0] == kind]
+    entries = [entry for entry in registrations() if entry.kind == kind]
     if not entries:
         return b""
     import cloudpickle  # functions of a notebook have no module that could be imported
@@ -132,7 +150,7 @@ def pickled_registrations(kind: str) -> bytes:
 def find(kind: str, key: str, name: str) -> Any:
     """The object that the config's `key` calls `name`, which is registered or a reference. Raises `ConfigError`."""
     if (kind, name) in _registered:
-        return _registered[kind, name]
+        return _registered[kind, name].component
     module_name, _, attribute = name.partition(":")
     found: Any = import_module(module_name, f"{key}={name}")
     if (kind, module_name) in _HUBS:
@@ -156,7 +174,7 @@ def import_module(name: str, origin: str) -> types.ModuleType:
 
     `origin` begins the error's message, e.g. `model.name=my_models:Net`.
     """
-    here, known = str(Path.cwd()), set(sys.modules)
+    here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(name)
@@ -176,47 +194,9 @@ def import_module(name: str, origin: str) -> types.ModuleType:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)  # for what it imports later
-    for new in {name, *(set(sys.modules) - known)}:
-        _note_module(new, is_named=new == name)
+    if name not in _imported:
+        _imported[name] = files_of_module(module)
     return module
-
-
-def imported_files() -> dict[str, str]:
-    """What the run depends on besides the package: the SHA-256 of each file that was imported from the current
-    directory, by its path from there, and the version of each installed package that was named."""
-    return dict(sorted(_files.items()))
-
-
-def _note_module(name: str, *, is_named: bool) -> None:
-    """Notes the file of a module, or the version of the installed package to which it belongs."""
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    package = name.partition(".")[0]
-    if file is None or package in ("dist_cifar", "__main__") or not os.path.isabs(file) or not file.endswith(".py"):
-        return  # torch has modules that name files which there are not
-    path = Path(file).resolve()
-    installed = "site-packages" in path.parts or "dist-packages" in path.parts
-    if not installed and (is_named or path.is_relative_to(Path.cwd())):
-        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        _files[str(shown)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    elif is_named:
-        try:
-            _files[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            _files[package] = hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _note_source(component: Any) -> None:
-    """Notes what a registered object is made of: the file of its module, or its own text if it is of a notebook."""
-    module = getattr(component, "__module__", None)
-    if module is not None and module != "__main__":
-        _note_module(module, is_named=True)
-        return
-    try:
-        text = inspect.getsource(component)
-    except (OSError, TypeError):
-        return  # typed at a prompt: there is nothing to compare
-    _files[f"{module}:{component.__qualname__}"] = hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -145,19 +143,14 @@ def test_buffers_and_frozen_parameters(ranks, own, tmp_path, strategy):
     assert len(hashes) == 1
 
 
-@pytest.fixture
-def registered(monkeypatch) -> Iterator[None]:
-    monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {"mine.py": "0" * 64})
-    return None
-
-
-def test_a_resume_after_an_edit_is_refused_by_the_files_name(own, registered, monkeypatch):
+def test_a_resume_after_an_edit_is_refused_by_the_files_name(own, monkeypatch):
     communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
-    config = own("model.name=resnet8")
+    files = {"mine.py": "0" * 64}
+    monkeypatch.setattr(plugins, "_imported", plugins._imported | {"examples.own_model": files})
+    config = own(*VIT)
     assert not disturbed(communicator, config, 2, 0, False)
-    plugins._files["mine.py"] = "1" * 64
+    files["mine.py"] = "1" * 64
     with pytest.raises(ConfigError, match=r"result would change .*mine.py: 000000000000 -> 111111111111"):
         train(communicator, config)
-    plugins._files["mine.py"] = "0" * 64
+    files["mine.py"] = "0" * 64
     assert train(communicator, config)

@@ -8,9 +8,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_cifar import plugins
-from dist_cifar.config import Config, ModelConfig, load_components, load_config
+from dist_cifar.config import Config, ModelConfig, load_components, load_config, own_files
 from dist_cifar.errors import ConfigError
 
 GOOD = """
@@ -29,13 +30,13 @@ def folder(tmp_path, monkeypatch):
     """The current directory, with a function that writes a module there; what is imported from it is forgotten."""
     before = set(sys.modules), list(sys.path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plugins, "_files", {})
 
     def write(name: str, text: str) -> Path:
         path = tmp_path / name
         path.write_text(textwrap.dedent(text))
         return path
 
+    monkeypatch.setattr(plugins, "_imported", {})
     yield write
     sys.path[:] = before[1]
     for name in set(sys.modules) - before[0]:
@@ -97,16 +98,15 @@ def test_a_module_that_ends_the_program_is_refused(folder):
 def test_good_names_and_options_pass_and_their_files_are_known(folder):
     helper = folder("helper.py", "x = 1\n")
     own = folder("own_model.py", "import helper\n" + textwrap.dedent(GOOD))
-    load_components(load_config(None, ["model.name=own_model:Net", "model.options.width=16"]))
-    assert plugins.imported_files() == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (helper, own)
-    }
+    config = load_config(None, ["model.name=own_model:Net", "model.options.width=16"])
+    load_components(config)
+    assert own_files(config) == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (helper, own)}
 
 
 def test_of_an_installed_package_the_version_is_known(folder):
-    load_components(load_config(None, ["optimizer.name=torch.optim:SGD", "optimizer.options.momentum=0.9"]))
-    (name,) = plugins.imported_files()
-    assert name == "torch"
+    config = load_config(None, ["optimizer.name=torch.optim:SGD", "optimizer.options.momentum=0.9"])
+    load_components(config)
+    assert own_files(config) == {"torch": torch.__version__.partition("+")[0]}
 
 
 def test_a_config_that_names_nothing_from_outside_imports_nothing(folder, monkeypatch):
@@ -116,7 +116,6 @@ def test_a_config_that_names_nothing_from_outside_imports_nothing(folder, monkey
 
 def test_a_registered_name_is_a_value_of_its_field_and_the_nearest_one_is_a_hint(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
 
     @plugins.register_model("mlp")
     def mlp(*, num_classes: int, width: int = 8): ...
@@ -126,7 +125,7 @@ def test_a_registered_name_is_a_value_of_its_field_and_the_nearest_one_is_a_hint
     load_components(config)
     assert plugins.find("model", "model.name", "mlp") is mlp
     assert "did you mean mlp?" in error_of("model.name=mlq")
-    assert list(plugins.imported_files()) == ["tests/test_plugins.py"]
+    assert "tests/test_plugins.py" in own_files(config) and own_files(Config()) == {}
 
 
 @pytest.mark.parametrize("name", ["a:b", " ", ""])
@@ -137,8 +136,11 @@ def test_a_name_that_could_not_be_found_again_is_not_registered(name):
 
 def test_registrations_reach_another_process(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    plugins.restore([("tracker", "mine", print)])
-    assert plugins.registrations() == [("tracker", "mine", print)]
+    entry = plugins.Registration(kind="tracker", name="mine", component=print, files={"a.py": "0"})
+    plugins.restore([entry])
+    assert plugins.registrations() == [entry]
+    assert plugins.find("tracker", "tracking.also", "mine") is print
+    assert plugins.files_of("tracker", "mine") == {"a.py": "0"}
 
 
 @pytest.mark.parametrize(

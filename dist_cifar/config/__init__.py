@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
-from dist_cifar.config.components import is_own, known_names, load_components, own_components
+from dist_cifar.config.components import is_own, known_names, load_components, own_components, own_files
 from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
 from dist_cifar.config.marks import AtResume
 from dist_cifar.config.paths import expand_path
@@ -54,5 +54,6 @@ __all__ = [
     "load_components",
     "load_config",
     "own_components",
+    "own_files",
     "to_yaml",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_cifar.config.marks import Names
 from dist_cifar.config.schema import HINTS, Config
-from dist_cifar.plugins import check_options, find
+from dist_cifar.plugins import check_options, files_of, find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,17 @@ def load_components(config: Config) -> None:
         options = getattr(getattr(config, section), options_name, {})
         call = _CALLS[kind]
         check_options(component, options, key=f"{section}.{options_name}", given=call.given, positional=call.positional)
+
+
+def own_files(config: Config) -> dict[str, str]:
+    """What the result of `config` depends on besides the package: the SHA-256 of each file of the user's own, by its
+    path, and the version of each installed package that was named. Raises `ConfigError` where one cannot be imported.
+    """
+    found: dict[str, str] = {}
+    for kind, section, field, name in own_components(config):
+        find(kind, f"{section}.{field}", name)
+        found |= files_of(kind, name)
+    return dict(sorted(found.items()))
 
 
 def is_own(config: Config, section: str, name: str = "name") -> bool:

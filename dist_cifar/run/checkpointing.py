@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_cifar import plugins
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.config import AtResume, Config, at_resume, batch_differences, differences, flatten
+from dist_cifar.config import AtResume, Config, at_resume, batch_differences, differences, flatten, own_files
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.failure_detector import is_lost_peer
 from dist_cifar.errors import CheckpointError, ConfigError, one_line
@@ -139,7 +138,7 @@ class RunCheckpoints:
             "world_size": self._communicator.world_size,
             "numerics": numerics_fingerprint(self._communicator.device),
             "versions": versions(),
-            "own_files": plugins.imported_files(),
+            "own_files": own_files(self._config),
         }
 
         def begin_save() -> None:
@@ -197,7 +196,7 @@ class RunCheckpoints:
         found = differences(state["config"], self._config)
         found = batch_differences(found, state["config"], self._config, **ranks)
         data = changed({"data": state["data_sha256"][:12]}, {"data": self._dataset.content_sha256[:12]})
-        data += changed(_short(state.get("own_files", {})), _short(plugins.imported_files()))
+        data += changed(_short(state.get("own_files", {})), _short(own_files(self._config)))
         rounding = changed(state["numerics"], numerics_fingerprint(self._communicator.device))
         if self._bitwise and state["config"].get("strategy.name") == self._config.strategy.name:
             return [*found.values(), *data, *rounding], []

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 import dist_cifar
-from dist_cifar import plugins
-from dist_cifar.config import Config, flatten
+from dist_cifar.config import Config, flatten, own_files
 from dist_cifar.distributed.cores import available_cores
 
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
@@ -104,7 +103,7 @@ def shared_facts(config: Config) -> dict[str, object]:
     facts = {key: value for key, value in flatten(config).items() if key not in _OF_EACH_RANK}
     optional = {name: installed_version(name) for name in ("numba", "triton", "deepspeed")}
     packages = {f"the version of {name}": version for name, version in (versions() | optional).items()}
-    own = {f"the SHA-256 of {name}": known for name, known in plugins.imported_files().items()}
+    own = {f"the SHA-256 of {name}": known for name, known in own_files(config).items()}
     return facts | packages | own | {"the SHA-256 of the code of dist_cifar": _code_sha256()}
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dist_cifar import plugins
-from dist_cifar.config import Config
+from dist_cifar.config import Config, own_files
 from dist_cifar.errors import counted
 from dist_cifar.run.provenance import device_name, git_revision, numerics_fingerprint, versions
 from dist_cifar.run.run_dir import RunDir
@@ -57,7 +56,7 @@ def build_summary(
         "data_sha256": data_sha256,
         "numerics": numerics_fingerprint(device),
         "versions": versions(),
-        "own_files": plugins.imported_files(),
+        "own_files": own_files(config),
         "git_revision": git_revision(),
     }
 

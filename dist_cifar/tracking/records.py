@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.config import Config, differences, flatten, is_own
+from dist_cifar.config import Config, differences, flatten, is_own, own_files
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
@@ -23,7 +23,6 @@ from dist_cifar.distributed.idle import idle_line
 from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted, listed
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
-from dist_cifar.plugins import imported_files
 from dist_cifar.run import predictions, step_profiler
 from dist_cifar.run.checkpoint import CheckpointStore
 from dist_cifar.run.provenance import device_name, git_revision
@@ -83,7 +82,7 @@ class RunRecords:
         )
         norm = "" if is_own(config, "model") else f" {config.model.norm} norm,"
         logger.info(f"model      {config.model.name},{norm} {evaluator.parameter_count:,} parameters")
-        own = [f"{name} ({known[:12]})" for name, known in imported_files().items()]
+        own = [f"{name} ({known[:12]})" for name, known in own_files(config).items()]
         if own:
             logger.info(f"own files  {listed(own)}")
         logger.info(

@@ -45,7 +45,6 @@ def test_an_image_depends_on_seed_epoch_and_index_alone():
 
 def test_the_global_generators_are_seeded_for_each_image(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
 
     @plugins.register_augmentation("all")
     def draw(image, generator):
@@ -73,7 +72,6 @@ def test_torchvisions_transforms_are_reproduced():
 )
 def test_a_wrong_function_is_one_line(monkeypatch, function, message):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
     plugins.register_augmentation("own")(function)
     with pytest.raises(ConfigError, match=f"augment.transform=own: {message}"):
         in_this_process("own")

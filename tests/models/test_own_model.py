@@ -41,7 +41,6 @@ def fails(*, num_classes):
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
     return lambda build: plugins.register_model("own")(build)
 
 

@@ -57,7 +57,6 @@ class Halves:
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
     return lambda component: plugins.register_schedule("own")(component)
 
 

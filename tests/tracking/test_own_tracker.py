@@ -16,7 +16,6 @@ ROW = {"kind": "train", "step": 1, "loss": 1.0}
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
 
     def opened(component, resume_step=None, **more):
         plugins.register_tracker("own")(component)

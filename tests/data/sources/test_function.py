@@ -25,7 +25,6 @@ GOOD = {
 @pytest.fixture
 def load(tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    monkeypatch.setattr(plugins, "_files", {})
 
     def load(component, **options):
         plugins.register_data_source("own")(component)
