@@ -21,11 +21,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from dist_cifar.errors import ConfigError, did_you_mean, nearest, one_line
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_][\w./-]*")
+_CELL = re.compile(r"<dynamic-code>|.*/ipykernel_\d+/\d+\.py")
+"""The file of code that has none: in a rank that cloudpickle has brought it to, and in a notebook."""
 KINDS = ("model", "data_source", "optimizer", "schedule", "augmentation", "tracker", "strategy")
 """What can be brought from outside."""
 
@@ -39,8 +41,17 @@ T = TypeVar("T")
 
 _registered: dict[tuple[str, str], Any] = {}
 """By kind and name."""
+_sources: dict[tuple[str, str], dict[str, str]] = {}
+"""What each registered component is made of, by kind and name, as `imported_files` has it."""
+_members: dict[str, set[str]] = {}
+"""By module: its own name and those of the modules that were imported with it."""
+_hashes: dict[Path, tuple[object, str]] = {}
+"""By file: the import that has read it, which is another one after a reload, and its SHA-256 at that time."""
 _files: dict[str, str] = {}
 """What `imported_files` returns."""
+
+Registration: TypeAlias = "tuple[str, str, Any, dict[str, str]]"
+"""A registered component: its kind, its name, itself, and what it is made of."""
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -65,8 +76,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
         raise ConfigError(f"register_{kind}: {name!r} cannot be a name; use letters, digits and _")
 
     def enter(component: T) -> T:
-        _registered[kind, name] = component
-        _note_source(component)
+        restore([(kind, name, component, _source(component))])
         return component
 
     return enter
@@ -107,15 +117,16 @@ def register_strategy(name: str) -> Callable[[T], T]:
     return register("strategy", name)
 
 
-def registrations() -> list[tuple[str, str, Any]]:
-    """Everything that has been registered, as (kind, name, object)."""
-    return [(kind, name, component) for (kind, name), component in _registered.items()]
+def registrations() -> list[Registration]:
+    """Everything that has been registered."""
+    return [(*key, component, _sources.get(key, {})) for key, component in _registered.items()]
 
 
-def restore(entries: list[tuple[str, str, Any]]) -> None:
+def restore(entries: list[Registration]) -> None:
     """Registers in this process what `registrations` returned in another one."""
-    for kind, name, component in entries:
+    for kind, name, component, source in entries:
         _registered[kind, name] = component
+        _sources[kind, name] = source
 
 
 def pickled_registrations(kind: str) -> bytes:
@@ -132,6 +143,7 @@ def pickled_registrations(kind: str) -> bytes:
 def find(kind: str, key: str, name: str) -> Any:
     """The object that the config's `key` calls `name`, which is registered or a reference. Raises `ConfigError`."""
     if (kind, name) in _registered:
+        _files.update(_sources.get((kind, name), {}))
         return _registered[kind, name]
     module_name, _, attribute = name.partition(":")
     found: Any = import_module(module_name, f"{key}={name}")
@@ -176,8 +188,9 @@ def import_module(name: str, origin: str) -> types.ModuleType:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)  # for what it imports later
-    for new in {name, *(set(sys.modules) - known)}:
-        _note_module(new, is_named=new == name)
+    _members[name] = _members.get(name, {name}) | (set(sys.modules) - known)
+    for member in _members[name]:
+        _files.update(_source_of_module(member, is_named=member == name))
     return module
 
 
@@ -187,36 +200,60 @@ def imported_files() -> dict[str, str]:
     return dict(sorted(_files.items()))
 
 
-def _note_module(name: str, *, is_named: bool) -> None:
-    """Notes the file of a module, or the version of the installed package to which it belongs."""
+def forget_files() -> None:
+    """Begins another run: what only the last one depended on is not among the files of this one."""
+    _files.clear()
+
+
+def _source_of_module(name: str, *, is_named: bool) -> dict[str, str]:
+    """The file of a module, or the version of the installed package to which it belongs."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None)
     package = name.partition(".")[0]
     if file is None or package in ("dist_cifar", "__main__") or not os.path.isabs(file) or not file.endswith(".py"):
-        return  # torch has modules that name files which there are not
+        return {}  # torch has modules that name files which there are not
     path = Path(file).resolve()
     installed = "site-packages" in path.parts or "dist-packages" in path.parts
     if not installed and (is_named or path.is_relative_to(Path.cwd())):
         shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        _files[str(shown)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    elif is_named:
+        return {str(shown): _sha256(path, module)}
+    if is_named:
         try:
-            _files[package] = importlib.metadata.version(package)
+            return {package: importlib.metadata.version(package)}
         except importlib.metadata.PackageNotFoundError:
-            _files[package] = hashlib.sha256(path.read_bytes()).hexdigest()
+            return {package: _sha256(path, module)}
+    return {}
 
 
-def _note_source(component: Any) -> None:
-    """Notes what a registered object is made of: the file of its module, or its own text if it is of a notebook."""
+def _sha256(path: Path, module: types.ModuleType | None) -> str:
+    """The hash of a module's file as it was imported: a notebook may outlive several edits of it."""
+    spec = getattr(module, "__spec__", None)
+    if path not in _hashes or _hashes[path][0] is not spec:
+        _hashes[path] = spec, hashlib.sha256(path.read_bytes()).hexdigest()
+    return _hashes[path][1]
+
+
+def _source(component: Any) -> dict[str, str]:
+    """What a registered object is made of: the file of its module, or its own text if it is of a notebook."""
     module = getattr(component, "__module__", None)
     if module is not None and module != "__main__":
-        _note_module(module, is_named=True)
-        return
+        return _source_of_module(module, is_named=True)
     try:
-        text = inspect.getsource(component)
+        text = _text(component)
     except (OSError, TypeError):
-        return  # typed at a prompt: there is nothing to compare
-    _files[f"{module}:{component.__qualname__}"] = hashlib.sha256(text.encode()).hexdigest()
+        return {}  # typed at a prompt: there is nothing to compare
+    return {f"{module}:{component.__qualname__}": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _text(component: Any) -> str:
+    """The source of a function or class. Of a notebook's classes Python finds only the methods."""
+    try:
+        return inspect.getsource(component)
+    except (OSError, TypeError):
+        methods = [value for value in vars(component).values() if inspect.isfunction(value)]
+        if not methods:
+            raise
+        return "".join(map(inspect.getsource, methods))
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
@@ -229,18 +266,22 @@ def broken(origin: str, error: BaseException, doing: str) -> ConfigError:
     else:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if _is_own(frame.filename)]
-        where = f"{_shown(own[-1].filename)}, line {own[-1].lineno}: " if own else ""
+        where = f"{_shown(own[-1].filename, own[-1].name)}, line {own[-1].lineno}: " if own else ""
     return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {one_line(error)}")
 
 
 def _is_own(filename: str) -> bool:
     """Whether a file is neither this package's nor installed nor Python's own."""
+    if _CELL.fullmatch(filename):
+        return True
     path = Path(filename)
     inside = ("site-packages", "dist-packages", "lib", "lib64")
     return path.suffix == ".py" and not path.is_relative_to(Path(__file__).parent) and not set(inside) & set(path.parts)
 
 
-def _shown(filename: str) -> str:
+def _shown(filename: str, function: str = "") -> str:
+    if _CELL.fullmatch(filename):
+        return f"in {function}"
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
 

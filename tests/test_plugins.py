@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import linecache
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,8 +140,65 @@ def test_a_name_that_could_not_be_found_again_is_not_registered(name):
 
 def test_registrations_reach_another_process(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
-    plugins.restore([("tracker", "mine", print)])
-    assert plugins.registrations() == [("tracker", "mine", print)]
+    monkeypatch.setattr(plugins, "_sources", {})
+    monkeypatch.setattr(plugins, "_files", {})
+    entry = ("model", "mine", print, {"mine.py": "0" * 64})
+    plugins.restore([entry])
+    assert plugins.registrations() == [entry]
+    assert plugins.find("model", "model.name", "mine") is print
+    assert plugins.imported_files() == {"mine.py": "0" * 64}
+
+
+def test_what_an_earlier_run_of_the_process_depended_on_is_not_of_this_one(folder):
+    folder("helper.py", "x = 1\n")
+    for name in ("own_model.py", "other_model.py"):
+        folder(name, "import helper\n" + textwrap.dedent(GOOD))
+    first, second = (load_config(None, [f"model.name={name}:Net"]) for name in ("own_model", "other_model"))
+    load_components(first)
+    before = plugins.imported_files()
+    load_components(second)
+    assert "own_model.py" not in plugins.imported_files()
+    load_components(first)
+    assert plugins.imported_files() == before and before.keys() == {"helper.py", "own_model.py"}
+
+
+def test_the_hash_of_a_file_is_that_of_the_code_which_was_imported(folder):
+    path = folder("own_model.py", GOOD)
+    hashes = []
+    for number in (0, 1):
+        path.write_text(path.read_text() + f"    # edit {number}\n")
+        load_components(load_config(None, ["model.name=own_model:Net"]))
+        hashes.append(plugins.imported_files()["own_model.py"])
+    assert hashes[0] == hashes[1] != hashlib.sha256(path.read_bytes()).hexdigest()
+    importlib.reload(sys.modules["own_model"])
+    load_components(load_config(None, ["model.name=own_model:Net"]))
+    assert plugins.imported_files() == {"own_model.py": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("file", ["<dynamic-code>", "/tmp/ipykernel_12/345.py"])
+def test_code_of_a_notebook_is_named_by_its_function(file):
+    names: dict[str, Any] = {}
+    exec(compile("def forward():\n    raise ValueError('mine')", file, "exec"), names)
+    with pytest.raises(ValueError) as caught:
+        names["forward"]()
+    error = plugins.broken("model.name=net", caught.value, "its forward pass")
+    assert str(error) == "model.name=net: its forward pass fails: in forward, line 2: ValueError: mine"
+
+
+def test_a_class_of_a_notebook_is_known_by_its_methods(monkeypatch):
+    """A cell is a file that only `linecache` knows, and its classes have a module without a file."""
+    monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setattr(plugins, "_sources", {})
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", None)
+    sources = []
+    for number in (1, 1, 2):
+        cell = f"class Net:\n    def forward(self, images):\n        return {number} * images\n"
+        monkeypatch.setitem(linecache.cache, "<cell>", (len(cell), None, cell.splitlines(keepends=True), "<cell>"))
+        names = {"__name__": "__main__"}
+        exec(compile(cell, "<cell>", "exec"), names)
+        plugins.register_model("net")(names["Net"])
+        sources.append(plugins.registrations()[0][3])
+    assert sources[0].keys() == {"__main__:Net"} and sources[0] == sources[1] != sources[2]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Payload:
     config: Config
     must_resume: bool
     resume_anyway: bool
-    registrations: list[tuple[str, str, Any]]
+    registrations: list[plugins.Registration]
     """What `dist_cifar.plugins.registrations` returns here."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_cifar.config.marks import Names
 from dist_cifar.config.schema import HINTS, Config
-from dist_cifar.plugins import check_options, find
+from dist_cifar.plugins import check_options, find, forget_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,10 @@ _OPTIONS = {"transform": "transform_options"}
 def load_components(config: Config) -> None:
     """Imports everything that `config` names as `module:attribute` and checks the options against its signature.
 
-    Raises `ConfigError`, which names the file and the line where there is one.
+    Their files are from now on those of the run. Raises `ConfigError`, which names the file and the line where there
+    is one.
     """
+    forget_files()
     for kind, section, name, value in own_components(config):
         key = f"{section}.{name}"
         component = find(kind, key, value)
