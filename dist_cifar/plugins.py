@@ -156,7 +156,7 @@ def find(kind: str, key: str, name: str) -> Any:
             raise ConfigError(f"{key}={name}: {_place(module_name)} has no {part}{did_you_mean(part, known)}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{key}={name}: is a {type(found).__name__}; name a class or a function")
+        raise ConfigError(f"{key}={name}: is of type {type(found).__name__}; name a class or a function")
     return found
 
 
@@ -261,13 +261,15 @@ def _text(component: Any) -> str:
 
 def broken(origin: str, error: BaseException, doing: str) -> ConfigError:
     """The line for an exception of the user's own code: which file and line raised it, and what."""
+    what = one_line(error)
     if isinstance(error, SyntaxError) and error.filename:
+        what = error.msg  # the rest is the place
         where = f"{_shown(error.filename)}, line {error.lineno}: "
     else:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if _is_own(frame.filename)]
         where = f"{_shown(own[-1].filename, own[-1].name)}, line {own[-1].lineno}: " if own else ""
-    return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {one_line(error)}")
+    return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {what}")
 
 
 def _is_own(filename: str) -> bool:

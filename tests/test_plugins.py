@@ -59,7 +59,7 @@ def error_of(*overrides: str) -> str:
     [
         (["model.name=own_modl:Net"], "there is no own_modl.py in .*; did you mean own_model?"),
         (["model.name=own_model:Nat"], "own_model.py has no Nat; did you mean Net?"),
-        (["model.name=own_model:number"], "is a int; name a class or a function"),
+        (["model.name=own_model:number"], "is of type int; name a class or a function"),
         (["model.name=own_model:Net", "model.options.widht=4"], "Net has no such option; did you mean width?"),
         (["model.name=own_model:Net", "model.options.width=wide"], "model.options.width: must be int, found 'wide'"),
         (["model.name=own_model:Net", "model.options.width=true"], "must be int, found True"),
@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line(folder, overrides, message):
     ("text", "where", "what"),
     [
         ("import math\nmath.nothing\n", "line 2", "AttributeError"),
-        ("def f(:\n", "line 1", "SyntaxError"),
+        ("def f(:\n", "line 1: SyntaxError: ", "invalid syntax"),
         ("import no_such_package\n", "line 1", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("def g():\n    raise ValueError('two\\nlines')\ng()\n", "line 2", "ValueError: two lines"),
     ],
@@ -90,6 +90,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_line(folder, text, w
     folder("broken.py", text)
     line = error_of("model.name=broken:Net")
     assert line.startswith("model.name=broken:Net: importing it fails: broken.py, ") and where in line and what in line
+    assert line.count("broken.py") == 1
 
 
 def test_a_module_that_ends_the_program_is_refused(folder):
