@@ -47,10 +47,21 @@ def files_of_object(component: Any) -> dict[str, str]:
     if module is not None and module.__name__ != "__main__":
         return files_of_module(module)
     try:
-        text = inspect.getsource(component)
+        text = _text(component)
     except (OSError, TypeError):
         return {}  # typed at a prompt: there is nothing to compare
     return {f"__main__:{component.__qualname__}": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _text(component: Any) -> str:
+    """The source of a function or class. Of a notebook's classes Python finds only the methods."""
+    try:
+        return inspect.getsource(component)
+    except (OSError, TypeError):
+        methods = [value for value in vars(component).values() if inspect.isfunction(value)]
+        if not methods:
+            raise
+        return "".join(map(inspect.getsource, methods))
 
 
 def _version(package: str) -> dict[str, str]:

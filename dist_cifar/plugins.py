@@ -25,6 +25,8 @@ from dist_cifar.errors import ConfigError, did_you_mean, nearest, one_line
 from dist_cifar.plugin_files import files_of_module, files_of_object
 
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_][\w./-]*")
+_CELL = re.compile(r"<dynamic-code>|.*/ipykernel_\d+/\d+\.py")
+"""The file of code that has none: in a rank that cloudpickle has brought it to, and in a notebook."""
 KINDS = ("model", "data_source", "optimizer", "schedule", "augmentation", "tracker", "strategy")
 """What can be brought from outside."""
 
@@ -50,8 +52,8 @@ class Registration:
 
 _registered: dict[tuple[str, str], Registration] = {}
 """By kind and name."""
-_imported: dict[str, dict[str, str]] = {}
-"""What `files_of` returns for the modules that have been imported, by their names."""
+_imported: dict[str, tuple[object, dict[str, str]]] = {}
+"""By the name of a module: the import that has read it, which is another one after a reload, and its files then."""
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def files_of(kind: str, name: str) -> dict[str, str]:
     """What the component `name`, which has been found, depends on: see `dist_cifar.plugin_files`."""
     if (kind, name) in _registered:
         return _registered[kind, name].files
-    return _imported[name.partition(":")[0]]
+    return _imported[name.partition(":")[0]][1]
 
 
 def pickled_registrations(kind: str) -> bytes:
@@ -162,7 +164,7 @@ def find(kind: str, key: str, name: str) -> Any:
             raise ConfigError(f"{key}={name}: {_place(module_name)} has no {part}{did_you_mean(part, known)}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{key}={name}: is a {type(found).__name__}; name a class or a function")
+        raise ConfigError(f"{key}={name}: is of type {type(found).__name__}; name a class or a function")
     return found
 
 
@@ -194,8 +196,8 @@ def import_module(name: str, origin: str) -> types.ModuleType:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)  # for what it imports later
-    if name not in _imported:
-        _imported[name] = files_of_module(module)
+    if name not in _imported or _imported[name][0] is not module.__spec__:
+        _imported[name] = module.__spec__, files_of_module(module)
     return module
 
 
@@ -204,23 +206,29 @@ def import_module(name: str, origin: str) -> types.ModuleType:
 
 def broken(origin: str, error: BaseException, doing: str) -> ConfigError:
     """The line for an exception of the user's own code: which file and line raised it, and what."""
+    what = one_line(error)
     if isinstance(error, SyntaxError) and error.filename:
+        what = error.msg  # the rest is the place
         where = f"{_shown(error.filename)}, line {error.lineno}: "
     else:
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if _is_own(frame.filename)]
-        where = f"{_shown(own[-1].filename)}, line {own[-1].lineno}: " if own else ""
-    return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {one_line(error)}")
+        where = f"{_shown(own[-1].filename, own[-1].name)}, line {own[-1].lineno}: " if own else ""
+    return ConfigError(f"{origin}: {doing} fails: {where}{type(error).__name__}: {what}")
 
 
 def _is_own(filename: str) -> bool:
     """Whether a file is neither this package's nor installed nor Python's own."""
+    if _CELL.fullmatch(filename):
+        return True
     path = Path(filename)
     inside = ("site-packages", "dist-packages", "lib", "lib64")
     return path.suffix == ".py" and not path.is_relative_to(Path(__file__).parent) and not set(inside) & set(path.parts)
 
 
-def _shown(filename: str) -> str:
+def _shown(filename: str, function: str = "") -> str:
+    if _CELL.fullmatch(filename):
+        return f"in {function}"
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
 

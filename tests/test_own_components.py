@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -145,8 +147,8 @@ def test_buffers_and_frozen_parameters(ranks, own, tmp_path, strategy):
 
 def test_a_resume_after_an_edit_is_refused_by_the_files_name(own, monkeypatch):
     communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
-    files = {"mine.py": "0" * 64}
-    monkeypatch.setattr(plugins, "_imported", plugins._imported | {"examples.own_model": files})
+    files, spec = {"mine.py": "0" * 64}, importlib.import_module("examples.own_model").__spec__
+    monkeypatch.setattr(plugins, "_imported", plugins._imported | {"examples.own_model": (spec, files)})
     config = own(*VIT)
     assert not disturbed(communicator, config, 2, 0, False)
     files["mine.py"] = "1" * 64

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import linecache
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +60,7 @@ def error_of(*overrides: str) -> str:
     [
         (["model.name=own_modl:Net"], "there is no own_modl.py in .*; did you mean own_model?"),
         (["model.name=own_model:Nat"], "own_model.py has no Nat; did you mean Net?"),
-        (["model.name=own_model:number"], "is a int; name a class or a function"),
+        (["model.name=own_model:number"], "is of type int; name a class or a function"),
         (["model.name=own_model:Net", "model.options.widht=4"], "Net has no such option; did you mean width?"),
         (["model.name=own_model:Net", "model.options.width=wide"], "model.options.width: must be int, found 'wide'"),
         (["model.name=own_model:Net", "model.options.width=true"], "must be int, found True"),
@@ -79,7 +82,7 @@ def test_a_mistake_is_one_line(folder, overrides, message):
     ("text", "where", "what"),
     [
         ("import math\nmath.nothing\n", "line 2", "AttributeError"),
-        ("def f(:\n", "line 1", "SyntaxError"),
+        ("def f(:\n", "line 1: SyntaxError: ", "invalid syntax"),
         ("import no_such_package\n", "line 1", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("def g():\n    raise ValueError('two\\nlines')\ng()\n", "line 2", "ValueError: two lines"),
     ],
@@ -88,6 +91,7 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_line(folder, text, w
     folder("broken.py", text)
     line = error_of("model.name=broken:Net")
     assert line.startswith("model.name=broken:Net: importing it fails: broken.py, ") and where in line and what in line
+    assert line.count("broken.py") == 1
 
 
 def test_a_module_that_ends_the_program_is_refused(folder):
@@ -141,6 +145,52 @@ def test_registrations_reach_another_process(monkeypatch):
     assert plugins.registrations() == [entry]
     assert plugins.find("tracker", "tracking.also", "mine") is print
     assert plugins.files_of("tracker", "mine") == {"a.py": "0"}
+
+
+def test_what_an_earlier_run_of_the_process_depended_on_is_not_of_this_one(folder):
+    folder("helper.py", "x = 1\n")
+    for name in ("own_model.py", "other_model.py"):
+        folder(name, "import helper\n" + textwrap.dedent(GOOD))
+    first, second = (load_config(None, [f"model.name={name}:Net"]) for name in ("own_model", "other_model"))
+    before = own_files(first)
+    assert own_files(second).keys() == {"helper.py", "other_model.py"}
+    assert own_files(first) == before and before.keys() == {"helper.py", "own_model.py"}
+
+
+def test_the_hash_of_a_file_is_that_of_the_code_which_was_imported(folder):
+    path, config = folder("own_model.py", GOOD), load_config(None, ["model.name=own_model:Net"])
+    hashes = []
+    for number in (0, 1):
+        path.write_text(path.read_text() + f"    # edit {number}\n")
+        hashes.append(own_files(config)["own_model.py"])
+    assert hashes[0] == hashes[1] != hashlib.sha256(path.read_bytes()).hexdigest()
+    importlib.reload(sys.modules["own_model"])
+    assert own_files(config) == {"own_model.py": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("file", ["<dynamic-code>", "/tmp/ipykernel_12/345.py"])
+def test_code_of_a_notebook_is_named_by_its_function(file):
+    names: dict[str, Any] = {}
+    exec(compile("def forward():\n    raise ValueError('mine')", file, "exec"), names)
+    with pytest.raises(ValueError) as caught:
+        names["forward"]()
+    error = plugins.broken("model.name=net", caught.value, "its forward pass")
+    assert str(error) == "model.name=net: its forward pass fails: in forward, line 2: ValueError: mine"
+
+
+def test_a_class_of_a_notebook_is_known_by_its_methods(monkeypatch):
+    """A cell is a file that only `linecache` knows, and its classes have a module without a file."""
+    monkeypatch.setattr(plugins, "_registered", {})
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", None)
+    sources = []
+    for number in (1, 1, 2):
+        cell = f"class Net:\n    def forward(self, images):\n        return {number} * images\n"
+        monkeypatch.setitem(linecache.cache, "<cell>", (len(cell), None, cell.splitlines(keepends=True), "<cell>"))
+        names = {"__name__": "__main__"}
+        exec(compile(cell, "<cell>", "exec"), names)
+        plugins.register_model("net")(names["Net"])
+        sources.append(plugins.files_of("model", "net"))
+    assert sources[0].keys() == {"__main__:Net"} and sources[0] == sources[1] != sources[2]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def test_the_wheel_stands_alone(environment, tmp_path):
     assert main(["init", str(tmp_path / "of the clone")]) == 0
     assert modes(project) == modes(tmp_path / "of the clone")
 
-    fields = [f"{key}={value}" for key, value in (VALUES | {"train.max_steps": "2"}).items()]
+    own = {"model.name": "my_models:Net", "model.options.width": "8"}
+    fields = [f"{key}={value}" for key, value in (VALUES | own | {"train.max_steps": "2"}).items()]
     training = " ".join(["--config configs/quickstart.yaml", *fields])
     typed(f"dist-cifar train {training}")
     typed(f"launch/local.sh --ranks 1 {training} run.dir=runs/torchrun")
@@ -93,6 +94,7 @@ def test_the_wheel_stands_alone(environment, tmp_path):
         json.loads((project / "runs" / name / "summary.json").read_text()) for name in ("quickstart", "torchrun")
     )
     assert first["steps"] == second["steps"] == 2 and first["weights_sha256"] == second["weights_sha256"]
+    assert first["own_files"].keys() == second["own_files"].keys() == {"my_models.py"}
 
     typed("dist-cifar report runs/quickstart runs/torchrun --out both.html")
     assert "runs/torchrun" in (project / "both.html").read_text()
