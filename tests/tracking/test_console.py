@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -27,10 +28,12 @@ def shown_in_terminal(monkeypatch):
                 console.start(1000, 20)
                 console.row(ROW)
                 console.advance()
-            stream.flush()
-            text = os.read(reader, 65536).decode()
+        data = b""
+        with contextlib.suppress(OSError):  # at the end, when nobody has the terminal open
+            while chunk := os.read(reader, 65536):
+                data += chunk
         os.close(reader)
-        return text
+        return data.decode()
 
     return shown
 
