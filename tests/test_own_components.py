@@ -94,9 +94,8 @@ def test_the_other_strategies_train_as_exact_does(ranks, own, tmp_path, strategy
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
-def test_ddp_equals_a_hand_written_loop(own):
-    config = own(*MIXER, *PARTS, "strategy.name=ddp", "optimizer.max_grad_norm=null")
-    trainer = Trainer.build(config, Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60))
+def beside_a_hand_written_loop(communicator: Communicator, config: Config) -> None:
+    trainer = Trainer.build(config, communicator)
     model = train_module.build_model(config.model, num_classes=7, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
     oracle = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
@@ -109,6 +108,10 @@ def test_ddp_equals_a_hand_written_loop(own):
         trainer.train_step(batch)
     for name, tensor in trainer.strategy.model_state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_ddp_equals_a_hand_written_loop(ranks, own):
+    ranks.run(1, beside_a_hand_written_loop, own(*MIXER, *PARTS, "strategy.name=ddp", "optimizer.max_grad_norm=null"))
 
 
 class Buffers(nn.Module):

@@ -9,17 +9,19 @@ from dist_cifar.distributed.collectives import Communicator
 
 
 class BatchNormStats:
-    """The float32 and int64 buffers of a module. From construction on they are views of `values` and `counts`: writing
-    to these changes the module, and loading a state dict into the module changes these. Buffers of other types, such as
-    masks, are left alone.
+    """The buffers of a module that have the type of its parameters, and the int64 ones.
+
+    From construction on they are views of `values` and `counts`: writing to these changes the module, and loading a
+    state dict into the module changes these. Buffers of other types, such as masks, are left alone.
 
     Make it when the module is on its device for good.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        device = next(module.parameters()).device
+        parameter = next(module.parameters())
+        device, dtype = parameter.device, parameter.dtype
         owners = _buffers(module)
-        floating = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == torch.float32]
+        floating = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == dtype]
         whole = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == torch.int64]
         self.names = [name for name, _, _ in floating]
         """Names of the floating-point buffers, in the order of `values`."""

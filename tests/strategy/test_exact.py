@@ -186,7 +186,7 @@ def statistics_of_each_rank(self: ExactStrategy, lr: float) -> torch.Tensor:
 
 
 def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
-    self._statistics.start_counts += self._local_passes - 1
+    self._statistics.counts += self._local_passes - 1
     return _STEP(self, lr)
 
 
