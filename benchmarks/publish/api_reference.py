@@ -160,7 +160,7 @@ EXAMPLES = {
         trainer = dist_cifar.Trainer.build(config, alone)
         print(trainer.schedule.describe(), trainer.schedule.lr(0))  # an LRSchedule
         print(sum(tensor.numel() for tensor in trainer.strategy.model_state_dict().values()))  # a Strategy
-        optimizer = optimizer_factory(config.optimizer)(trainer.strategy.module.parameters())
+        optimizer = optimizer_factory(config)(trainer.strategy.module.named_parameters())
         print(len(optimizer.param_groups), "group of parameters")  # an Optimizer
         print(Noise().read(config.data).classes)
         with RunDir.of(config).lock():
