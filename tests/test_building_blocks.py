@@ -131,7 +131,5 @@ def test_a_schedule_that_follows_the_length_is_not_resumed_with_another(ranks, t
 
 
 def test_options_of_the_packages_own_are_fields(tiny):
-    with pytest.raises(
-        ConfigError, match=r"optimizer\.options: are for what is from outside .* optimizer\.name=sgd"
-    ):
+    with pytest.raises(ConfigError, match=r"optimizer\.options: are for what is from outside .* optimizer\.name=sgd"):
         load_components(tiny("optimizer.name=sgd", "optimizer.options.momentum=0.5"))

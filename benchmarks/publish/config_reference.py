@@ -19,7 +19,7 @@ stands behind the `=` as it is. In paths `~`, `$NAME` and `${NAME}` are expanded
 `data.stage_dir` is expanded on each node, the others when the config is read. Tags, aliases and merge keys of YAML are
 not read.
 
-This page is written by `make docs` from `dist_cifar/config/schema.py` and `optimizer_schema.py`.
+This page is written by `make docs` from `dist_cifar/config/schema.py` and `dist_cifar/config/optimizer_schema.py`.
 
 ## What belongs together
 
@@ -38,10 +38,17 @@ and backward pass: choose the batch large enough that an eighth of it keeps a GP
 them. The test set is read once, at the end, with the best checkpoint, or with `eval.select=last` the last one.
 
 **Groups of parameters.** `optimizer.groups` is a list of rules, of which the first whose pattern matches a parameter's
-name holds: `optimizer.groups='[{match: fc.*, lr_scale: 2.0}, {match: "*.bias", decay_scale: 0.0}]'`. With
-`optimizer.decay_norms_and_biases=false` parameters of one dimension do not decay. `deepspeed` cannot clip groups
-together where it shards them, and `muon` needs whole matrices, so `deepspeed` from stage 1 on refuses both, and `fsdp`
-refuses `muon`.
+name holds. With `optimizer.decay_norms_and_biases=false` parameters of one dimension do not decay.
+
+```yaml
+optimizer:
+  groups:
+    - {match: "fc.*", lr_scale: 2.0}
+    - {match: "*.bias", decay_scale: 0.0}
+```
+
+`deepspeed` cannot clip groups together where it shards them, and `muon` needs whole matrices: `deepspeed` from
+`strategy.zero_stage=1` on refuses both, and `fsdp` refuses `muon`.
 
 ## The augmentation
 

@@ -93,7 +93,10 @@ def _number(hint: Any, plain: type, value: Any, key: str, origin: str) -> int | 
 
 def _name(names: Names, value: Any, key: str, origin: str) -> str:
     """A name that is known, registered or has the form of a reference; whether that leads anywhere is seen later."""
-    known = (*names.known, *registered_names(names.kind))
+    registered = registered_names(names.kind)
+    if value in names.known and value in registered:
+        raise ConfigError(f"{origin}: {key}: {value} is the package's own; register yours under another name")
+    known = (*names.known, *registered)
     if isinstance(value, str) and (value in known or is_reference(value)):
         return value
     hint = did_you_mean(value, known) if isinstance(value, str) else ""
