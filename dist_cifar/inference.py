@@ -114,7 +114,8 @@ class WithPreprocessing(nn.Module):
 
 
 def load_classifier(path: Path | None, device: torch.device) -> Classifier:
-    """Loads the best model of the run directory `path` (the newest where none was chosen), or that of a checkpoint.
+    """Loads the model of the run directory `path` that `eval.select` names (the newest where none was chosen), or that
+    of a checkpoint.
 
     Without `path`, it takes the run below `runs/` that was written to last. Raises `CheckpointError` or `ConfigError`.
     """
@@ -187,7 +188,9 @@ def _of_run(path: Path) -> Checkpoint:
         keep_every_steps=None,
         on_write_error="raise",
     )
-    checkpoint = store.load_best() or store.load_newest()
+    config = RunDir(path).previous_config()
+    takes_last = config is not None and config.eval.select == "last"
+    checkpoint = (None if takes_last else store.load_best()) or store.load_newest()
     if checkpoint is None:
         raise CheckpointError(f"{path}: this run has not saved a checkpoint yet; wait for its first evaluation")
     return checkpoint

@@ -279,11 +279,11 @@ class Trainer:
         self.console.stop()
 
     def _finish(self) -> None:
-        """Evaluates the best checkpoint on the test split and writes the result."""
+        """Evaluates the model that `eval.select` names on the test split and writes the result."""
         state = self.state
         model = self.strategy.model_state_dict()
         final_sha256 = weights_sha256(model)
-        if state.best_step != state.step:
+        if self.config.eval.select == "best" and state.best_step != state.step:
             model = self.checkpoints.load_best(state.best_step)
         with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
             test = self.evaluator.test(model)

@@ -132,6 +132,12 @@ def test_a_registered_name_is_a_value_of_its_field_and_the_nearest_one_is_a_hint
     assert "tests/test_plugins.py" in own_files(config) and own_files(Config()) == {}
 
 
+def test_a_name_of_the_package_cannot_be_registered_and_used(monkeypatch):
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_optimizer("sgd")(lambda parameters, lr: None)
+    assert "sgd is the package's own; register yours under another name" in error_of("optimizer.name=sgd")
+
+
 @pytest.mark.parametrize("name", ["a:b", " ", ""])
 def test_a_name_that_could_not_be_found_again_is_not_registered(name):
     with pytest.raises(ConfigError, match="cannot be a name"):

@@ -71,8 +71,8 @@ EXAMPLES = {
             return images[:-100], labels[:-100], images[-100:], labels[-100:], ["rock", "paper", "scissors"]
 
 
-        @dist_cifar.register_optimizer("sgd")
-        def sgd(parameters, lr, momentum=0.9):
+        @dist_cifar.register_optimizer("heavy_ball")
+        def heavy_ball(parameters, lr, momentum=0.9):
             return torch.optim.SGD(parameters, lr, momentum)
 
 
@@ -106,7 +106,7 @@ EXAMPLES = {
                 "model.options.width=32",
                 "data.source=noise",
                 "data.validation_size=30",
-                "optimizer.name=sgd",
+                "optimizer.name=heavy_ball",
                 "schedule.name=linear",
                 "augment.transform=darken",
                 "tracking.also=[printer]",
@@ -160,7 +160,7 @@ EXAMPLES = {
         trainer = dist_cifar.Trainer.build(config, alone)
         print(trainer.schedule.describe(), trainer.schedule.lr(0))  # an LRSchedule
         print(sum(tensor.numel() for tensor in trainer.strategy.model_state_dict().values()))  # a Strategy
-        optimizer = optimizer_factory(config.optimizer)(trainer.strategy.module.parameters())
+        optimizer = optimizer_factory(config)(trainer.strategy.module.named_parameters())
         print(len(optimizer.param_groups), "group of parameters")  # an Optimizer
         print(Noise().read(config.data).classes)
         with RunDir.of(config).lock():

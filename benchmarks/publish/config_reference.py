@@ -19,7 +19,7 @@ stands behind the `=` as it is. In paths `~`, `$NAME` and `${NAME}` are expanded
 `data.stage_dir` is expanded on each node, the others when the config is read. Tags, aliases and merge keys of YAML are
 not read.
 
-This page is written by `make docs` from `dist_cifar/config/schema.py`.
+This page is written by `make docs` from `dist_cifar/config/schema.py` and `dist_cifar/config/optimizer_schema.py`.
 
 ## What belongs together
 
@@ -29,13 +29,26 @@ when a run first starts, takes bf16 if that saves a tenth or more, and says so; 
 
 **Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with
 `ddp`, `batch.per_rank_size` may be given instead, and the batch grows with the ranks. The learning rate is
-`optimizer.lr` times the square root of global batch / `optimizer.lr_base_batch`; `optimizer.lr_rule` has `linear` and
-`none` as well. `batch.max_micro_batch` splits a rank's share, or a virtual rank's, into passes whose gradients are
-accumulated. A virtual rank of `exact` is one forward and backward pass: choose the batch large enough that an eighth of
-it keeps a GPU busy.
+`optimizer.lr` times the square root of global batch / `optimizer.lr_base_batch` for Adam, and times that ratio itself
+for SGD and Muon, unless `optimizer.lr_rule` says otherwise; the start says which. `batch.max_micro_batch` splits a
+rank's share, or a virtual rank's, into passes whose gradients are accumulated. A virtual rank of `exact` is one forward
+and backward pass: choose the batch large enough that an eighth of it keeps a GPU busy.
 
 **Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint use
-them. The test set is read once, at the end, with the best checkpoint.
+them. The test set is read once, at the end, with the best checkpoint, or with `eval.select=last` the last one.
+
+**Groups of parameters.** `optimizer.groups` is a list of rules, of which the first whose pattern matches a parameter's
+name holds. With `optimizer.decay_norms_and_biases=false` parameters of one dimension do not decay.
+
+```yaml
+optimizer:
+  groups:
+    - {match: "fc.*", lr_scale: 2.0}
+    - {match: "*.bias", decay_scale: 0.0}
+```
+
+`deepspeed` cannot clip groups together where it shards them, and `muon` needs whole matrices: `deepspeed` from
+`strategy.zero_stage=1` on refuses both, and `fsdp` refuses `muon`.
 
 ## The augmentation
 

@@ -3,6 +3,13 @@
 from dist_cifar.config.components import is_own, known_names, load_components, own_components, own_files
 from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
 from dist_cifar.config.marks import AtResume
+from dist_cifar.config.optimizer_schema import (
+    GroupRule,
+    MuonConfig,
+    OptimizerConfig,
+    PlateauConfig,
+    ScheduleConfig,
+)
 from dist_cifar.config.paths import expand_path
 from dist_cifar.config.resume import at_resume, batch_differences, differences
 from dist_cifar.config.schema import (
@@ -14,10 +21,7 @@ from dist_cifar.config.schema import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    OptimizerConfig,
-    PlateauConfig,
     RunConfig,
-    ScheduleConfig,
     StrategyConfig,
     TrackingConfig,
     TrainConfig,
@@ -32,7 +36,9 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "GroupRule",
     "ModelConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "PlateauConfig",
     "RunConfig",

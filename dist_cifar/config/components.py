@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_cifar.config.marks import Names
 from dist_cifar.config.schema import HINTS, Config
+from dist_cifar.errors import ConfigError
 from dist_cifar.plugins import check_options, files_of, find
 
 
@@ -41,6 +42,13 @@ def load_components(config: Config) -> None:
 
     Raises `ConfigError`, which names the file and the line where there is one.
     """
+    for section, name in (("model", "name"), ("data", "source"), ("optimizer", "name"), ("schedule", "name")):
+        value = getattr(getattr(config, section), name)
+        if getattr(config, section).options and not is_own(config, section, name):
+            raise ConfigError(
+                f"{section}.options: are for what is from outside the package; the settings of {section}.{name}={value}"
+                " are fields of the config"
+            )
     for kind, section, name, value in own_components(config):
         key = f"{section}.{name}"
         component = find(kind, key, value)

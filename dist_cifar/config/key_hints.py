@@ -10,15 +10,14 @@ from collections.abc import Mapping
 
 from dist_cifar.errors import nearest
 
-_OPTIMIZER = (
-    "an optimizer of another name has its settings in optimizer.options.<name>; Adam's are optimizer.betas and .eps"
-)
-_SCHEDULE = "the schedule is schedule.name, with schedule.options.<name>; that of plateau is plateau.*"
+_SCHEDULE = "the schedule is schedule.name, whose settings are schedule.<name>; those of plateau are plateau.*"
 _RANKS = "`train --ranks N` starts N ranks on this machine, else the launcher sets their number (docs/launching.md)"
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("optimizer.type", "optim", "opt"), "optimizer.name"),
-    **dict.fromkeys(("momentum", "nesterov"), _OPTIMIZER),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule", "sched", "gamma", "milestones"), _SCHEDULE),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_schedule", "sched"), _SCHEDULE),
+    **{name: f"optimizer.{name}" for name in ("momentum", "nesterov")},
+    "milestones": "schedule.milestone_epochs",
+    **dict.fromkeys(("param_groups", "no_decay"), "optimizer.groups"),
     **dict.fromkeys(("gpus", "num_gpus", "devices", "world_size", "num_nodes", "nproc", "nproc_per_node"), _RANKS),
     **dict.fromkeys(("num_workers", "workers"), "no process loads data: see run.threads_per_rank and augment.backend"),
     **dict.fromkeys(("fp16", "bf16", "amp", "use_amp", "mixed_precision", "dtype"), "compute.precision"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from dist_cifar.config import schema
+from dist_cifar.config import optimizer_schema, schema
 from dist_cifar.config.key_hints import hint_for
 from dist_cifar.config.marks import PathKind
 from dist_cifar.config.paths import expand_path, has_variables
@@ -273,6 +273,7 @@ def key_hint(key: str) -> str:
 def _check(config: Config) -> None:
     """Raises `ConfigError` where fields contradict each other."""
     batch, augment, data, strategy = config.batch, config.augment, config.data, config.strategy
+    _check_optimizer(config)
     if (batch.global_size is None) == (batch.per_rank_size is None):
         both = "both" if batch.global_size is not None else "neither"
         raise ConfigError(
@@ -311,10 +312,34 @@ def _check(config: Config) -> None:
         raise ConfigError(f"run.name: must be a name without '/' and '$', found {brief(config.run.name)}")
 
 
+def _check_optimizer(config: Config) -> None:
+    """Raises `ConfigError` for what an optimizer or a strategy cannot do, before anything takes long."""
+    optimizer, strategy = config.optimizer, config.strategy
+    cuts = strategy.name == "fsdp" or (strategy.name == "deepspeed" and strategy.zero_stage > 0)
+    sharded = f"strategy.name={strategy.name}" + (
+        f" with strategy.zero_stage={strategy.zero_stage}" if strategy.name == "deepspeed" else ""
+    )
+    if optimizer.name == "muon" and cuts:
+        raise ConfigError(
+            f"optimizer.name: muon needs whole matrices and {sharded} gives each rank a part of them; choose"
+            " strategy.name=exact or ddp, or another optimizer"
+        )
+    if (optimizer.groups or not optimizer.decay_norms_and_biases) and cuts and strategy.name == "deepspeed":
+        field = "groups" if optimizer.groups else "decay_norms_and_biases"
+        raise ConfigError(
+            f"optimizer.{field}: {sharded} steps one group after the other, where clipping needs the norm of all;"
+            " choose strategy.name=fsdp or ddp, or strategy.zero_stage=0"
+        )
+    if config.schedule.name == "multistep" and list(config.schedule.milestone_epochs) != sorted(
+        config.schedule.milestone_epochs
+    ):
+        raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(list(config.schedule.milestone_epochs))}")
+
+
 def _field_docs() -> dict[str, str]:
     """Key to the docstring under its field."""
     try:
-        source = inspect.getsource(schema)
+        source = inspect.getsource(schema) + inspect.getsource(optimizer_schema)
     except OSError:
         return {}
     by_class = {section.__name__: name for name, section in SECTIONS.items()}

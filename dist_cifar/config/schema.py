@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 from dist_cifar.config.marks import (
     MANY,
     Aspect,
-    Beta,
     Factor,
     Free,
     Names,
@@ -29,8 +28,8 @@ from dist_cifar.config.marks import (
     Rounding,
     Seconds,
     SharedPath,
-    SmallFloat,
 )
+from dist_cifar.config.optimizer_schema import MuonConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,72 +168,11 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer, its learning rate and the clipping of its gradients."""
-
-    name: Annotated[str, Names(kind="optimizer", known=("adam",))] = "adam"
-    """`adam`, of which `betas`, `eps` and `weight_decay` are the settings; `torch.optim:SGD` or `my_optimizers:Lion`: a
-    class of torch's kind, made from the parameters, `lr` and the options."""
-    options: Options = field(default_factory=dict)
-    """Arguments of an optimizer that is not of this package, e.g. `optimizer.options.momentum=0.9`."""
-    lr: SmallFloat = 1e-3
-    """Base learning rate: what a global batch of `lr_base_batch` samples gets."""
-    lr_rule: Literal["sqrt", "linear", "none"] = "sqrt"
-    """LR = lr x (global batch / lr_base_batch) to the power 1/2 (`sqrt`, right for Adam), 1 (`linear`) or 0."""
-    lr_base_batch: PositiveInt = 128
-    """The global batch for which `lr` was tuned."""
-    warmup_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 5.0
-    """Epochs over which the learning rate rises linearly to its full value."""
-    weight_decay: Annotated[float, Range(minimum=0, maximum=10_000)] = 1e-4
-    """L2 penalty that Adam adds to the gradient."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
-    eps: SmallFloat = 1e-8
-    """Adam's epsilon."""
-    max_grad_norm: Annotated[float, Range(minimum=1e-6, maximum=1e20)] | None = 1.0
-    """Gradients are scaled to this global L2 norm when theirs is larger; null switches it off."""
-    non_finite: Literal["raise", "skip"] = "raise"
-    """A step with a gradient that is not finite changes nothing, on any rank. Then `raise` ends the run at the next
-    log or checkpoint, and `skip` continues."""
-    max_skipped_steps: PositiveInt = 10
-    """With `non_finite: skip`, more skipped steps than this end the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """How the learning rate changes from step to step."""
-
-    name: Annotated[str, Names(kind="schedule", known=("plateau",))] = "plateau"
-    """`plateau`: a linear warm-up (`optimizer.warmup_epochs`), then `plateau.*`; `my_schedules:cosine`: a function of
-    your own, which returns the learning rate as a function of the step."""
-    options: Options = field(default_factory=dict)
-    """Arguments of a function of your own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlateauConfig:
-    """ReduceLROnPlateau: the learning rate is reduced when the watched metric has stopped improving."""
-
-    metric: Literal["loss", "accuracy"] = "loss"
-    """Metric of the validation split that is watched."""
-    factor: Annotated[float, Range(above=0, maximum=1)] = 0.5
-    """What a reduction multiplies the learning rate by; 1 switches the plateau off."""
-    patience_evaluations: NonNegativeInt = 5
-    """Evaluations without improvement before the learning rate is reduced."""
-    threshold: Annotated[float, Range(minimum=0, maximum=0.99)] = 1e-4
-    """Relative change that counts as an improvement."""
-    cooldown_evaluations: NonNegativeInt = 0
-    """Evaluations after a reduction that are not counted."""
-    min_lr: Annotated[float, Range(minimum=0, maximum=10_000)] = 0.0
-    """The learning rate is never reduced below this."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and loss of the training."""
 
-    epochs: Free[PositiveInt] = 100
-    """Passes over the training split."""
+    epochs: Free[Annotated[float, Range(above=0, maximum=MANY)]] = 100.0
+    """Passes over the training split; with a fraction, the last step is the one that completes it."""
     max_steps: Free[PositiveInt | None] = None
     """Stop after this many steps even if the epochs are not complete."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
@@ -278,6 +216,9 @@ class EvalConfig:
 
     every_epochs: PositiveInt = 1
     """Epochs between two evaluations; the end of the training is always evaluated."""
+    select: Literal["best", "last"] = "best"
+    """The weights that are tested at the end and read by `predict` and `export`: those with the best accuracy on the
+    validation split, or the last ones, which is right for a schedule that ends with a small learning rate."""
     batch_size: PositiveInt = 500
     """Samples of one forward pass, for every world size: the result does not depend on the number of ranks."""
 
@@ -341,6 +282,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plateau: PlateauConfig = field(default_factory=PlateauConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -5,6 +5,7 @@ Contract: pure functions. A value that is not of its type, or out of its range, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import types
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from dist_cifar.config.marks import Names, PathKind, Range
 from dist_cifar.config.yaml_text import brief
-from dist_cifar.errors import ConfigError, did_you_mean
+from dist_cifar.errors import ConfigError, did_you_mean, listed
 from dist_cifar.plugins import is_reference, registered_names
 
 _SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
@@ -39,6 +40,8 @@ def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
         return convert(plain, value, key, origin)
     if kind is dict:
         return _options(value, key, origin)
+    if dataclasses.is_dataclass(hint):
+        return _record(hint, value, key, origin)
     if kind is Literal:
         if isinstance(value, bool) and "on" in arguments:
             value = "on" if value else "off"  # YAML 1.1 takes the bare words for true and false
@@ -61,6 +64,22 @@ def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
     return value
 
 
+def _record(record: Any, value: Any, key: str, origin: str) -> Any:
+    """A mapping as the dataclass `record`, whose fields are converted by their types."""
+    hints, fields = typing.get_type_hints(record, include_extras=True), dataclasses.fields(record)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        example = f"{fields[0].name}: a, {fields[1].name}: 2.0"
+        raise ConfigError(f"{origin}: {key}: must be {type_name(record)}, found {brief(value)}; write {{{example}}}")
+    for name in value:
+        if name not in hints:
+            known = did_you_mean(name, hints) or f"; it has {listed(list(hints))}"
+            raise ConfigError(f"{origin}: {key}: has no {brief(name)}{known}")
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise ConfigError(f"{origin}: {key}: {field.name} is missing in {brief(value)}; add it")
+    return record(**{name: convert(hints[name], one, f"{key}.{name}", origin) for name, one in value.items()})
+
+
 def _number(hint: Any, plain: type, value: Any, key: str, origin: str) -> int | float:
     """A number of the type `plain` within the bounds of `hint`; infinity and NaN are within none."""
     (bounds,) = (mark for mark in typing.get_args(hint) if isinstance(mark, Range))
@@ -74,7 +93,10 @@ def _number(hint: Any, plain: type, value: Any, key: str, origin: str) -> int | 
 
 def _name(names: Names, value: Any, key: str, origin: str) -> str:
     """A name that is known, registered or has the form of a reference; whether that leads anywhere is seen later."""
-    known = (*names.known, *registered_names(names.kind))
+    registered = registered_names(names.kind)
+    if value in names.known and value in registered:
+        raise ConfigError(f"{origin}: {key}: {value} is the package's own; register yours under another name")
+    known = (*names.known, *registered)
     if isinstance(value, str) and (value in known or is_reference(value)):
         return value
     hint = did_you_mean(value, known) if isinstance(value, str) else ""
@@ -157,4 +179,6 @@ def type_name(hint: Any) -> str:
         return f"[{inside}]"
     if kind is dict:
         return "names with values"
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(hint))}}}"
     return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}[hint]

@@ -7,8 +7,10 @@ time or of the batches before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +64,7 @@ def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_s
     slice_size = global_size // slices
     limit = min(batch.max_micro_batch or slice_size, slice_size)
     passes = next(n for n in range(1, slice_size + 1) if slice_size % n == 0 and slice_size // n <= limit)
-    total_steps = steps_per_epoch * train.epochs
+    total_steps = math.ceil(steps_per_epoch * Fraction(str(train.epochs)))  # 0.1 is a tenth, which no float is
     return BatchPlan(
         global_size=global_size,
         per_rank_size=global_size // world_size,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-
-from dist_cifar.config import OptimizerConfig
+from dist_cifar.config import Config
 from dist_cifar.optim.fused_adam import FusedAdam
+from dist_cifar.optim.grouped import Group
 
 
-def build_adam(parameters: Iterable[torch.Tensor], config: OptimizerConfig) -> FusedAdam:
-    """Fused Adam over `parameters`, which are on one device and of one type."""
-    return FusedAdam(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+def build_adam(groups: list[Group], config: Config) -> FusedAdam:
+    """Fused Adam over `groups`, whose parameters are on one device and of one type."""
+    optimizer = config.optimizer
+    return FusedAdam(
+        groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+    )

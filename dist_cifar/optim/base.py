@@ -36,8 +36,13 @@ class Optimizer(Protocol):
         ...
 
 
-OptimizerFactory = Callable[[Iterable[torch.Tensor]], Optimizer]
-"""Makes the optimizer of a run over the given parameters."""
+OptimizerFactory = Callable[[Iterable[tuple[str, torch.Tensor]]], Optimizer]
+"""Makes the optimizer of a run over the given parameters, with their names: rules of the config go by them."""
+
+
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained, with their names."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def optimizer_state_dict(module: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:

@@ -1,44 +1,39 @@
-"""The fused step of torch.optim.Adam without torch.optim, whose every class imports torch's compiler when it is made:
-that takes longer than all else before the first step, torch itself excepted.
+"""The fused steps of torch.optim.Adam and AdamW without torch.optim.
 
-Contract: `FusedAdam` gives the bits of `torch.optim.Adam(fused=True)` and is an `Optimizer` of this package.
+Contract: `FusedAdam` gives the bits of `torch.optim.Adam(fused=True)`, `FusedAdamW` those of `AdamW(fused=True)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from dist_cifar.optim.grouped import Group, GroupedOptimizer, State, gradients
 
-class FusedAdam:
-    """Adam with L2 weight decay, one kernel for all parameters. Source: Kingma and Ba, ICLR 2015; torch.optim.Adam."""
+
+class FusedAdam(GroupedOptimizer):
+    """Adam with L2 weight decay, one kernel for a group. Source: Kingma and Ba, ICLR 2015; torch.optim.Adam.
+
+    g += wd w; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    """
+
+    _kernel: Callable[..., None] = staticmethod(torch._fused_adam_)
 
     def __init__(
         self,
-        parameters: Iterable[torch.Tensor],
+        parameters: Iterable[torch.Tensor] | Iterable[Group],
         *,
         lr: float,
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
     ) -> None:
-        """`parameters` are on one device and of one type."""
-        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr}]
-        """One group; its `lr` is that of the next step."""
-        self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
-        """What `new_state` makes, for each parameter that has had a gradient."""
-        self.found_inf: torch.Tensor | None = None
-        """float32 []: where it is 1, the next step changes nothing."""
-        self._constants: dict[str, Any] = {
-            "beta1": betas[0],
-            "beta2": betas[1],
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay)
+        self._constants: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
 
-    def new_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    def new_state(self, parameter: torch.Tensor) -> State:
         """`step` [], `exp_avg` and `exp_avg_sq`, shaped and laid out as the parameter, which the kernel requires."""
         return {
             "step": torch.zeros((), device=parameter.device),
@@ -46,25 +41,18 @@ class FusedAdam:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Takes one step of all parameters that have a gradient."""
-        group = self.param_groups[0]
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in parameters:
-            if parameter not in self.state:
-                self.state[parameter] = self.new_state(parameter)
-        states = [self.state[parameter] for parameter in parameters]
+    def update(self, group: Group, parameters: list[torch.Tensor], states: list[State]) -> None:
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
+        self._kernel(
             parameters,
-            [parameter.grad for parameter in parameters],
+            gradients(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
             steps,
             lr=group["lr"],
+            weight_decay=group["weight_decay"],
             **self._constants,
             amsgrad=False,
             maximize=False,
@@ -73,7 +61,11 @@ class FusedAdam:
         if self.found_inf is not None:
             torch._foreach_sub_(steps, [self.found_inf] * len(steps))
 
-    def zero_grad(self) -> None:
-        """Clears all gradients."""
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad = None
+
+class FusedAdamW(FusedAdam):
+    """Adam with decoupled weight decay: w *= 1 - lr wd, then Adam's step without it.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019; torch.optim.AdamW.
+    """
+
+    _kernel = staticmethod(torch._fused_adamw_)

@@ -1,7 +1,7 @@
 """The learning rate schedules by name.
 
-A new one is a file beside `lr_schedule.py`, with a builder that is entered in `LR_SCHEDULES`; one from outside the
-package is named in the config: a function of the step, or an `LRSchedule`.
+A new one is a builder that is entered in `LR_SCHEDULES`, and a function in `closed_schedules.py` or a class as in
+`lr_schedule.py`; one from outside the package is named in the config: a function of the step, or an `LRSchedule`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,11 @@ from typing import Any
 
 from dist_cifar import plugins
 from dist_cifar.config import Config
-from dist_cifar.errors import ConfigError
+from dist_cifar.errors import ConfigError, counted
+from dist_cifar.optim import closed_schedules
 from dist_cifar.optim.lr_scaling import scaled_lr
-from dist_cifar.optim.lr_schedule import LRSchedule, WarmupPlateau
+from dist_cifar.optim.lr_schedule import LRSchedule, WarmupPlateau, warmup_factor
 from dist_cifar.state import Evaluation
-
-
-def build_plateau(config: Config, *, global_size: int, steps_per_epoch: int) -> LRSchedule:
-    """The schedule `plateau`."""
-    return WarmupPlateau(config.optimizer, config.plateau, global_size=global_size, steps_per_epoch=steps_per_epoch)
-
-
-LR_SCHEDULES: dict[str, Callable[..., LRSchedule]] = {"plateau": build_plateau}
-"""The builder of every schedule by its name."""
-
-
-def build_lr_schedule(config: Config, global_size: int, steps_per_epoch: int, total_steps: int) -> LRSchedule:
-    """The schedule of a run of `total_steps` whose global batch has `global_size` samples."""
-    name = config.schedule.name
-    if name in LR_SCHEDULES:
-        return LR_SCHEDULES[name](config, global_size=global_size, steps_per_epoch=steps_per_epoch)
-    lr, reason = scaled_lr(config.optimizer, global_size)
-    context = ScheduleContext(
-        lr=lr,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-    )
-    return _build_own(name, config.schedule.options, context, reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +25,8 @@ class ScheduleContext:
 
     lr: float
     """The full learning rate, after the rule that follows the batch size."""
+    global_size: int
+    """Samples of one step."""
     total_steps: int
     steps_per_epoch: int
     warmup_steps: int
@@ -57,9 +36,9 @@ class ScheduleContext:
 class FunctionSchedule:
     """An `LRSchedule` that is a closed function of the step and observes nothing."""
 
-    def __init__(self, function: Callable[[int], float], name: str, reason: str) -> None:
-        """`reason` says where the full learning rate comes from."""
-        self._function, self._name, self._reason = function, name, reason
+    def __init__(self, function: Callable[[int], float], name: str, description: str) -> None:
+        """`name` is that of the config; `description` is a line that says what the schedule does."""
+        self._function, self._name, self._description = function, name, description
 
     def lr(self, step: int) -> float:
         origin = f"schedule.name={self._name}"
@@ -81,7 +60,87 @@ class FunctionSchedule:
         pass
 
     def describe(self) -> str:
-        return f"{self._reason}; {self._name}"
+        return self._description
+
+
+def _plateau(config: Config, context: ScheduleContext) -> LRSchedule:
+    return WarmupPlateau(
+        config.optimizer,
+        config.plateau,
+        global_size=context.global_size,
+        steps_per_epoch=context.steps_per_epoch,
+    )
+
+
+def _constant(config: Config, context: ScheduleContext) -> LRSchedule:
+    return _warmed(config, context, lambda step: 1.0, "constant")
+
+
+def _cosine(config: Config, context: ScheduleContext) -> LRSchedule:
+    end, warmup, total = config.schedule.end, context.warmup_steps, context.total_steps
+    return _warmed(
+        config,
+        context,
+        lambda step: closed_schedules.cosine(step, warmup_steps=warmup, total_steps=total, end=end),
+        f"cosine to {end:g}",
+    )
+
+
+def _multistep(config: Config, context: ScheduleContext) -> LRSchedule:
+    gamma, epochs = config.schedule.gamma, config.schedule.milestone_epochs
+    milestones = [epoch * context.steps_per_epoch for epoch in epochs]
+    return _warmed(
+        config,
+        context,
+        lambda step: closed_schedules.multistep(step, milestone_steps=milestones, gamma=gamma),
+        f"times {gamma:g} after epochs {', '.join(f'{epoch:g}' for epoch in epochs)}",
+    )
+
+
+def _triangle(config: Config, context: ScheduleContext) -> LRSchedule:
+    start, peak, end, total = config.schedule.start, config.schedule.peak, config.schedule.end, context.total_steps
+    _, reason = scaled_lr(config.optimizer, context.global_size)
+    return FunctionSchedule(
+        lambda step: context.lr * closed_schedules.triangle(step, total_steps=total, start=start, peak=peak, end=end),
+        config.schedule.name,
+        f"{reason}; from {start:g} of it up to it at {peak:g} of the run, then down to {end:g}",
+    )
+
+
+def _warmed(config: Config, context: ScheduleContext, share: Callable[[int], float], shown: str) -> LRSchedule:
+    """The full learning rate times the warm-up's factor and the `share` of a step."""
+    _, reason = scaled_lr(config.optimizer, context.global_size)
+    return FunctionSchedule(
+        lambda step: context.lr * warmup_factor(context.warmup_steps, step) * share(step),
+        config.schedule.name,
+        f"{reason}; warm-up {counted(config.optimizer.warmup_epochs, 'epoch')}; {shown}",
+    )
+
+
+LR_SCHEDULES: dict[str, Callable[[Config, ScheduleContext], LRSchedule]] = {
+    "plateau": _plateau,
+    "constant": _constant,
+    "cosine": _cosine,
+    "triangle": _triangle,
+    "multistep": _multistep,
+}
+"""The builder of every schedule by its name."""
+
+
+def build_lr_schedule(config: Config, global_size: int, steps_per_epoch: int, total_steps: int) -> LRSchedule:
+    """The schedule of a run of `total_steps` whose global batch has `global_size` samples."""
+    lr, reason = scaled_lr(config.optimizer, global_size)
+    context = ScheduleContext(
+        lr=lr,
+        global_size=global_size,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    name = config.schedule.name
+    if name in LR_SCHEDULES:
+        return LR_SCHEDULES[name](config, context)
+    return _build_own(name, config.schedule.options, context, reason)
 
 
 def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, reason: str) -> LRSchedule:
@@ -99,6 +158,6 @@ def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, 
         return own
     if not callable(made):
         raise ConfigError(f"{origin}: returns {type(made).__name__}; it must return a function of the step")
-    schedule = FunctionSchedule(made, name, reason)
+    schedule = FunctionSchedule(made, name, f"{reason}; {name}")
     schedule.lr(0)
     return schedule

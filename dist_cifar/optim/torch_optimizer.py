@@ -13,15 +13,19 @@ from typing import Any
 import torch
 
 from dist_cifar import plugins
-from dist_cifar.config import OptimizerConfig
+from dist_cifar.config import Config
 from dist_cifar.errors import ConfigError
+from dist_cifar.optim.grouped import Group
 
 
 class TorchOptimizer:
     """See `dist_cifar.optim.base.Optimizer`."""
 
     def __init__(
-        self, parameters: Iterable[torch.Tensor], make: Callable[[list[Any]], torch.optim.Optimizer], origin: str
+        self,
+        parameters: Iterable[torch.Tensor] | Iterable[Group],
+        make: Callable[[list[Any]], torch.optim.Optimizer],
+        origin: str,
     ) -> None:
         """`make` makes the optimizer; `origin` begins the message of an error, e.g. `optimizer.name=my_parts:Lion`.
 
@@ -92,11 +96,26 @@ class TorchOptimizer:
                     )
 
 
-def build_own(parameters: Iterable[torch.Tensor], config: OptimizerConfig) -> TorchOptimizer:
-    """The optimizer from outside the package that `optimizer.name` names, over `parameters`."""
-    component = plugins.find("optimizer", "optimizer.name", config.name)
-    return TorchOptimizer(
-        parameters,
-        lambda given: component(given, lr=config.lr, **config.options),
-        f"optimizer.name={config.name}",
+def build_own(groups: list[Group], config: Config) -> TorchOptimizer:
+    """The optimizer from outside the package that `optimizer.name` names, over `groups`.
+
+    Raises `ConfigError` where a group has a weight decay of its own and the optimizer none that could be scaled.
+    """
+    name, options = config.optimizer.name, config.optimizer.options
+    component = plugins.find("optimizer", "optimizer.name", name)
+    made = TorchOptimizer(
+        groups if len(groups) > 1 else groups[0]["params"],
+        lambda given: component(given, lr=config.optimizer.lr, **options),
+        f"optimizer.name={name}",
     )
+    if all(group["lr_scale"] == group["decay_scale"] == 1 for group in groups):
+        return made
+    if len(made.param_groups) != len(groups):
+        raise ConfigError(f"optimizer.name={name}: makes groups of its own, so optimizer.groups cannot be used with it")
+    for group, given in zip(made.param_groups, groups, strict=True):
+        group["lr_scale"] = given["lr_scale"]
+        if given["decay_scale"] != 1:
+            if "weight_decay" not in group:
+                raise ConfigError(f"optimizer.name={name}: has no weight_decay that optimizer.groups could scale")
+            group["weight_decay"] *= given["decay_scale"]
+    return made

@@ -126,6 +126,7 @@ SUMMARY: Shape = {
     "best_val_accuracy": is_finite,
     "best_step": is_count,
     "best_chosen_on": is_text,
+    "test_step": optional(is_count),
     "steps": is_positive,
     "epochs": is_amount,
     "wall_seconds": is_amount,

@@ -31,7 +31,8 @@ def build_summary(
     world_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What `summary.json` holds. `test` is the result of the best model; `global_size` is in samples a step."""
+    """What `summary.json` holds. `test` is the result of the model that `eval.select` names; `global_size` is in
+    samples a step."""
     return {
         "name": config.run.name,
         "test_accuracy": test.accuracy,
@@ -41,6 +42,7 @@ def build_summary(
         "best_val_accuracy": state.best_accuracy,
         "best_step": state.best_step,
         "best_chosen_on": best_chosen_on,
+        "test_step": state.step if config.eval.select == "last" else state.best_step,
         "steps": state.step,
         "epochs": state.step / steps_per_epoch,
         "wall_seconds": state.wall_seconds,
@@ -66,11 +68,7 @@ def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, 
     steps = counted(summary["steps"], "step")
     rows = [
         ("test accuracy", f"{summary['test_accuracy']:.2%} (loss {summary['test_loss']:.4f})"),
-        (
-            "model",
-            f"of step {summary['best_step']}, the best on the {summary['best_chosen_on']} split"
-            f" ({summary['best_val_accuracy']:.2%})",
-        ),
+        ("model", _tested(summary)),
         (
             "trained",
             f"{counted(summary['epochs'], 'epoch')}, {steps} in {summary['wall_seconds']:,.0f} s",
@@ -86,3 +84,18 @@ def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, 
     if run_dir.report.exists():
         rows.append(("report", str(run_dir.report)))
     return rows
+
+
+def test_step(summary: Mapping[str, Any]) -> int:
+    """The step whose weights were tested; a summary of an earlier version has those of the best step."""
+    step: int = summary.get("test_step", summary["best_step"])
+    return step
+
+
+def _tested(summary: Mapping[str, Any]) -> str:
+    """Which weights were tested, and why."""
+    step, best = test_step(summary), f"the best on the {summary['best_chosen_on']} split"
+    accuracy = f"({summary['best_val_accuracy']:.2%})"
+    if step == summary["best_step"]:
+        return f"of step {step}, {best} {accuracy}"
+    return f"of step {step}, the last; {best} was step {summary['best_step']} {accuracy}"

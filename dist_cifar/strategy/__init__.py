@@ -101,5 +101,5 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
         make_strategy = getattr(importlib.import_module(module_name), class_name)
     else:
         make_strategy = _own(config.strategy)
-    make_optimizer = optimizer_factory(config.optimizer)
+    make_optimizer = optimizer_factory(config)
     return make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)

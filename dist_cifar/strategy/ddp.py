@@ -23,7 +23,12 @@ from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import LaunchError
-from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.base import (
+    OptimizerFactory,
+    load_optimizer_state_dict,
+    optimizer_state_dict,
+    trained_parameters,
+)
 from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import reduction_follows
 from dist_cifar.strategy.base import DataParallelStrategy, Tensors
@@ -66,7 +71,7 @@ class DdpStrategy(DataParallelStrategy):
             )
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
-        self._optimizer = make_optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
+        self._optimizer = make_optimizer(trained_parameters(module))
         self._replica: nn.Module = self._accelerator.prepare_model(self.module)
         # Only now: Accelerate moves the module to its name of the device.
         self._statistics = PerRankBatchNormStats(module, communicator)

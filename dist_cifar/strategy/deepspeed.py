@@ -31,6 +31,7 @@ from dist_cifar.optim.base import (
     is_per_element,
     load_optimizer_state_dict,
     optimizer_state_dict,
+    trained_parameters,
 )
 from dist_cifar.optim.clipping import clip_by_norm, set_lr, sharded_norm
 from dist_cifar.strategy import deepspeed_private
@@ -59,7 +60,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
         self._utils = deepspeed.utils
         self.module = module.to(self._device)
         prepare_module(module, config, self._device)
-        self._optimizer = make_optimizer(parameter for parameter in module.parameters() if parameter.requires_grad)
+        self._optimizer = make_optimizer(trained_parameters(module))
         self._clipping = _ClippingOptimizer(self._optimizer, self._max_grad_norm, is_sharded=self._stage > 0)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -99,7 +100,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
         flat = self._flat[0]
         state = self._optimizer.state[flat]
         tensors: Tensors = {}
-        for name, parameter in self._trained():
+        for name, parameter in trained_parameters(self.module):
             for key, value in state.items():
                 cut = is_per_element(value, flat)
                 tensors[f"{name}.{key}"] = self._utils.safe_get_full_optimizer_state(parameter, key) if cut else value
@@ -122,16 +123,13 @@ class DeepSpeedStrategy(DataParallelStrategy):
         if self._stage == 0:
             load_optimizer_state_dict(self.module, self._optimizer, optimizer)
         elif optimizer:
-            for name, parameter in self._trained():
+            for name, parameter in trained_parameters(self.module):
                 for part in self._flat:
                     for key, value in self._optimizer.state[part].items():
                         if is_per_element(value, part):
                             self._set(parameter, key, optimizer[f"{name}.{key}"])
                         else:  # the same for all parameters
                             value.copy_(optimizer[f"{name}.{key}"])
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [entry for entry in self.module.named_parameters() if entry[1].requires_grad]
 
     def _set(self, parameter: Any, key: str | None, whole: torch.Tensor) -> None:
         """Gives this rank its part of the parameter's value, or of an entry of the optimizer's state."""

@@ -22,7 +22,12 @@ from torch import nn
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.optim.base import OptimizerFactory, load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.base import (
+    OptimizerFactory,
+    load_optimizer_state_dict,
+    optimizer_state_dict,
+    trained_parameters,
+)
 from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import phase
 from dist_cifar.strategy.base import Tensors
@@ -55,8 +60,9 @@ class ExactStrategy:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
-        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = make_optimizer(self._trained)
+        trained = trained_parameters(module)
+        self._trained = [parameter for _, parameter in trained]
+        self._optimizer = make_optimizer(trained)
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = self._trained[::-1]

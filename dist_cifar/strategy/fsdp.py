@@ -58,7 +58,8 @@ class FsdpStrategy(DataParallelStrategy):
         # Plain tensors with the memory of this rank's parts: fused Adam is not for DTensors on every device.
         self._parts = {name: parameter.to_local().detach() for name, parameter in self._parameters.items()}
         self._trained = {name: part for name, part in self._parts.items() if self._parameters[name].requires_grad}
-        self._optimizer = make_optimizer(part for part in self._trained.values() if part.numel())
+        # Empty parts too, by whose names rules go: they get no gradient, and so are not stepped.
+        self._optimizer = make_optimizer(self._trained.items())
 
     def _forward(self, images: torch.Tensor, *, is_last: bool) -> torch.Tensor:
         self.module.set_requires_gradient_sync(is_last)

@@ -224,7 +224,7 @@ class RunRecords:
         best_chosen_on: str,
         store: CheckpointStore,
     ) -> None:
-        """Writes the result of the run, whose best model has the result `test` on the test split."""
+        """Writes the result of the run, whose model has the result `test` on the test split."""
         if not self._is_main_process:
             return
         config, plan, dataset = self._config, self._plan, self._dataset

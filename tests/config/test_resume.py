@@ -57,13 +57,31 @@ RULES = {
     "optimizer.lr_base_batch": "decides",
     "optimizer.warmup_epochs": "decides",
     "optimizer.weight_decay": "decides",
+    "optimizer.decay_norms_and_biases": "decides",
+    "optimizer.groups": "decides",
     "optimizer.betas": "decides",
     "optimizer.eps": "decides",
+    "optimizer.momentum": "decides",
+    "optimizer.nesterov": "decides",
+    "optimizer.decoupled_decay": "decides",
     "optimizer.max_grad_norm": "decides",
     "optimizer.non_finite": "decides",
     "optimizer.max_skipped_steps": "decides",
+    "muon.momentum": "decides",
+    "muon.nesterov": "decides",
+    "muon.newton_schulz_steps": "decides",
+    "muon.newton_schulz": "decides",
+    "muon.scale": "decides",
+    "muon.renormalise_every_steps": "decides",
+    "muon.rest": "decides",
+    "muon.rest_lr_scale": "decides",
     "schedule.name": "decides",
     "schedule.options": "decides",
+    "schedule.start": "decides",
+    "schedule.peak": "decides",
+    "schedule.end": "decides",
+    "schedule.milestone_epochs": "decides",
+    "schedule.gamma": "decides",
     "plateau.metric": "decides",
     "plateau.factor": "decides",
     "plateau.patience_evaluations": "decides",
@@ -80,6 +98,7 @@ RULES = {
     "compute.precision": "decides",
     "compute.compile": "rounding",
     "eval.every_epochs": "decides",
+    "eval.select": "decides",
     "eval.batch_size": "decides",
     "checkpoint.every_steps": "free",
     "checkpoint.keep_last": "free",
@@ -116,6 +135,18 @@ def test_differences_name_what_decides_the_result():
 def test_what_is_not_free_is_a_difference(key, rule):
     old = flatten(load_config()) | {key: "another"}
     assert list(differences(old, load_config())) == [key] and at_resume(key) is AtResume(rule)
+
+
+@pytest.mark.parametrize(
+    ("name", "decides"), [("plateau", False), ("multistep", False), ("cosine", True), ("triangle", True)]
+)
+def test_the_length_of_a_run_decides_where_the_schedule_follows_it(name, decides):
+    schedule = f"schedule.name={name}"
+    old = flatten(load_config(None, [schedule, "train.epochs=2"]))
+    assert differences(old, load_config(None, [schedule, "train.epochs=2.0"])) == {}
+    found = differences(old, load_config(None, [schedule, "train.epochs=3", "train.max_steps=9"]))
+    expected = {"train.epochs": "train.epochs: 2.0 -> 3.0", "train.max_steps": "train.max_steps: null -> 9"}
+    assert found == (expected if decides else {})
 
 
 def test_a_key_that_is_unknown_decides():

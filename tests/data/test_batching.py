@@ -54,3 +54,12 @@ def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
     plan = plan_batches(batch, train, slices=1, world_size=1, train_size=100)
     assert [step for step in range(1, 44) if evaluation_due(plan, 2, step)] == [20, 40, 43]
     assert [step for step in range(1, 44) if schedule_due(plan, 2, step)] == [20, 40]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 50), (0.07, 7), (0.075, 8), (1.1, 110), (2.0, 200), (1e-9, 1)])
+def test_epochs_may_be_a_fraction_which_is_meant_in_decimal(epochs, steps):
+    """0.07 x 100 is more than 7 in floating point."""
+    train = TrainConfig(epochs=epochs)
+    plan = plan_batches(BatchConfig(global_size=10), train, slices=1, world_size=1, train_size=1000)
+    assert plan.steps_per_epoch == 100 and plan.total_steps == steps
+    assert evaluation_due(plan, 1, steps) and schedule_due(plan, 1, steps) is (steps % 100 == 0)

@@ -127,7 +127,7 @@ def test_the_command_line_gives_the_notebooks_weights(executed):
     (fields,) = (node for node in ast.walk(ast.parse(sources["train"])) if isinstance(node, ast.List))
     names = {
         "model.name=tour": "model.name=from_notebook:Tour",
-        "schedule.name=triangle": "schedule.name=from_notebook:triangle",
+        "schedule.name=ramps": "schedule.name=from_notebook:ramps",
         "run.dir=../runs/tour": "run.dir=runs/command",
     }
     words = [names.get(field, field) for field in ast.literal_eval(fields)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from dist_cifar.config import OptimizerConfig
+from dist_cifar.config import ComputeConfig, Config, OptimizerConfig
 from dist_cifar.optim import OPTIMIZERS, optimizer_factory
 from dist_cifar.optim.base import Optimizer, load_optimizer_state_dict, optimizer_state_dict
 from dist_cifar.optim.clipping import clip_by_norm, clipped_step
@@ -40,8 +41,13 @@ class Momentum:
             parameter.grad = None
 
 
+def made(name: str, parameters: Iterable[torch.Tensor]) -> Optimizer:
+    config = Config(optimizer=OptimizerConfig(name=name), compute=ComputeConfig(precision="fp32"))
+    return optimizer_factory(config)((str(number), parameter) for number, parameter in enumerate(parameters))
+
+
 def adam(parameters: Iterable[torch.Tensor]) -> Optimizer:
-    return optimizer_factory(OptimizerConfig())(parameters)
+    return made("adam", parameters)
 
 
 def network() -> nn.Module:
@@ -57,7 +63,13 @@ def train(module: nn.Module, optimizer: Optimizer, steps: range) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "entries"), [(adam, ["step", "exp_avg", "exp_avg_sq"]), (Momentum, ["velocity", "updates"])]
+    ("make", "entries"),
+    [
+        (adam, ["step", "exp_avg", "exp_avg_sq"]),
+        (partial(made, "adamw"), ["step", "exp_avg", "exp_avg_sq"]),
+        (partial(made, "sgd"), ["momentum_buffer"]),
+        (Momentum, ["velocity", "updates"]),
+    ],
 )
 def test_training_continues_from_the_state_by_name(make, entries):
     whole = network()
@@ -98,7 +110,7 @@ def test_half_a_state_is_an_error():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_leaves_all_as_it_was_where_the_norm_is_not_finite(name):
     module = network()
-    optimizer = OPTIMIZERS[name](module.parameters(), OptimizerConfig())
+    optimizer = made(name, module.parameters())
     train(module, optimizer, range(2))
     tensors = dict(module.named_parameters()) | optimizer_state_dict(module, optimizer)
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,11 +1,14 @@
-"""`FusedAdam` against torch's own."""
+"""`FusedAdam` and `FusedAdamW` against torch's own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from dist_cifar.optim.fused_adam import FusedAdam
+from dist_cifar.optim.clipping import set_lr
+from dist_cifar.optim.fused_adam import FusedAdam, FusedAdamW
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 SHAPES = [(8, 4, 3, 3), (17,), (10, 64)]
@@ -20,17 +23,25 @@ def parameters() -> list[torch.Tensor]:
     return [tensor.requires_grad_() for tensor in made]
 
 
+def grouped(made: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """In two groups, the second without decay and at half the learning rate, which torch is told as `lr`."""
+    return [{"params": made[:1]}, {"params": made[1:], "lr_scale": 0.5, "decay_scale": 0.0, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize(("adam", "torchs"), [(FusedAdam, torch.optim.Adam), (FusedAdamW, torch.optim.AdamW)])
+@pytest.mark.parametrize("divided", [False, True], ids=["one group", "two groups"])
 @pytest.mark.parametrize("idle", [None, 1], ids=["all", "one has no gradient"])
-def test_the_bits_are_those_of_torchs_fused_adam(idle):
+def test_the_bits_are_those_of_torchs_fused_adam(adam, torchs, divided, idle):
     ours, theirs = parameters(), parameters()
-    mine, other = FusedAdam(ours, **OPTIONS), torch.optim.Adam(theirs, fused=True, **OPTIONS)
+    mine = adam(grouped(ours) if divided else ours, **OPTIONS)
+    other = torchs(grouped(theirs) if divided else theirs, fused=True, **OPTIONS)
     for step in range(6):
         for number, (parameter, twin) in enumerate(zip(ours, theirs, strict=True)):
             if number != idle:
                 parameter.grad = torch.randn_like(parameter)
                 twin.grad = parameter.grad.clone()
         for optimizer in (mine, other):
-            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            set_lr(optimizer, 1e-2 / (step + 1))
             optimizer.found_inf = torch.tensor(float(step == SKIPPED))
             optimizer.step()
             optimizer.zero_grad()

@@ -79,6 +79,21 @@ def test_lr_rule(rule, lr):
     assert rule in reason and "512" in reason
 
 
+@pytest.mark.parametrize(
+    ("name", "lr", "shown"),
+    [
+        ("adam", 0.02, "sqrt for adam"),
+        ("adamw", 0.02, "sqrt for adamw"),
+        ("sgd", 0.04, "linear for sgd"),
+        ("muon", 0.04, "linear for muon"),
+        ("torch.optim:SGD", 0.02, "sqrt for torch.optim:SGD"),
+    ],
+)
+def test_the_rule_follows_the_optimizer_and_says_so(name, lr, shown):
+    value, reason = scaled_lr(OptimizerConfig(name=name, lr=0.01), 512)
+    assert value == pytest.approx(lr) and f"(rule {shown}, global batch 512)" in reason
+
+
 def test_warmup_reaches_the_full_rate_and_stays():
     assert [warmup_factor(5, step) for step in range(7)] == [0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0]
     assert warmup_factor(0, 0) == 1.0

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dist_cifar import plugins
-from dist_cifar.config import OptimizerConfig
+from dist_cifar.config import Config, GroupRule, OptimizerConfig
 from dist_cifar.errors import ConfigError
 from dist_cifar.optim import optimizer_factory
-from dist_cifar.optim.base import load_optimizer_state_dict, optimizer_state_dict
+from dist_cifar.optim.base import Optimizer, load_optimizer_state_dict, optimizer_state_dict
 from dist_cifar.optim.clipping import set_lr
 from dist_cifar.optim.torch_optimizer import TorchOptimizer
 
@@ -33,6 +33,10 @@ def run(module: nn.Module, optimizer, steps: range) -> None:
         optimizer.zero_grad()
 
 
+def built(config: OptimizerConfig, module: nn.Module) -> Optimizer:
+    return optimizer_factory(Config(optimizer=config))(module.named_parameters())
+
+
 def weights(module: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
@@ -40,7 +44,7 @@ def weights(module: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("config", [NESTEROV, SGD], ids=["own", "torch's"])
 def test_its_steps_are_those_of_torch_to_the_last_bit(config):
     ours, theirs = network(), network()
-    run(ours, optimizer_factory(config)(ours.parameters()), range(4))
+    run(ours, built(config, ours), range(4))
     oracle = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2, nesterov=True)
     run(theirs, oracle, range(4))
     assert torch.equal(weights(ours), weights(theirs))
@@ -50,12 +54,12 @@ def test_its_steps_are_those_of_torch_to_the_last_bit(config):
 def test_a_state_that_was_saved_continues_with_the_same_bits(name):
     config = OptimizerConfig(name=f"torch.optim:{name}", lr=0.01)
     whole, first, second = network(), network(), network()
-    run(whole, optimizer_factory(config)(whole.parameters()), range(4))
-    optimizer = optimizer_factory(config)(first.parameters())
+    run(whole, built(config, whole), range(4))
+    optimizer = built(config, first)
     run(first, optimizer, range(2))
     saved = {key: value.clone() for key, value in optimizer_state_dict(first, optimizer).items()}
     second.load_state_dict(first.state_dict())
-    resumed = optimizer_factory(config)(second.parameters())
+    resumed = built(config, second)
     load_optimizer_state_dict(second, resumed, saved)
     run(second, resumed, range(2, 4))
     assert torch.equal(weights(second), weights(whole))
@@ -63,7 +67,7 @@ def test_a_state_that_was_saved_continues_with_the_same_bits(name):
 
 def test_a_step_that_is_not_finite_changes_nothing():
     module = network()
-    optimizer = optimizer_factory(NESTEROV)(module.parameters())
+    optimizer = built(NESTEROV, module)
     before = weights(module)
     module(torch.randn(8, 4)).sum().backward()
     optimizer.found_inf = torch.ones(())
@@ -80,6 +84,53 @@ def test_a_group_has_a_learning_rate_of_its_own():
     optimizer = TorchOptimizer(groups, lambda given: torch.optim.SGD(given, lr=1.0), "x")
     set_lr(optimizer, 0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_rules_for_names_scale_its_learning_rate_and_its_decay():
+    groups = (GroupRule(match="0.*", lr_scale=0.5), GroupRule(match="*.bias", decay_scale=0.0))
+    config = OptimizerConfig(**{**vars(SGD), "groups": groups})
+    ours, theirs = network(), network()
+    optimizer = built(config, ours)
+    set_lr(optimizer, 0.1)
+    oracle = torch.optim.SGD(
+        [
+            {"params": [theirs[0].weight, theirs[0].bias], "lr": 0.05},
+            {"params": [theirs[2].weight]},
+            {"params": [theirs[2].bias], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-2,
+        nesterov=True,
+    )
+    run(ours, optimizer, range(3))
+    run(theirs, oracle, range(3))
+    assert torch.equal(weights(ours), weights(theirs))
+
+
+class Plain(torch.optim.Optimizer):
+    """Has no weight decay."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+
+class Splits(torch.optim.SGD):
+    """Makes groups of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__([{"params": [parameter]} for group in params for parameter in group["params"]], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"), [(Plain, "has no weight_decay"), (Splits, "makes groups of its own")]
+)
+def test_rules_that_it_cannot_follow_are_refused(monkeypatch, optimizer, message):
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_optimizer("own")(optimizer)
+    rule = GroupRule(match="*.bias", decay_scale=0.0)
+    with pytest.raises(ConfigError, match=f"optimizer.name=own: {message}"):
+        built(OptimizerConfig(name="own", groups=(rule,)), network())
 
 
 class Counts(torch.optim.SGD):
@@ -102,4 +153,4 @@ def test_what_is_no_optimizer_is_refused_in_one_line(monkeypatch, make, message)
     plugins.register_optimizer("own")(make)
     module = network()
     with pytest.raises(ConfigError, match=f"optimizer.name=own: {message}"):
-        run(module, optimizer_factory(OptimizerConfig(name="own"))(module.parameters()), range(1))
+        run(module, built(OptimizerConfig(name="own"), module), range(1))

@@ -45,7 +45,7 @@ def ddp(model: torch.nn.Module, communicator: Communicator, micro_batches: int =
         CONFIG,
         communicator=communicator,
         plan=plan(communicator.world_size, micro_batches),
-        make_optimizer=optimizer_factory(OPTIMIZER),
+        make_optimizer=optimizer_factory(CONFIG),
     )
 
 

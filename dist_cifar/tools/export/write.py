@@ -20,6 +20,7 @@ from dist_cifar.models import build_model
 from dist_cifar.run.atomic_io import make_dirs, write_atomic
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.run_files import read_bytes
+from dist_cifar.run.summary import test_step
 from dist_cifar.tools.export.graph import CHECKED_IMAGES, largest_difference, to_onnx, to_torch
 from dist_cifar.tools.export.model_card import MODEL_FILES, OWN_MARK, model_card, model_metadata
 
@@ -110,4 +111,4 @@ def _summary_of(classifier: Classifier) -> dict[str, Any]:
     except DataError as error:
         logger.warning(f"{error}; the card has no result")
         return {}
-    return summary if summary.get("best_step") == classifier.step else {}
+    return summary if summary and test_step(summary) == classifier.step else {}

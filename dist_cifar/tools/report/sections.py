@@ -19,6 +19,7 @@ from PIL import Image
 from dist_cifar.config import Config, describe, flatten
 from dist_cifar.errors import counted
 from dist_cifar.run.predictions import Predictions
+from dist_cifar.run.summary import test_step
 from dist_cifar.tools.report.charts import points_of
 from dist_cifar.tools.report.drawing import BarChart, bar_chart
 from dist_cifar.tools.report.formats import duration, number
@@ -66,6 +67,8 @@ def _result_cards(run: Run) -> list[Card]:
     if summary:
         epoch = summary["best_step"] * summary["epochs"] / summary["steps"]
         chosen = f"{summary['best_val_accuracy']:.2%} on the {summary['best_chosen_on']} split"
+        if test_step(summary) != summary["best_step"]:
+            chosen += "; the last one was tested"
         return [
             ("test accuracy", f"{summary['test_accuracy']:.2%}", f"95% interval {run.accuracy_interval}"),
             ("best epoch", f"{epoch:g} of {summary['epochs']:g}", chosen),

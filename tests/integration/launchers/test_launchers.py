@@ -389,7 +389,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks(config, golden_hash, tmp_path):
 
 BAD = [
     ("run.dri=x", 2, r"run\.dri: unknown key; did you mean run\.dir\?"),
-    ("train.epochs=many", 2, r"train\.epochs: must be a whole number >= 1 and <= 1000000000, found many"),
+    ("train.epochs=many", 2, r"train\.epochs: must be a number > 0 and <= 1000000000, found many"),
     ("batch.global_size=-3", 2, r"batch\.global_size: must be >= 1 and <= 1000000000, found -3"),
     ("--config nowhere.yaml", 2, r"--config nowhere\.yaml: no such file"),
     ("--confg x", 2, r"unrecognized arguments: --confg"),

@@ -1,0 +1,39 @@
+"""The parameters of a network in groups, each with its factors on the learning rate and on the weight decay.
+
+Contract: a pure function of names, dimensions and the config; the order of the parameters is kept within a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+
+from dist_cifar.config import GroupRule, OptimizerConfig
+from dist_cifar.errors import ConfigError, listed
+from dist_cifar.optim.grouped import Group
+
+_OTHERS = GroupRule(match="*")
+
+
+def group_parameters(parameters: Iterable[tuple[str, torch.Tensor]], config: OptimizerConfig) -> list[Group]:
+    """Groups of the named `parameters`: of each, the first rule of `optimizer.groups` that matches its name holds, and
+    its decay is 0 where it has fewer than two dimensions and `optimizer.decay_norms_and_biases` is off.
+
+    Raises `ConfigError` for a rule that no name matches.
+    """
+    named = list(parameters)
+    for rule in config.groups:
+        if not any(fnmatchcase(name, rule.match) for name, _ in named):
+            names = listed([name for name, _ in named], most=5)
+            raise ConfigError(f"optimizer.groups: {rule.match} matches no parameter; there are {names}")
+    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for name, parameter in named:
+        rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), _OTHERS)
+        decays = config.decay_norms_and_biases or parameter.dim() > 1
+        groups.setdefault((rule.lr_scale, rule.decay_scale if decays else 0.0), []).append(parameter)
+    return [
+        {"params": members, "lr_scale": lr_scale, "decay_scale": decay_scale}
+        for (lr_scale, decay_scale), members in groups.items()
+    ]
