@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dist_cifar.config import Config
-from dist_cifar.tracking.accelerate_trackers import accelerate_names, open_accelerate_trackers, require_installed
+from dist_cifar.tracking.accelerate_trackers import AccelerateTracker, accelerate_names, require_installed
 from dist_cifar.tracking.base import Tracker
+from dist_cifar.tracking.counted import open_each, rows_file
 from dist_cifar.tracking.exactly_once import ExactlyOnce, NumberedTracker
 from dist_cifar.tracking.jsonl import JsonlTracker
-from dist_cifar.tracking.own_tracker import open_own_trackers, rows_file
+from dist_cifar.tracking.own_tracker import OwnTracker
 from dist_cifar.tracking.wandb_tracker import forget_wandb, open_wandb
 
 
@@ -43,10 +44,11 @@ def open_trackers(
     require_installed(config)
     wandb = open_wandb(config, run_dir, git_revision)
     jsonl = JsonlTracker(run_dir / "metrics.jsonl", resume_step)
-    own = [name for name in config.tracking.also if name not in accelerate_names(config)]
+    accelerates = accelerate_names(config)
+    own = [name for name in config.tracking.also if name not in accelerates]
     others: list[NumberedTracker] = [
         *([] if wandb is None else [wandb]),
-        *open_accelerate_trackers(config, run_dir),
-        *open_own_trackers(own, config, run_dir),
+        *open_each(accelerates, lambda name: AccelerateTracker(name, config, run_dir)),
+        *open_each(own, lambda name: OwnTracker(name, config, run_dir)),
     ]
     return [jsonl, *(ExactlyOnce(tracker, jsonl.kept) for tracker in others)]

@@ -10,7 +10,6 @@ from dist_cifar.config import Config, known_names, load_config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import ConfigError
 from dist_cifar.run.run_dir import RunDir
-from dist_cifar.tracking import accelerate_trackers
 from dist_cifar.tracking.accelerate_private import has_state
 from dist_cifar.tracking.exactly_once import named
 from dist_cifar.tracking.registry import open_trackers
@@ -91,15 +90,15 @@ def test_a_failure_is_said_once_and_ends_nothing(tmp_path, monkeypatch, said):
         finish = None  # not callable
 
     monkeypatch.setitem(accelerates.LOGGER_TYPE_TO_CLASS, "tensorboard", Broken)
-    (tracker,) = accelerate_trackers.open_accelerate_trackers(
-        load_config(None, ["tracking.also=[tensorboard]"]), tmp_path
-    )
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    config = load_config(None, ["tracking.also=[tensorboard]"])
+    jsonl, tracker = open_trackers(config, tmp_path, resume_step=None)
     for number in range(2):
-        tracker.log({"kind": "train", "step": number, "loss": 1.0}, number)
+        tracker.log({"kind": "train", "step": number, "loss": 1.0})
     tracker.finish(0)
+    jsonl.finish(0)
     assert said == ["tensorboard: No space left; some of the metrics will be missing there"]
     monkeypatch.setattr(Broken, "start", None)
-    assert (
-        accelerate_trackers.open_accelerate_trackers(load_config(None, ["tracking.also=[tensorboard]"]), tmp_path) == []
-    )
+    (jsonl,) = open_trackers(config, tmp_path, resume_step=None)
+    jsonl.finish(0)
     assert said[-1].startswith("tensorboard: ") and said[-1].endswith("; continuing without it")
