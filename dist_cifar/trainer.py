@@ -16,13 +16,13 @@ from contextlib import ExitStack, closing, nullcontext
 import torch
 from torch.nn.functional import cross_entropy
 
-from dist_cifar.config import Config
+from dist_cifar.config import Config, is_own
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.evaluate import Evaluator
-from dist_cifar.models import MODELS, build_model
+from dist_cifar.models import build_model
 from dist_cifar.ops.pass_random import seed_pass
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule
@@ -197,7 +197,7 @@ class Trainer:
         inputs, labels = batch.inputs.split(self.plan.micro_size), batch.labels.split(self.plan.micro_size)
         for i in range(micro_batches):
             phase("forward")
-            if self.config.model.name not in MODELS:  # it may draw random numbers
+            if is_own(self.config, "model"):  # it may draw random numbers
                 seed_pass(self.config.run.seed, self.state.step, self.communicator.rank * micro_batches + i)
             logits = strategy.forward(inputs[i])
             loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)

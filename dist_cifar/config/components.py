@@ -71,7 +71,7 @@ def own_files(config: Config) -> dict[str, str]:
 
 def is_own(config: Config, section: str, name: str = "name") -> bool:
     """Whether the field names a component from outside the package."""
-    return any((found, field) == (section, name) for _, found, field, _ in own_components(config))
+    return getattr(getattr(config, section), name) not in known_names(section, name)
 
 
 def known_names(section: str, field: str) -> tuple[str, ...]:

@@ -315,25 +315,22 @@ def _check(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     """Raises `ConfigError` for what an optimizer or a strategy cannot do, before anything takes long."""
     optimizer, strategy = config.optimizer, config.strategy
-    cuts = strategy.name == "fsdp" or (strategy.name == "deepspeed" and strategy.zero_stage > 0)
-    sharded = f"strategy.name={strategy.name}" + (
-        f" with strategy.zero_stage={strategy.zero_stage}" if strategy.name == "deepspeed" else ""
-    )
-    if optimizer.name == "muon" and cuts:
+    zero = strategy.name == "deepspeed" and strategy.zero_stage > 0
+    sharded = f"strategy.name={strategy.name}" + (f" with strategy.zero_stage={strategy.zero_stage}" if zero else "")
+    if optimizer.name == "muon" and (zero or strategy.name == "fsdp"):
         raise ConfigError(
             f"optimizer.name: muon needs whole matrices and {sharded} gives each rank a part of them; choose"
             " strategy.name=exact or ddp, or another optimizer"
         )
-    if (optimizer.groups or not optimizer.decay_norms_and_biases) and cuts and strategy.name == "deepspeed":
+    if zero and (optimizer.groups or not optimizer.decay_norms_and_biases):
         field = "groups" if optimizer.groups else "decay_norms_and_biases"
         raise ConfigError(
             f"optimizer.{field}: {sharded} steps one group after the other, where clipping needs the norm of all;"
             " choose strategy.name=fsdp or ddp, or strategy.zero_stage=0"
         )
-    if config.schedule.name == "multistep" and list(config.schedule.milestone_epochs) != sorted(
-        config.schedule.milestone_epochs
-    ):
-        raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(list(config.schedule.milestone_epochs))}")
+    milestones = list(config.schedule.milestone_epochs)
+    if config.schedule.name == "multistep" and milestones != sorted(milestones):
+        raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(milestones)}")
 
 
 def _field_docs() -> dict[str, str]:

@@ -50,8 +50,7 @@ def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{origin}: returns {type(model).__name__}; it must return a torch.nn.Module")
     parameters = dict(model.named_parameters())
-    trained = {name: one for name, one in parameters.items() if one.requires_grad}
-    if not trained:
+    if not any(one.requires_grad for one in parameters.values()):
         raise ConfigError(f"{origin}: the model has no parameter to train")
     odd = next((name for name, one in parameters.items() if one.dtype != torch.float32 or one.is_meta), None)
     if odd is not None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dist_cifar.config import Config
-from dist_cifar.optim.adam import build_adam
-from dist_cifar.optim.adamw import build_adamw
+from dist_cifar.optim.adam import build_adam, build_adamw
 from dist_cifar.optim.base import Optimizer, OptimizerFactory
 from dist_cifar.optim.grouped import Group
 from dist_cifar.optim.muon import build_muon

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from dist_cifar.config import Config, MuonConfig
-from dist_cifar.optim.adamw import build_adamw
+from dist_cifar.optim.adam import build_adamw
 from dist_cifar.optim.grouped import Group, GroupedOptimizer, State, decay
 from dist_cifar.optim.sgd import build_sgd
 

@@ -25,6 +25,8 @@ class ScheduleContext:
 
     lr: float
     """The full learning rate, after the rule that follows the batch size."""
+    reason: str
+    """A line that says where it comes from."""
     global_size: int
     """Samples of one step."""
     total_steps: int
@@ -99,21 +101,19 @@ def _multistep(config: Config, context: ScheduleContext) -> LRSchedule:
 
 def _triangle(config: Config, context: ScheduleContext) -> LRSchedule:
     start, peak, end, total = config.schedule.start, config.schedule.peak, config.schedule.end, context.total_steps
-    _, reason = scaled_lr(config.optimizer, context.global_size)
     return FunctionSchedule(
         lambda step: context.lr * closed_schedules.triangle(step, total_steps=total, start=start, peak=peak, end=end),
         config.schedule.name,
-        f"{reason}; from {start:g} of it up to it at {peak:g} of the run, then down to {end:g}",
+        f"{context.reason}; from {start:g} of it up to it at {peak:g} of the run, then down to {end:g}",
     )
 
 
 def _warmed(config: Config, context: ScheduleContext, share: Callable[[int], float], shown: str) -> LRSchedule:
     """The full learning rate times the warm-up's factor and the `share` of a step."""
-    _, reason = scaled_lr(config.optimizer, context.global_size)
     return FunctionSchedule(
         lambda step: context.lr * warmup_factor(context.warmup_steps, step) * share(step),
         config.schedule.name,
-        f"{reason}; warm-up {counted(config.optimizer.warmup_epochs, 'epoch')}; {shown}",
+        f"{context.reason}; warm-up {counted(config.optimizer.warmup_epochs, 'epoch')}; {shown}",
     )
 
 
@@ -132,6 +132,7 @@ def build_lr_schedule(config: Config, global_size: int, steps_per_epoch: int, to
     lr, reason = scaled_lr(config.optimizer, global_size)
     context = ScheduleContext(
         lr=lr,
+        reason=reason,
         global_size=global_size,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
@@ -140,10 +141,10 @@ def build_lr_schedule(config: Config, global_size: int, steps_per_epoch: int, to
     name = config.schedule.name
     if name in LR_SCHEDULES:
         return LR_SCHEDULES[name](config, context)
-    return _build_own(name, config.schedule.options, context, reason)
+    return _build_own(name, config.schedule.options, context)
 
 
-def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, reason: str) -> LRSchedule:
+def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext) -> LRSchedule:
     """The schedule that `schedule.name` names: the component is called with `context` and the options.
 
     It returns the learning rate as a function of the step, or an `LRSchedule`. Raises `ConfigError` if it does neither.
@@ -158,6 +159,6 @@ def _build_own(name: str, options: Mapping[str, Any], context: ScheduleContext, 
         return own
     if not callable(made):
         raise ConfigError(f"{origin}: returns {type(made).__name__}; it must return a function of the step")
-    schedule = FunctionSchedule(made, name, f"{reason}; {name}")
+    schedule = FunctionSchedule(made, name, f"{context.reason}; {name}")
     schedule.lr(0)
     return schedule
