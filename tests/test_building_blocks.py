@@ -18,7 +18,7 @@ from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
 from dist_cifar.trainer import Trainer
-from tests.test_trainer import at, disturbed, rows, summary, train
+from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
 
 EXACT = ("strategy.name=exact", "strategy.virtual_ranks=4", "train.epochs=1.2", "data.synthetic_train_size=120")
 """Six steps."""
@@ -31,17 +31,8 @@ MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_eve
 @pytest.mark.parametrize("parts", [SGD, ADAMW, MUON], ids=["sgd", "adamw", "muon"])
 def test_exact_gives_the_same_bits_on_every_world_size_and_through_a_kill(ranks, tiny, tmp_path, parts):
     config = tiny(*parts, *EXACT, "optimizer.warmup_epochs=0.4", "checkpoint.every_steps=2")
-    hashes = []
-    for world_size in (1, 2, 4):
-        config = at(config, tmp_path / str(world_size))
-        assert all(ranks.run(world_size, train, config))
-        hashes.append(summary(config)["weights_sha256"])
-    config = at(config, tmp_path / "resumed")
-    ranks.run(4, disturbed, config, 3, 1, True)
-    assert ranks.run(2, disturbed, config, 2, 0, False) == [False, False]
-    assert ranks.run(1, train, config) == [True]
-    hashes.append(summary(config)["weights_sha256"])
-    assert len(set(hashes)) == 1 and summary(config)["steps"] == 6
+    resumed = same_bits_everywhere(ranks, config, tmp_path, stopped_at=2)
+    assert summary(resumed)["steps"] == 6
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])

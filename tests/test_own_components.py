@@ -15,7 +15,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.trainer import Trainer
-from tests.test_trainer import at, disturbed, rows, summary, train
+from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
 
 DATA = (
     "data.source=examples.own_data:bars",
@@ -45,17 +45,7 @@ def own(tiny):
 @pytest.mark.parametrize("model", [VIT, MIXER], ids=["vit", "mixer"])
 def test_exact_gives_the_same_bits_on_every_world_size_and_through_a_resume(ranks, own, tmp_path, model):
     config = own(*model, *PARTS, *NOISE, "strategy.name=exact", "strategy.virtual_ranks=4")
-    hashes = []
-    for world_size in (1, 2, 4):
-        config = at(config, tmp_path / str(world_size))
-        assert all(ranks.run(world_size, train, config))
-        hashes.append(summary(config)["weights_sha256"])
-    config = at(config, tmp_path / "resumed")
-    ranks.run(4, disturbed, config, 3, 1, True)
-    assert ranks.run(2, disturbed, config, 5, 0, False) == [False, False]
-    assert ranks.run(1, train, config) == [True]
-    hashes.append(summary(config)["weights_sha256"])
-    assert len(set(hashes)) == 1
+    config = same_bits_everywhere(ranks, config, tmp_path, stopped_at=5)
     assert len(summary(config)["test_class_accuracy"]) == 7
     assert set(summary(config)["own_files"]) >= {"examples/own_model.py", "examples/own_data.py"}
 

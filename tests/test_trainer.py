@@ -32,7 +32,7 @@ from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.tracking.console import Console
 from dist_cifar.trainer import Trainer
 from tests.integration.faults.jobs import VOLATILE
-from tests.rank_pool import RankError
+from tests.rank_pool import RankError, RankPool
 
 
 def rows(config: Config, kind: str) -> list[dict[str, Any]]:
@@ -228,6 +228,25 @@ def disturbed(communicator: Communicator, config: Config, at_step: int, rank: in
         return "crashed"
     finally:
         train_module.stop_requested = original
+
+
+def same_bits_everywhere(ranks: RankPool, config: Config, folder: Path, *, stopped_at: int) -> Config:
+    """Trains on 1, 2 and 4 ranks, and on 4 that die, 2 that are stopped and 1 that ends; the weights must be the same.
+
+    Returns the config of the run that was disturbed, whose 2 ranks are told to stop after `stopped_at` steps of theirs.
+    """
+    hashes = []
+    for world_size in (1, 2, 4):
+        config = at(config, folder / str(world_size))
+        assert all(ranks.run(world_size, train, config))
+        hashes.append(summary(config)["weights_sha256"])
+    config = at(config, folder / "resumed")
+    ranks.run(4, disturbed, config, 3, 1, True)
+    assert ranks.run(2, disturbed, config, stopped_at, 0, False) == [False, False]
+    assert ranks.run(1, train, config) == [True]
+    hashes.append(summary(config)["weights_sha256"])
+    assert len(set(hashes)) == 1
+    return config
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

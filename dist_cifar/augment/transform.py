@@ -9,7 +9,10 @@ The processes end with the one that has started them.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import random
+import signal
 import struct
 import subprocess
 import sys
@@ -101,8 +104,6 @@ def transformed(
 
 
 def _seed_globals(seed: int) -> None:
-    import random
-
     random.seed(seed)
     np.random.seed(seed)
     torch = sys.modules.get("torch")
@@ -114,8 +115,6 @@ def _seed_globals(seed: int) -> None:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     # The function of a worker is called for one image after the other: threads would only be in the way of the ranks.
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -140,9 +139,6 @@ def _receive(stream: IO[bytes] | None) -> Any:
 
 def _serve() -> None:
     """Answers each batch on standard input, until that ends. What the function prints goes to standard error."""
-    import os
-    import signal
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the rank decides when it ends
     answers = os.fdopen(os.dup(1), "wb")
@@ -156,8 +152,7 @@ def _serve() -> None:
     except UserError as error:
         function, failure = None, str(error)
     while True:
-        header = batches.peek(1)
-        if not header:
+        if not batches.peek(1):
             return
         images, epoch, indices = _receive(batches)
         answer: Any = failure
