@@ -17,6 +17,7 @@ from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
+from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.trainer import Trainer
 from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
 
@@ -61,6 +62,7 @@ def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
     trainer = Trainer.build(config, alone())
     model = train_module.build_model(config.model, num_classes=10, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
+    prepare_module(model, config, torch.device("cpu"))  # the same kernels: what is compared is the update
     named = dict(model.named_parameters())
     head = [parameter for name, parameter in named.items() if name.startswith("fc.")]
     biases = [p for name, p in named.items() if name.endswith(".bias") and not name.startswith("fc.")]

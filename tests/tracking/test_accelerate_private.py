@@ -10,24 +10,27 @@ from accelerate.state import PartialState
 from dist_cifar.tracking.accelerate_private import any_state, has_state
 
 
+@pytest.fixture(autouse=True)
+def no_state():
+    """An earlier test of this process may have left one."""
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
+
+
 def test_a_state_is_seen_and_taken_away_by_the_private_parts():
     assert not has_state()
     PartialState(cpu=True)
-    try:
-        assert has_state() and PartialState().num_processes == 1
-    finally:
-        PartialState._reset_state()
+    assert has_state() and PartialState().num_processes == 1
+    PartialState._reset_state()
     assert not has_state()
 
 
 def test_a_state_that_a_strategy_has_made_is_left_alone():
     own = PartialState(cpu=True)
-    try:
-        with any_state():
-            assert PartialState().__dict__ is own.__dict__
-        assert has_state(), "the strategy still needs it"
-    finally:
-        PartialState._reset_state()
+    with any_state():
+        assert PartialState().__dict__ is own.__dict__
+    assert has_state(), "the strategy still needs it"
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])

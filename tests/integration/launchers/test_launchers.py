@@ -502,7 +502,7 @@ def test_help_of_the_program():
 
 def test_print_config_prints_what_would_run_and_runs_nothing(config, tmp_path):
     code, out, _ = run(f"python -m dist_cifar train --config {config} --print-config train.epochs=3")
-    assert code == 0 and "  epochs: 3\n" in out and not (tmp_path / "run").exists()
+    assert code == 0 and "  epochs: 3.0\n" in out and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("option", ["", "-P"])
