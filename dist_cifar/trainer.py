@@ -67,7 +67,8 @@ def train(
         trainer = Trainer.build(
             config, communicator, console=console, must_resume=must_resume, resume_anyway=resume_anyway
         )
-        return trainer.fit(trackers)
+        with trainer.records.closed_on_error():
+            return trainer.fit(trackers)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from dist_cifar.data.dataset import Dataset
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.cores import available_cores
 from dist_cifar.distributed.idle import idle_line
-from dist_cifar.errors import EXIT_DONE, EXIT_SAVED, DataError, counted, listed
+from dist_cifar.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_SAVED, DataError, counted, listed
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.run import predictions, step_profiler
@@ -211,6 +212,18 @@ class RunRecords:
             self.run_dir.write_status("saved", step=state.step, world_size=self._communicator.world_size)
         why = self._why_stopped()
         logger.info(f"stopped at step {state.step} and saved ({why}); run the same command again to resume")
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Closes the trackers where what is done inside raises, unless this rank is one of several: it ends at once."""
+        try:
+            yield
+        except BaseException:
+            if self._communicator.world_size == 1:
+                for tracker in self._own + self._of_caller:
+                    with suppress(OSError, ValueError):  # a full disk may be what the run ended by
+                        tracker.finish(EXIT_INTERNAL)
+            raise
 
     def _why_stopped(self) -> str:
         return first_received() if stop_requested() else "the end of its time, or a signal to another rank"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dist_cifar
-from dist_cifar import stopping
+from dist_cifar import plugins, stopping
 from dist_cifar.api import launching
 from dist_cifar.config import Config, OptimizerConfig, RunConfig, checked, flatten
 from dist_cifar.errors import (
@@ -162,6 +162,27 @@ def test_an_error_is_raised_as_it_is_and_is_in_the_status(tiny, monkeypatch):
         dist_cifar.train(tiny())
     status = RunDir(tiny().run.dir).status()
     assert status["status"] == "failed" and "ZeroDivisionError: oh" in status["reason"]
+
+
+def test_trackers_are_closed_when_a_training_fails(tiny, monkeypatch):
+    ends = []
+
+    class Own:
+        def __init__(self, config, run_dir):
+            pass
+
+        def log(self, row):
+            raise AssertionError("no step is done")
+
+        def finish(self, exit_code, results=None):
+            ends.append((exit_code, results))
+
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_tracker("own")(Own)
+    monkeypatch.setattr("dist_cifar.trainer.Trainer.train_step", lambda self, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dist_cifar.train(tiny("tracking.also=[own]"))
+    assert ends == [(70, None)]
 
 
 def test_an_error_of_the_disk_is_one_for_users(tiny, monkeypatch):

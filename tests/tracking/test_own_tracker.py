@@ -16,13 +16,19 @@ ROW = {"kind": "train", "step": 1, "loss": 1.0}
 @pytest.fixture
 def opened(tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
+    all_opened = []
 
     def opened(component, resume_step=None, **more):
         plugins.register_tracker("own")(component)
         config = Config(tracking=TrackingConfig(wandb="disabled", also=("own",)))
-        return open_trackers(config, tmp_path, resume_step=resume_step, **more)
+        trackers = open_trackers(config, tmp_path, resume_step=resume_step, **more)
+        all_opened.append(trackers)
+        return trackers
 
-    return opened
+    yield opened
+    for trackers in all_opened:
+        for tracker in trackers:
+            tracker.finish(0)
 
 
 class Keeps:
@@ -59,6 +65,7 @@ def test_each_row_is_given_once_also_after_a_resume(opened, monkeypatch):
     for tracker in trackers:
         tracker.finish(0)
     assert [row["step"] for row in Keeps.rows] == [1, 2, 3] and Keeps.ends == [(0, None)]
+    trackers.clear()
 
 
 def test_its_errors_are_one_line_and_the_run_goes_on(opened, said):
