@@ -16,7 +16,7 @@ from tests import REPOSITORY
 
 PACKAGE = REPOSITORY / "dist_cifar"
 ORDER = [
-    ["errors", "terminal", "plugin_files"],
+    ["errors", "file_lock", "terminal", "plugin_files"],
     ["stopping", "plugins", "nn"],
     ["config"],
     ["distributed"],

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from dist_cifar.augment.image import ImageStats, are_images
 from dist_cifar.data.arrays import Arrays, channel_statistics, content_sha256
-from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.cache_lock import only_writer
 from dist_cifar.data.ownership import FOLDER_MODE, close_to_all, require_trusted
 from dist_cifar.errors import DataError
 from dist_cifar.run import atomic_io
@@ -73,7 +73,7 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
     entry = _read_trusted(directory, key)
     if entry is not None:
         return entry
-    with exclusive(directory.with_suffix(".lock"), key="data.cache_dir", doing="decoding the images"):
+    with only_writer(directory.with_suffix(".lock"), key="data.cache_dir", doing="decoding the images"):
         entry = _read_trusted(directory, key)
         if entry is None:
             arrays = build()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dist_cifar.data.arrays import content_sha256
 from dist_cifar.data.cache import Entry, read_entry, write_entry
-from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.cache_lock import only_writer
 from dist_cifar.data.ownership import own_folder, require_trusted
 from dist_cifar.errors import DataError
 
@@ -42,7 +42,7 @@ def staged(entry: Entry, stage_dir: Path) -> Entry:
         lock.touch()
     except OSError as error:
         raise _cannot_copy(stage_dir, needed, error) from None
-    with exclusive(lock, key="data.stage_dir", doing="copying the images"):
+    with only_writer(lock, key="data.stage_dir", doing="copying the images"):
         copy = _verified(directory, entry)
         if copy is None:
             try:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from filelock import FileLock
 from numba.core import event
+
+from dist_cifar.file_lock import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,10 @@ def warm_up(use: Callable[[], None]) -> None:
         cache = _nothing.stats.cache_path
         if cache:
             try:
-                held.enter_context(FileLock(Path(cache) / "dist_cifar.lock"))
-            except (OSError, NotImplementedError) as error:
-                logger.info(f"warning: {cache} cannot be locked ({error}): processes may compile at the same time")
+                held.enter_context(exclusive(Path(cache) / "dist_cifar.lock"))
+            except OSError as error:
+                reason = error.strerror
+                logger.info(f"warning: {cache} cannot be locked ({reason}): processes may compile at the same time")
         held.enter_context(event.install_listener("numba:compile", _Announcer()))
         use()
 

@@ -263,7 +263,7 @@ def test_a_read_only_cache_serves_what_it_has(tmp_path, monkeypatch):
 def test_a_good_entry_is_read_without_writing(tmp_path, monkeypatch):
     load_or_build(tmp_path, "set", KEY, Builder())
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    monkeypatch.setattr(cache, "exclusive", lambda *args, **kwargs: pytest.fail("locked"))
+    monkeypatch.setattr(cache, "only_writer", lambda *args, **kwargs: pytest.fail("locked"))
     load_or_build(tmp_path, "set", KEY, fail)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 

@@ -164,7 +164,7 @@ def stage_together(root: Path, mutant: bool, processes: int, results: Any) -> No
 
     node_staging.write_entry = counted
     if mutant:
-        node_staging.exclusive = lambda *_, **__: contextlib.nullcontext()
+        node_staging.only_writer = lambda *_, **__: contextlib.nullcontext()
     entry = cached(root)
 
     def on_line(line: str) -> None:

@@ -33,7 +33,7 @@ import numpy.typing as npt
 from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import DataConfig
 from dist_cifar.data.arrays import Arrays
-from dist_cifar.data.file_lock import exclusive
+from dist_cifar.data.cache_lock import only_writer
 from dist_cifar.data.sources.base import Source, root_path
 from dist_cifar.errors import ConfigError, DataError
 from dist_cifar.run import atomic_io
@@ -140,7 +140,7 @@ def read_archive(spec: ArchiveSpec, root: Path, url: str | None) -> Arrays:
     if not target.exists():
         if (root / spec.folder).is_dir():
             return _read_unpacked(spec, root / spec.folder)
-        with exclusive(target.with_name(f"{target.name}.lock"), key="data.root", doing="downloading the images"):
+        with only_writer(target.with_name(f"{target.name}.lock"), key="data.root", doing="downloading the images"):
             if not target.exists():
                 _download(spec, url or spec.url, target)
     return _read_verified(spec, target)
