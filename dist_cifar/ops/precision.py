@@ -44,8 +44,12 @@ def resolve_precision(
     config: Config, previous_config: Callable[[], Config | None], communicator: Communicator
 ) -> Config:
     """Returns `config` with `compute.precision=auto` resolved: to the precision of `previous_config`, with which the
-    run was started, or else to what this machine has. A collective."""
+    run was started, or else to what this machine has. Says that, and where bf16 is going to be slow. A collective."""
     if config.compute.precision != "auto":
+        if config.compute.precision == "bf16" and choose_precision(communicator.device)[0] == "fp32":
+            logger.info(
+                "precision  bf16, which this processor emulates slowly; compute.precision=fp32 or auto would be faster"
+            )
         return config
 
     def choose() -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dist_cifar.config import ComputeConfig, ModelConfig
+from dist_cifar.config import ComputeConfig, Config, ModelConfig
 from dist_cifar.models import build_model
-from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward
+from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -51,6 +52,17 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch, supported, 
     )
     assert choose_precision(torch.device("cuda"))[0] == chosen
     assert asked == [False]
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "slow"), [("fp32", "bf16", True), ("fp32", "fp32", False), ("bf16", "bf16", False)]
+)
+def test_bf16_that_is_emulated_is_said_to_be_slow(monkeypatch, said, found, asked, slow):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities(avx512_bf16=found == "bf16"))
+    config = Config(compute=ComputeConfig(precision=asked))
+    assert resolve_precision(config, lambda: None, SimpleNamespace(device=CPU)) is config
+    line = "precision  bf16, which this processor emulates slowly; compute.precision=fp32 or auto would be faster"
+    assert said == ([line] if slow else [])
 
 
 def test_a_module_computes_in_bf16_and_answers_in_float32():
