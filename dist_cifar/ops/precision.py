@@ -46,9 +46,10 @@ def resolve_precision(
     """Returns `config` with `compute.precision=auto` resolved: to the precision of `previous_config`, with which the
     run was started, or else to what this machine has. Says that, and where bf16 is going to be slow. A collective."""
     if config.compute.precision != "auto":
+        kind = "GPU" if communicator.device.type == "cuda" else "processor"
         if config.compute.precision == "bf16" and choose_precision(communicator.device)[0] == "fp32":
             logger.info(
-                "precision  bf16, which this processor emulates slowly; compute.precision=fp32 or auto would be faster"
+                f"precision  bf16, which this {kind} emulates slowly; compute.precision=fp32 or auto would be faster"
             )
         return config
 
