@@ -29,7 +29,12 @@ ADAMW = ("optimizer.name=adamw", "optimizer.decay_norms_and_biases=false", "sche
 MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_every_steps=2", "schedule.name=multistep")
 
 
-@pytest.mark.parametrize("parts", [SGD, ADAMW, MUON], ids=["sgd", "adamw", "muon"])
+EMA = ("average.name=ema", "average.every_steps=2", "average.half_life_epochs=0.5", "average.start_epoch=0.2")
+LOOKAHEAD = (*SGD, "average.name=lookahead", "average.every_steps=4")
+BLOCKS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON, "ema": EMA, "lookahead": LOOKAHEAD}
+
+
+@pytest.mark.parametrize("parts", BLOCKS.values(), ids=BLOCKS)
 def test_exact_gives_the_same_bits_on_every_world_size_and_through_a_kill(ranks, tiny, tmp_path, parts):
     config = tiny(*parts, *EXACT, "optimizer.warmup_epochs=0.4", "checkpoint.every_steps=2")
     resumed = same_bits_everywhere(ranks, config, tmp_path, stopped_at=2)
@@ -57,8 +62,11 @@ def alone() -> Communicator:
     return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
 
-def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
-    config = tiny(*SGD, "optimizer.max_grad_norm=null", "optimizer.weight_decay=0.01")
+@pytest.mark.parametrize("average", ["none", "ema", "lookahead"])
+def test_sgd_in_ddp_equals_a_hand_written_loop(tiny, average):
+    """Four steps, and the average of the weights after every second one."""
+    averaged = (f"average.name={average}", "average.every_steps=2", "average.half_life_epochs=0.5", "average.decay=0.7")
+    config = tiny(*SGD, *averaged, "optimizer.max_grad_norm=null", "optimizer.weight_decay=0.01")
     trainer = Trainer.build(config, alone())
     model = train_module.build_model(config.model, num_classes=10, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
@@ -75,6 +83,7 @@ def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
         nesterov=True,
         fused=True,
     )
+    start = floats(model)
     for step in range(4):
         batch, full = trainer.batches.make(step), 0.1 * 16 / 128
         lr = full * (0.2 + 0.8 * step / 2 if step < 2 else 1 - (step - 2) / 8)
@@ -85,8 +94,21 @@ def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
         oracle.step()
         oracle.zero_grad()
         trainer.train_step(batch)
+        if average == "ema" and step == 0:
+            start = floats(model)
+        elif step % 2:
+            kept = 0.5**0.8 if average == "ema" else 0.7**2 * ((step + 1) / 10) ** 3  # half-life 2.5 steps; of 10 steps
+            start = {name: kept * start[name] + (1 - kept) * value for name, value in floats(model).items()}
+            if average == "lookahead":
+                model.load_state_dict(model.state_dict() | start)
+    expected = model.state_dict() | (start if average == "ema" else {})
     for name, tensor in trainer.strategy.model_state_dict().items():
-        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def floats(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights and running statistics."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 @pytest.mark.parametrize("select", ["best", "last"])

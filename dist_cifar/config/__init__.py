@@ -4,6 +4,7 @@ from dist_cifar.config.components import is_own, known_names, load_components, o
 from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
 from dist_cifar.config.marks import AtResume
 from dist_cifar.config.optimizer_schema import (
+    AverageConfig,
     GroupRule,
     MuonConfig,
     OptimizerConfig,
@@ -30,6 +31,7 @@ from dist_cifar.config.schema import (
 __all__ = [
     "AtResume",
     "AugmentConfig",
+    "AverageConfig",
     "BatchConfig",
     "CheckpointConfig",
     "ComputeConfig",

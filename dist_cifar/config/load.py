@@ -328,6 +328,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.{field}: {sharded} steps one group after the other, where clipping needs the norm of all;"
             " choose strategy.name=fsdp or ddp, or strategy.zero_stage=0"
         )
+    if config.average.name != "none" and strategy.name in ("deepspeed", "fsdp"):
+        raise ConfigError(
+            f"average.name: {config.average.name} needs whole weights on every rank and strategy.name={strategy.name}"
+            " shards them; choose strategy.name=exact or ddp"
+        )
     milestones = list(config.schedule.milestone_epochs)
     if config.schedule.name == "multistep" and milestones != sorted(milestones):
         raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(milestones)}")

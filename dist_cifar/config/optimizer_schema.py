@@ -83,6 +83,24 @@ Coefficient = Annotated[float, Range(minimum=-100, maximum=100)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """An average of the weights over the training, BatchNorm's statistics included. Strategies `exact` and `ddp`."""
+
+    name: Literal["none", "ema", "lookahead"] = "none"
+    """`ema`: what is evaluated, selected and exported is an exponential moving average of the weights; the training
+    itself is unchanged. `lookahead`: every few steps the weights become their own slow average, which holds them more
+    and more towards the end of the run."""
+    every_steps: PositiveInt = 5
+    """Steps from one update of the average to the next."""
+    half_life_epochs: Annotated[float, Range(above=0, maximum=MANY)] = 1.0
+    """`ema`: after so many epochs, the share of the older weights has halved."""
+    start_epoch: Annotated[float, Range(minimum=0, maximum=MANY)] = 0.0
+    """`ema`: epochs before it begins; until then the weights are evaluated as they are."""
+    decay: Annotated[float, Range(minimum=0, maximum=1)] = 0.95
+    """`lookahead`: at the end of the run the average keeps this share of itself a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MuonConfig:
     """`optimizer.name: muon`: the momentum of each filter bank, a matrix [outputs, rest], is made nearly orthogonal.
     Parameters of other than four dimensions, such as biases, norms and the head, are left to another optimizer."""

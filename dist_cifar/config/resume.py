@@ -23,15 +23,19 @@ def at_resume(key: str) -> AtResume:
     return next((mark for mark in marks if isinstance(mark, AtResume)), AtResume.DECIDES)
 
 
-FOLLOW_LENGTH = ("cosine", "triangle")
-"""The schedules whose learning rates depend on the length of the run: with them its fields decide the result."""
 LENGTH = ("train.epochs", "train.max_steps")
+_FOLLOW_LENGTH = ("cosine", "triangle")
+
+
+def follows_length(config: Config) -> bool:
+    """Whether a step depends on the length of the run, whose fields then decide the result."""
+    return config.schedule.name in _FOLLOW_LENGTH or config.average.name == "lookahead"
 
 
 def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
     """`key: old -> new` of each key that is not free and has another value in `config` than in the flattened `old`."""
     old, new = with_current_keys(old), flatten(config)
-    decides = LENGTH if config.schedule.name in FOLLOW_LENGTH else ()
+    decides = LENGTH if follows_length(config) else ()
     keys = [key for key in dict.fromkeys([*old, *new]) if key in decides or at_resume(key) is not AtResume.FREE]
     return {
         key: f"{key}: {brief(old.get(key))} -> {brief(new.get(key))}" for key in keys if old.get(key) != new.get(key)

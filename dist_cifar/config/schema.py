@@ -29,7 +29,7 @@ from dist_cifar.config.marks import (
     Seconds,
     SharedPath,
 )
-from dist_cifar.config.optimizer_schema import MuonConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
+from dist_cifar.config.optimizer_schema import AverageConfig, MuonConfig, OptimizerConfig, PlateauConfig, ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +282,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plateau: PlateauConfig = field(default_factory=PlateauConfig)

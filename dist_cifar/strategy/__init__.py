@@ -94,6 +94,7 @@ def slice_count(batch: BatchConfig, config: StrategyConfig, *, world_size: int) 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:
     """The strategy that `strategy.name` names, around `module`. The modules of the others are not imported."""
     from dist_cifar.optim import optimizer_factory
+    from dist_cifar.strategy.averaging import averaged
 
     make_strategy: Callable[..., Strategy]
     if config.strategy.name in STRATEGIES:
@@ -102,4 +103,5 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
     else:
         make_strategy = _own(config.strategy)
     make_optimizer = optimizer_factory(config)
-    return make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)
+    strategy = make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)
+    return averaged(strategy, config.average, plan)

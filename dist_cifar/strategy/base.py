@@ -56,6 +56,10 @@ class Strategy(Protocol):
         """The optimizer's state of whole parameters, `<parameter>.<entry>` to tensor. A collective."""
         ...
 
+    def load_model(self, model: Tensors) -> None:
+        """Replaces weights and buffers by those of a whole model, and leaves the optimizer as it is."""
+        ...
+
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         """Restores what the three methods above returned, for the same model, of any strategy and number of ranks."""
         ...
@@ -101,12 +105,15 @@ class DataParallelStrategy(ABC):
         return self._statistics.all_gather()
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
-        self._load_model(model)
+        self.load_model(model)
         self._statistics.load_per_rank(ranks)
         self._load_optimizer(optimizer)
 
     @abstractmethod
     def optimizer_state_dict(self) -> Tensors: ...
+
+    @abstractmethod
+    def load_model(self, model: Tensors) -> None: ...
 
     @abstractmethod
     def _forward(self, images: torch.Tensor, *, is_last: bool) -> torch.Tensor:
@@ -123,10 +130,6 @@ class DataParallelStrategy(ABC):
     @abstractmethod
     def _whole_model(self) -> Tensors:
         """The whole model's state, with this rank's buffers."""
-
-    @abstractmethod
-    def _load_model(self, model: Tensors) -> None:
-        """Restores parameters and buffers."""
 
     @abstractmethod
     def _load_optimizer(self, optimizer: Tensors) -> None:

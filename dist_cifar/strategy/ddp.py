@@ -113,7 +113,7 @@ class DdpStrategy(DataParallelStrategy):
     def _whole_model(self) -> Tensors:
         return self.module.state_dict()
 
-    def _load_model(self, model: Tensors) -> None:
+    def load_model(self, model: Tensors) -> None:
         self.module.load_state_dict(model)
 
     def _load_optimizer(self, optimizer: Tensors) -> None:

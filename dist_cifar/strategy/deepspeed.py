@@ -112,7 +112,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
             state |= {name: self._utils.safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
         return state
 
-    def _load_model(self, model: Tensors) -> None:
+    def load_model(self, model: Tensors) -> None:
         for name, buffer in self.module.named_buffers():
             if name in model:
                 buffer.copy_(model[name])

@@ -137,9 +137,12 @@ class ExactStrategy:
     def optimizer_state_dict(self) -> Tensors:
         return optimizer_state_dict(self.module, self._optimizer)
 
-    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
+    def load_model(self, model: Tensors) -> None:
         self.module.load_state_dict(model)
         self._statistics.snapshot()
+
+    def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
+        self.load_model(model)
         load_optimizer_state_dict(self.module, self._optimizer, optimizer)
 
     @property

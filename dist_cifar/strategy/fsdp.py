@@ -97,7 +97,7 @@ class FsdpStrategy(DataParallelStrategy):
         state = self.module.state_dict()
         return state | {name: tensor.full_tensor() for name, tensor in state.items() if isinstance(tensor, DTensor)}
 
-    def _load_model(self, model: Tensors) -> None:
+    def load_model(self, model: Tensors) -> None:
         for name, tensor in self.module.state_dict().items():
             if isinstance(tensor, DTensor):
                 self._parts[name].copy_(self._part(tensor, model[name]))

@@ -92,6 +92,9 @@ class RunRecords:
             f" {counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
         )
         logger.info(f"schedule   {schedule.describe()}")
+        if config.average.name != "none":
+            every = counted(config.average.every_steps, "step")
+            logger.info(f"average    {config.average.name} of the weights, every {every}")
 
     def _describe_idle(self) -> None:
         """Says what this node could give to more ranks."""
