@@ -17,7 +17,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import Config, is_own
-from dist_cifar.data.batching import BatchPlan, TrainingBatches, evaluation_due, schedule_due
+from dist_cifar.data.batching import BatchPlan, TrainingBatches
+from dist_cifar.data.due import evaluation_due, is_over, schedule_due
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
@@ -140,7 +141,7 @@ class Trainer:
         """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective."""
         config, plan, state = self.config, self.plan, self.state
         if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
-            self.records.show_result()
+            self.records.show_result(state)
             return True
         resume_step = self.checkpoints.saved_step
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
@@ -151,7 +152,7 @@ class Trainer:
             closing(self.batches.stream(state.step, self.communicator.device)) as batches,
             self.profile or nullcontext(),
         ):
-            while state.step < plan.total_steps:
+            while not is_over(config, plan, state):
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
                 stops = stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
                 vote.start(state.step + 1, stops, self.checkpoints.store.failed)

@@ -111,21 +111,53 @@ def floats(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
+VALIDATE = Evaluator.validate
+
+
+def grade(monkeypatch, accuracies):
+    """The evaluations have these accuracies."""
+
+    def graded(evaluator, model):
+        result, share = VALIDATE(evaluator, model), round(next(accuracies) * 100)
+        confusion = result.confusion * 0
+        confusion[0, 0], confusion[0, 1] = share, 100 - share
+        return dataclasses.replace(result, confusion=confusion)
+
+    monkeypatch.setattr(Evaluator, "validate", graded)
+
+
+def fit(config) -> bool:
+    with train_module.RunDir.of(config).lock():
+        return Trainer.build(config, alone()).fit()
+
+
+def test_a_run_ends_early_when_it_no_longer_gets_better(tiny, tmp_path, monkeypatch, said):
+    """The best of nine evaluations is the third; it ends with the fifth, also after a stop in the fourth epoch."""
+    overrides = ("train.epochs=9", "train.patience_evaluations=2", "eval.select=best")
+    given = [0.2, 0.3, 0.5, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    grade(monkeypatch, iter(given))
+    config = tiny(*overrides)
+    assert fit(config)
+    found = summary(config)
+    assert (found["steps"], found["best_step"]) == (25, 15)
+    assert "ended early at step 25: no better accuracy than at step 15 in 2 evaluations" in said
+    assert fit(config) and "train.patience_evaluations=N makes it longer" in said[-2]
+
+    parts = tiny(*overrides, f"run.dir={tmp_path}/parts")
+    grade(monkeypatch, iter(given))
+    assert fit(dataclasses.replace(parts, train=dataclasses.replace(parts.train, max_steps=17))) is True
+    grade(monkeypatch, iter(given[3:]))
+    assert fit(parts)
+    assert summary(parts)["weights_sha256"] == found["weights_sha256"] and summary(parts)["steps"] == 25
+
+
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_the_model_that_is_selected_is_tested_and_loaded(tiny, monkeypatch, select):
     """Of three evaluations the first is the best."""
     accuracies = iter([0.9, 0.2, 0.3])
     config = tiny(f"eval.select={select}", "train.epochs=2.4", "optimizer.lr=0.01")
     trainer = Trainer.build(config, alone())
-    validate = Evaluator.validate
-
-    def graded(evaluator, model):
-        result, share = validate(evaluator, model), round(next(accuracies) * 100)
-        confusion = result.confusion * 0
-        confusion[0, 0], confusion[0, 1] = share, 100 - share
-        return dataclasses.replace(result, confusion=confusion)
-
-    monkeypatch.setattr(Evaluator, "validate", graded)
+    grade(monkeypatch, accuracies)
     with train_module.RunDir.of(config).lock():
         assert trainer.fit()
     found, step = summary(config), 5 if select == "best" else 12

@@ -45,6 +45,7 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("warmup", "warmup_steps", "num_warmup_steps"), "optimizer.warmup_epochs"),
     **dict.fromkeys(("wandb", "use_wandb"), "tracking.wandb"),
     **dict.fromkeys(("wd", "l2"), "optimizer.weight_decay"),
+    **dict.fromkeys(("early_stopping", "early_stop", "early_stopping_patience"), "train.patience_evaluations"),
     "accelerator": "run.device",
     "num_classes": "the number of classes is that of the data",
     "patience": "plateau.patience_evaluations",

@@ -175,6 +175,8 @@ class TrainConfig:
     """Passes over the training split; with a fraction, the last step is the one that completes it."""
     max_steps: Free[PositiveInt | None] = None
     """Stop after this many steps even if the epochs are not complete."""
+    patience_evaluations: Free[PositiveInt | None] = None
+    """End the run early, as done, when so many evaluations in a row have not bettered the best accuracy."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
     """Label smoothing of the training loss; evaluation has none."""
 

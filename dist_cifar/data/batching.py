@@ -105,16 +105,3 @@ class TrainingBatches:
             yield from prefetch(self.make, range(first_step, self.plan.total_steps), device)
         finally:
             self.close()
-
-
-def evaluation_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
-    """Whether to evaluate the model after `step` steps: every `every_epochs` epochs, and at the end of the run."""
-    return step == plan.total_steps or schedule_due(plan, every_epochs, step)
-
-
-def schedule_due(plan: BatchPlan, every_epochs: int, step: int) -> bool:
-    """Whether the schedule observes the evaluation after `step` steps; not one that is there only because the run ends.
-
-    So a run whose end is moved has the learning rates of a run that was that long from the start.
-    """
-    return step % (every_epochs * plan.steps_per_epoch) == 0

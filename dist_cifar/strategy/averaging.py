@@ -86,7 +86,7 @@ class _AveragingStrategy(ABC):
 
     @torch.no_grad()
     def _move(self, weights: Tensors, share: float) -> None:
-        """average += `share` (weights - average), in float32."""
+        """Moves the average by `share` of its distance to `weights`."""
         averages, new = list(self._average.values()), [weights[name] for name in self._average]
         torch._foreach_lerp_(averages, new, share)
 

@@ -18,6 +18,7 @@ import torch
 from dist_cifar.config import Config, differences, flatten, is_own, own_files
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
+from dist_cifar.data.due import is_over
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.cores import available_cores
 from dist_cifar.distributed.idle import idle_line
@@ -124,7 +125,7 @@ class RunRecords:
 
     def is_done(self, state: TrainState) -> bool:
         """Whether the run directory holds a run of at least as many steps that is done, with its result."""
-        if state.step < self._plan.total_steps:
+        if not is_over(self._config, self._plan, state):
             return False
         try:
             return self.run_dir.status().get("status") == "done" and bool(self.run_dir.summary())
@@ -132,11 +133,15 @@ class RunRecords:
             logger.info(f"warning: {error}")
             return False
 
-    def show_result(self) -> None:
+    def show_result(self, state: TrainState) -> None:
         """Shows the result of a run that was done before."""
         if self._is_main_process:
-            logger.info(f"{self.run_dir.path}: this run is done; train.epochs=N makes it longer")
+            logger.info(f"{self.run_dir.path}: this run is done; {self._longer(state)}=N makes it longer")
             logger.info(table(result_rows(self.run_dir.summary(), self.run_dir)))
+
+    def _longer(self, state: TrainState) -> str:
+        """The key that makes a run longer which has ended."""
+        return "train.epochs" if state.step >= self._plan.total_steps else "train.patience_evaluations"
 
     def begin(
         self,
@@ -243,6 +248,11 @@ class RunRecords:
         """Writes the result of the run, whose model has the result `test` on the test split."""
         if not self._is_main_process:
             return
+        if state.step < self._plan.total_steps:
+            evaluations = counted(self._config.train.patience_evaluations or 0, "evaluation")
+            logger.info(
+                f"ended early at step {state.step}: no better accuracy than at step {state.best_step} in {evaluations}"
+            )
         config, plan, dataset = self._config, self._plan, self._dataset
         summary: dict[str, Any] = build_summary(
             config,

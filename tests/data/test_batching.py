@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dist_cifar.config import BatchConfig, TrainConfig
-from dist_cifar.data.batching import evaluation_due, plan_batches, schedule_due
+from dist_cifar.data.batching import plan_batches
+from dist_cifar.data.due import evaluation_due, schedule_due
 from dist_cifar.errors import ConfigError
 
 
