@@ -1,0 +1,125 @@
+"""What accuracy the recipes reach on real images, and what each change to Adam's recipe gains.
+
+    python benchmarks/suite/accuracy.py PATH_TO_FOLDER_OR_ZIP --runs FOLDER --recipes adam adamw --seeds 0 1
+
+Trains each recipe with each seed, seed by seed, in run directories below FOLDER, which are kept: started again, it goes
+on with what was interrupted and does not repeat what is done. Each run that is done is a row of
+benchmarks/results/accuracy.json, in the place of an earlier row of its recipe, number of epochs, seed and hardware.
+Accuracies hold on a machine that does other work as well; seconds do only where the load average was near zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dist_cifar.run.provenance import hardware
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULT = REPOSITORY / "benchmarks/results/accuracy.json"
+
+_ADAM = [
+    *("model.name=resnet20", "batch.global_size=256", "train.epochs=10"),
+    *("optimizer.warmup_epochs=0.5", "plateau.patience_evaluations=1", "compute.precision=auto"),
+]
+_CHANGES = {
+    "adam": [],
+    "+ decoupled decay": [
+        "optimizer.name=adamw",
+        "optimizer.weight_decay=0.07",
+        "optimizer.decay_norms_and_biases=false",
+    ],
+    "+ flip and crop": ["augment.policy=flip_crop"],
+    "+ cosine": ["schedule.name=cosine"],
+    "+ all images": ["data.validation_size=0", "eval.select=last"],
+    "+ label smoothing": ["train.label_smoothing=0.1"],
+    "+ beta2 0.99": ["optimizer.betas=[0.9, 0.99]"],
+}
+"""The seed's recipe on a ResNet-20 for ten epochs, its patience scaled to them, and what is changed in addition."""
+
+
+def recipes() -> dict[str, list[str]]:
+    """The arguments of `dist-cifar train` for each recipe."""
+    found: dict[str, list[str]] = {}
+    arguments = list(_ADAM)
+    for name, change in _CHANGES.items():
+        keys = {value.partition("=")[0] for value in change}
+        arguments = [value for value in arguments if value.partition("=")[0] not in keys] + change
+        found[name] = arguments
+    for name in ("resnet20_sgd", "resnet18_sgd", "cpu_resnet20", "adamw"):
+        found[name] = ["--config", f"configs/{name}.yaml"]
+    found["seed_resnet20"] = [
+        "model.name=resnet20",
+        "batch.global_size=256",
+        "train.epochs=30",
+        "compute.precision=auto",
+    ]
+    found["seed_resnet18"] = ["train.epochs=30", "compute.precision=auto"]
+    return found
+
+
+def train(name: str, arguments: list[str], seed: int, data: Path, directory: Path, ranks: int) -> dict[str, Any]:
+    """One run, or what is left of it; its row."""
+    load = os.getloadavg()[0]
+    command = [
+        *(sys.executable, "-m", "dist_cifar", "train", "--ranks", str(ranks), *arguments),
+        *("data.source=folder", f"data.root={data}", f"run.seed={seed}", f"run.dir={directory}", "run.device=cpu"),
+        *("tracking.wandb=disabled", "checkpoint.every_steps=100"),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = ("epochs", "steps", "test_accuracy", "test_loss", "best_chosen_on", "test_step", "precision", "strategy")
+    return {
+        "recipe": name,
+        "seed": seed,
+        "arguments": arguments,
+        "data": data.name,
+        "hardware": hardware(),
+        "ranks": summary["world_size"],
+        "threads_per_rank": summary["threads_per_rank"],
+        **{key: summary[key] for key in kept},
+        "wall_seconds": round(summary["wall_seconds"]),
+        "images_per_second": round(summary["images_per_second"]),
+        "load_average_before": round(load, 2),
+        "curve": [[round(row["epoch"], 3), row["accuracy"]] for row in rows if row["kind"] == "eval"],
+        "weights_sha256": summary["weights_sha256"],
+        "torch": summary["versions"]["torch"],
+        "git_revision": summary["git_revision"],
+    }
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Writes the row into the result."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
+    identity = ("recipe", "epochs", "seed", "hardware")
+    rows = [other for other in rows if any(other[key] != row[key] for key in identity)] + [row]
+    rows.sort(key=lambda row: [str(row[key]) for key in identity])
+    RESULT.write_text(json.dumps({"runs": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Runs what is asked for, seed by seed."""
+    known = recipes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder or zip of train/<class>/* and test/<class>/*")
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the run directories")
+    parser.add_argument("--recipes", nargs="+", choices=known, default=list(_CHANGES), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for name in options.recipes:
+            directory = options.runs.resolve() / f"{name.replace(' ', '_')}-{seed}"
+            row = train(name, known[name], seed, options.data.resolve(), directory, options.ranks)
+            keep(row)
+            print(f"{name}, seed {seed}: {row['test_accuracy']:.2%} in {row['wall_seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
