@@ -31,7 +31,8 @@ MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_eve
 
 EMA = ("average.name=ema", "average.every_steps=2", "average.half_life_epochs=0.5", "average.start_epoch=0.2")
 LOOKAHEAD = (*SGD, "average.name=lookahead", "average.every_steps=4")
-BLOCKS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON, "ema": EMA, "lookahead": LOOKAHEAD}
+CUTMIX = ("mix.name=cutmix", "mix.off_last_epochs=0.4", "train.label_smoothing=0.1")
+BLOCKS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON, "ema": EMA, "lookahead": LOOKAHEAD, "cutmix": CUTMIX}
 
 
 @pytest.mark.parametrize("parts", BLOCKS.values(), ids=BLOCKS)

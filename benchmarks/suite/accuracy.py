@@ -2,8 +2,8 @@
 
     python benchmarks/suite/accuracy.py PATH_TO_FOLDER_OR_ZIP --runs FOLDER --recipes adam adamw --seeds 0 1
 
-Trains each recipe with each seed, seed by seed, in run directories below FOLDER, which are kept: started again, it goes
-on with what was interrupted and does not repeat what is done. Each run that is done is a row of
+Trains each recipe with each seed, seed by seed, in run directories below FOLDER, which are kept: started again, it
+resumes what was interrupted and does not repeat what is done. Each run that is done is a row of
 benchmarks/results/accuracy.json, in the place of an earlier row of its recipe, number of epochs, seed and hardware.
 Accuracies hold on a machine that does other work as well; seconds do only where the load average was near zero.
 """

@@ -299,6 +299,8 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "augment.backend: device was set and augment.transform runs on the CPU; set augment.backend=auto"
         )
+    if config.mix.name != "none" and config.batch.global_size == 1:
+        raise ConfigError(f"mix.name: {config.mix.name} mixes pairs and batch.global_size=1 has none; make it larger")
     for name in ("erasing_area", "erasing_aspect"):
         low, high = getattr(augment, name)
         if low > high:

@@ -29,7 +29,8 @@ _FOLLOW_LENGTH = ("cosine", "triangle")
 
 def follows_length(config: Config) -> bool:
     """Whether a step depends on the length of the run, whose fields then decide the result."""
-    return config.schedule.name in _FOLLOW_LENGTH or config.average.name == "lookahead"
+    mixes_until = config.mix.name != "none" and config.mix.off_last_epochs > 0
+    return config.schedule.name in _FOLLOW_LENGTH or config.average.name == "lookahead" or mixes_until
 
 
 def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:

@@ -135,6 +135,19 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Training on pairs of images of the global batch and on both of their labels."""
+
+    name: Literal["none", "mixup", "cutmix"] = "none"
+    """`mixup`: the weighted sum of two images; `cutmix`: an image with a box of another one."""
+    alpha: Annotated[float, Range(above=0, maximum=4)] = 1.0
+    """The share of the first image is drawn from Beta(alpha, alpha) for each step: about a half for large values, near
+    0 or 1 for small ones."""
+    off_last_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 0.0
+    """So many epochs at the end of the run are trained on single images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network."""
 
@@ -281,6 +294,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

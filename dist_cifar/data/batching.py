@@ -94,7 +94,11 @@ class TrainingBatches:
 
     def make(self, step: int) -> Batch:
         """This rank's share of the global batch of `step`, on the device that augments."""
-        epoch, indices = step // self.plan.steps_per_epoch, self.indices[self.sampler.batch(step)]
+        return self.batch_of(step, self.sampler.batch(step))
+
+    def batch_of(self, step: int, positions: npt.NDArray[np.int64]) -> Batch:
+        """The samples at these positions of the training split, int64 [n], as they are in `step`."""
+        epoch, indices = step // self.plan.steps_per_epoch, self.indices[positions]
         params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices)
         inputs = self.augment(epoch, indices, params)
         return Batch(inputs=inputs, labels=torch.from_numpy(self.split.labels[indices]))

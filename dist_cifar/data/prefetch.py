@@ -27,7 +27,7 @@ class Batch:
     inputs: torch.Tensor
     """float32 [n, 3, 32, 32], channels-last, normalised."""
     labels: torch.Tensor
-    """int64 [n]."""
+    """int64 [n]; of a mixed batch float32 [n, classes], the shares of the classes."""
     filled: torch.cuda.Event | None = None
     """On a GPU, the event of the side stream after which both may be read."""
 

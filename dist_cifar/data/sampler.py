@@ -40,11 +40,15 @@ class GlobalBatchSampler(DistributedSampler[int]):
         for step in range(first, first + self.plan.steps_per_epoch):
             yield from self.batch(step).tolist()
 
-    def batch(self, step: int) -> npt.NDArray[np.int64]:
-        """This rank's slice of the global batch of `step`: int64 [per_rank_size]."""
+    def batch(self, step: int, *, shift: int = 0) -> npt.NDArray[np.int64]:
+        """This rank's slice of the global batch of `step`: int64 [per_rank_size].
+
+        With `shift`, the samples that are so many places further in the global batch, which begins again at its end.
+        """
         epoch, position = divmod(step, self.plan.steps_per_epoch)
-        start = position * self.plan.global_size + self.rank * self.plan.per_rank_size
-        return self._permutation(epoch)[start : start + self.plan.per_rank_size]
+        batch = self._permutation(epoch)[position * self.plan.global_size :][: self.plan.global_size]
+        places = np.arange(self.plan.per_rank_size) + self.rank * self.plan.per_rank_size + shift
+        return batch[places % self.plan.global_size]
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         if self._permuted is None or self._permuted[0] != epoch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from dist_cifar.augment.transform import OwnTransform
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, plan_batches
 from dist_cifar.data.dataset import Dataset, load_dataset, validation_split
+from dist_cifar.data.mixing import MixedBatches
 from dist_cifar.data.sampler import GlobalBatchSampler
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.stopping import at_once
@@ -49,7 +51,10 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
     )
     plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
     augment, close = _augmentation(config, dataset, communicator.device)
-    batches = TrainingBatches(
+    kind: Callable[..., TrainingBatches] = TrainingBatches
+    if config.mix.name != "none":
+        kind = partial(MixedBatches, mix=config.mix, classes=len(dataset.classes))
+    batches = kind(
         split=dataset.train,
         indices=train_indices,
         plan=plan,

@@ -22,8 +22,12 @@ class TrainingSums:
         self._sums = torch.zeros(len(StepTotals._fields), dtype=torch.float64, device=device)
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds one micro-batch: its mean loss [], logits [n, classes], labels int64 [n]. No host sync."""
+        """Adds one micro-batch: its mean loss [], logits [n, classes], labels int64 [n]. No host sync.
+
+        Of labels that are shares of the classes, float32 [n, classes], the largest counts.
+        """
         count = len(labels)
+        labels = labels if labels.dim() == 1 else labels.argmax(1)
         loss_sum = (loss.detach().double() * (count / _QUANTUM)).round() * _QUANTUM
         correct = (logits.argmax(1) == labels).sum().double()
         row = torch.stack((loss_sum, correct, torch.full_like(loss_sum, count)))
