@@ -31,7 +31,7 @@ LENGTH = ("train.epochs", "train.max_steps")
 def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:
     """`key: old -> new` of each key that is not free and has another value in `config` than in the flattened `old`."""
     old, new = with_current_keys(old), flatten(config)
-    decides = LENGTH if config.schedule.name in FOLLOW_LENGTH else ()
+    decides = LENGTH if config.schedule.name in FOLLOW_LENGTH or config.augment.resolution else ()
     keys = [key for key in dict.fromkeys([*old, *new]) if key in decides or at_resume(key) is not AtResume.FREE]
     return {
         key: f"{key}: {brief(old.get(key))} -> {brief(new.get(key))}" for key in keys if old.get(key) != new.get(key)
