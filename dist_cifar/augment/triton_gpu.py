@@ -165,7 +165,7 @@ def _sharpen(plane, p, alpha):
 @triton.jit
 def _share(j, pixel, SIZE: tl.constexpr, UNITS: tl.constexpr):
     """How many of the units of pixel `j` of `SIZE` lie in `pixel` of 32."""
-    overlap = tl.minimum(_SIDE * j + _SIDE, SIZE * pixel + SIZE) - tl.maximum(_SIDE * j, SIZE * pixel)
+    overlap = tl.minimum(j * _SIDE + _SIDE, pixel * SIZE + SIZE) - tl.maximum(j * _SIDE, pixel * SIZE)
     return tl.maximum(overlap, 0) // (_SIDE // UNITS)
 
 

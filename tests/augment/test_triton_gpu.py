@@ -137,7 +137,7 @@ MUTANTS = {
 
 
 MUTANTS_OF_AVERAGES = {
-    "areas start late": ("tl.maximum(_SIDE * j, SIZE * pixel)", "tl.maximum(_SIDE * j + 4, SIZE * pixel)"),
+    "areas start late": ("tl.maximum(j * _SIDE, pixel * SIZE)", "tl.maximum(j * _SIDE + 4, pixel * SIZE)"),
     "areas without shares": ("tl.maximum(overlap, 0) // (_SIDE // UNITS)", "tl.minimum(tl.maximum(overlap, 0), 1)"),
     "rows averaged alone": ("strips += _share(y, pixel, SIZE, UNITS)", "strips += (k == 0)"),
     "one tap too few": ("TAPS=taps(size)", "TAPS=taps(size) - 1"),
