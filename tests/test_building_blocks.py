@@ -32,7 +32,18 @@ MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_eve
 EMA = ("average.name=ema", "average.every_steps=2", "average.half_life_epochs=0.5", "average.start_epoch=0.2")
 LOOKAHEAD = (*SGD, "average.name=lookahead", "average.every_steps=4")
 CUTMIX = ("mix.name=cutmix", "mix.off_last_epochs=0.4", "train.label_smoothing=0.1")
-BLOCKS = {"sgd": SGD, "adamw": ADAMW, "muon": MUON, "ema": EMA, "lookahead": LOOKAHEAD, "cutmix": CUTMIX}
+SIZES = "augment.resolution=[{until: 0.5, size: 20}, {until: 0.8, size: 24}]"
+"""Of six steps, the first three have 20 pixels and the next two 24."""
+PIXELS = ("augment.crop_padding=2", "augment.flip=alternating", "augment.cutout_size=12", SIZES)
+BLOCKS = {
+    "sgd": SGD,
+    "adamw": ADAMW,
+    "muon": MUON,
+    "ema": EMA,
+    "lookahead": LOOKAHEAD,
+    "cutmix": CUTMIX,
+    "pixels": PIXELS,
+}
 
 
 @pytest.mark.parametrize("parts", BLOCKS.values(), ids=BLOCKS)
@@ -150,6 +161,52 @@ def test_a_run_ends_early_when_it_no_longer_gets_better(tiny, tmp_path, monkeypa
     grade(monkeypatch, iter(given[3:]))
     assert fit(parts)
     assert summary(parts)["weights_sha256"] == found["weights_sha256"] and summary(parts)["steps"] == 25
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model", ["resnet8", "resnet18"])
+def test_every_size_trains_in_the_fused_layers_as_in_torchs(tiny, one_thread, model):
+    """On one thread, where convolutions and BatchNorm are this package's own."""
+    phases = ", ".join(f"{{until: {(size - 3) / 40:.3f}, size: {size}}}" for size in range(4, 32))  # of 40 steps
+    config = tiny(f"model.name={model}", "batch.global_size=4", f"augment.resolution=[{phases}]")
+    trainer = Trainer.build(config, alone())
+    assert [trainer.batches.make(step).inputs.shape[2:] for step in range(29)] == [(n, n) for n in range(4, 33)]
+    plain = train_module.build_model(config.model, num_classes=10, seed=config.run.seed).train()
+    for step in (0, 1, 5, 7, 10, 12, 16, 21, 27):
+        plain.load_state_dict(trainer.strategy.model_state_dict())
+        plain.zero_grad()
+        batch = trainer.batches.make(step)
+        nn.functional.cross_entropy(plain(batch.inputs), batch.labels).backward()
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in plain.parameters()])
+        assert trainer.train_step(batch) == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_ddp_resumes_within_a_size_with_the_same_bits(ranks, tiny, tmp_path):
+    config = tiny(*PIXELS, "batch.global_size=24", "train.epochs=2")  # 6 steps
+    undisturbed = at(config, tmp_path / "undisturbed")
+    assert ranks.run(2, train, undisturbed) == [True, True]
+    for steps in (1, 3):
+        assert ranks.run(2, disturbed, config, steps, 0, False) == [False, False]
+    assert ranks.run(2, train, config) == [True, True]
+    assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
+    whole = at(tiny("batch.global_size=24", "train.epochs=2", *PIXELS[:-1]), tmp_path / "whole")
+    ranks.run(2, train, whole)
+    assert summary(whole)["weights_sha256"] != summary(config)["weights_sha256"]
+
+
+def test_the_sizes_follow_the_length_which_is_not_resumed_with_another(ranks, tiny):
+    config = tiny(SIZES, "train.epochs=1")
+    assert ranks.run(1, train, config) == [True]
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2.0))
+    with pytest.raises(Exception, match=r"result would change \(train\.epochs: 1\.0 -> 2\.0\)"):
+        ranks.run(1, train, longer)
 
 
 @pytest.mark.parametrize("select", ["best", "last"])

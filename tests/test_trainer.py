@@ -118,10 +118,10 @@ def test_ranks_that_disagree_do_not_continue(ranks):
 # --- order and pixels --------------------------------------------------------------------------------------------
 
 
-def sample_with_state(config: Any, *, seed: int, epoch: int, indices: Any) -> params.AugmentParams:
+def sample_with_state(config: Any, *, seed: int, epoch: int, indices: Any, size: int) -> params.AugmentParams:
     """The mutant: a generator that remembers, as a global one does."""
     fresh = np.random.default_rng(seed).integers(0, 2**31, len(indices))
-    return params.sample_params(config, seed=seed, epoch=epoch, indices=fresh)
+    return params.sample_params(config, seed=seed, epoch=epoch, indices=fresh, size=size)
 
 
 def batches(communicator: Communicator, config: Config, steps: list[int], mutant: bool) -> list[list[Any]]:

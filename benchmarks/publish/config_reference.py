@@ -53,12 +53,32 @@ optimizer:
 ## The augmentation
 
 `augment.policy` is `seed` (flip, rotation, colour jitter, sharpness and erasing), `flip_crop` (flip, and a crop after
-reflecting four pixels of border) or `none`; the other fields of `augment` are the strengths. On a GPU a Triton kernel
+reflecting four pixels of border) or `none`; the other fields of `augment` are the strengths. `crop_padding`, `flip` and
+`cutout_size` hold in both policies, and `resolution` in all three. On a GPU a Triton kernel
 with the same bits does the work (`augment.backend`); before it is used it is compared with the CPU's on 128 images,
 and the CPU takes over if one bit differs. It has been checked through Triton's interpreter and its compiled
 instructions, and not yet been run on a GPU.
 
 ![Augmented images per second on one core](augment.png)
+
+The operations stand in this order: crop, flip, rotation, jitter and sharpness on bytes, as PIL rounds; the area
+average to the size of the step; normalisation; the boxes of erasing and of cutout, which are set to zero.
+
+```yaml
+augment:
+  policy: flip_crop
+  crop_padding: 2
+  flip: alternating
+  cutout_size: 12
+  resolution:
+    - {until: 0.25, size: 20}
+    - {until: 0.5, size: 24}
+```
+
+With this, the first quarter of the steps has images of 20x20 pixels, the second of 24x24 and the rest of 32x32. The
+size of a step follows from the length of the run, so a resume may not change `train.epochs` or `train.max_steps`.
+Networks of this package take any size; one of your own must, e.g. by global pooling before its head. With
+`compute.compile` each size is compiled once.
 
 ## Fields
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import cpu
-from dist_cifar.augment.image import ImageStats
+from dist_cifar.augment.image import IMAGE_SIZE, ImageStats
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import ConfigError
@@ -22,8 +23,9 @@ from dist_cifar.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _CHECKED_IMAGES = 128
+_CHECKED = (AugmentConfig(), AugmentConfig(policy="flip_crop", cutout_size=12))
 Augmenter = Callable[[npt.NDArray[np.int64], AugmentParams], torch.Tensor]
-"""From indices and their parameters to the network's input, float32 [n, 3, 32, 32] in channels-last memory format."""
+"""From indices and their parameters to the network's input, float32 [n, 3, r, r] in channels-last memory format."""
 
 
 def augments_on_device(setting: str, device: torch.device) -> bool:
@@ -53,11 +55,12 @@ def augmenter(
     stats: ImageStats,
     *,
     device: torch.device,
+    sizes: Sequence[int] = (IMAGE_SIZE,),
 ) -> Augmenter:
     """The function that augments `images`, uint8 [N, 32, 32, 3], on the backend that `augment.backend` names.
 
-    A GPU is first compared with the CPU on a few images. If the bits differ, `auto` falls back to the CPU and logs
-    that, and `device` raises `ConfigError`.
+    A GPU is first compared with the CPU on a few images of each of `sizes`, those that the run has. If the
+    bits differ, `auto` falls back to the CPU and logs that, and `device` raises `ConfigError`.
     """
 
     def on_cpu(indices: npt.NDArray[np.int64], params: AugmentParams) -> torch.Tensor:
@@ -69,7 +72,9 @@ def augmenter(
         from dist_cifar.augment.triton_gpu import DeviceAugmenter
 
         on_device = DeviceAugmenter(images, stats, device)
-        reason = None if gives_same_bits(on_device, on_cpu, len(images)) else "it does not give the bits of the CPU"
+        reason = (
+            None if gives_same_bits(on_device, on_cpu, len(images), sizes) else "it does not give the bits of the CPU"
+        )
     except Exception as error:  # a compiler and a driver may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if reason is None:
@@ -80,11 +85,11 @@ def augmenter(
     raise ConfigError(f"augment.backend: device was set and its kernel fails: {reason}; set augment.backend=cpu")
 
 
-def gives_same_bits(first: Augmenter, second: Augmenter, count: int) -> bool:
-    """Whether two augmenters of `count` images agree on some of them, under every policy that changes any."""
+def gives_same_bits(first: Augmenter, second: Augmenter, count: int, sizes: Sequence[int]) -> bool:
+    """Whether two augmenters of `count` images agree on some of them, of all `sizes` and under every operation."""
     indices = np.arange(min(count, _CHECKED_IMAGES))
-    for name in ("seed", "flip_crop"):
-        params = sample_params(AugmentConfig(policy=name), seed=0, epoch=0, indices=indices)
+    for size, config in product(sizes, _CHECKED):
+        params = sample_params(config, seed=0, epoch=0, indices=indices, size=size)
         found, expected = (augment(indices, params).cpu().view(torch.int32) for augment in (first, second))
         if not torch.equal(found, expected):
             return False

@@ -1,42 +1,26 @@
 """Applies augmentation parameters on the CPU, in one compiled pass over each image of a batch.
 
 Contract: the result equals `reference` bit for bit: `augment_pixels` the uint8 image after crop, flip, rotation,
-jitter and sharpness, `augment` the normalised tensor with its box erased. Nothing depends on the batch that an image
-is in. The compiled code releases the GIL, runs in the calling thread and is cached on disk.
-
-Every operation of PIL on uint8 is a real formula that is clipped and truncated. Its terms are whole numbers below
-2**24, which float32 holds exactly, so the pass keeps each channel as a plane of whole float32 numbers; where PIL's
-formula itself rounds (the blend), the same float32 operations stand in the same order. The compiler must therefore
-not contract a product and a sum into one rounding: numba does not unless `fastmath` is set.
+jitter and sharpness, `augment` the normalised tensor, of the size that the parameters say, with its boxes erased.
+Nothing depends on the batch that an image is in. The compiled code, which is in `cpu_pass`, releases the GIL, runs in
+the calling thread and is cached on disk.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba.core import types
-from numba.extending import intrinsic
 
+from dist_cifar.augment.cpu_pass import augment_batch, normalize_batch
 from dist_cifar.augment.image import IMAGE_SIZE, UNSCALED, ImageStats, require_images
 from dist_cifar.augment.params import AugmentParams, sample_params
+from dist_cifar.augment.resolution import area_weights
 from dist_cifar.config import AugmentConfig
-from dist_cifar.ops.numba_jit import compiled, inlined
 
-# numba freezes these into its disk cache and looks at no other file for changes: none may be imported.
-_SIDE = 32
-assert _SIDE == IMAGE_SIZE
-_PIXELS = _SIDE * _SIDE
-_RED, _GREEN, _BLUE = 0, _PIXELS, 2 * _PIXELS
-_BRIGHTNESS, _CONTRAST = 0, 1
-_ZERO, _HALF, _ONE, _FOUR, _WHITE = (np.float32(value) for value in (0, 0.5, 1, 4, 255))
-_RED_SHARE, _GREEN_SHARE, _BLUE_SHARE = (np.float32(weight / 65536) for weight in (19595, 38470, 7471))
-_THIRTEENTH = np.float32(1 / 13)
-_UNIT_HIGH = np.float32(1 / 255)
-_UNIT_LOW = np.float32(1 / 255 - float(_UNIT_HIGH))
-_I = np.int32  # numba widens the sum of two int32 to int64, which halves the lanes; hence the many casts
+_WORDS = IMAGE_SIZE * IMAGE_SIZE * 3 // 4
 
 
 def augment(
@@ -49,24 +33,40 @@ def augment(
     """The network's input: the images `indices` of uint8 [N, 32, 32, 3], augmented, normalised and erased.
 
     `images` is contiguous and may be a memory map. Row i of `params` belongs to `indices[i]`. `out`: float32 or
-    bfloat16 [n, 3, 32, 32] in channels-last memory format, new float32 memory if None; bfloat16 is the float32 result
-    rounded to nearest even. Returns `out`.
+    bfloat16 [n, 3, r, r] in channels-last memory format, where r is `params.size`, new float32 memory if None;
+    bfloat16 is the float32 result rounded to nearest even. Returns `out`.
     """
+    n = np.size(indices)
+    if len(params.flip) != n:
+        raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
     if out is None:
-        out = _new_batch(np.size(indices))
-    _run(images, indices, params, params.box, stats, out)
+        out = _new_batch(n, params.size)
+    augment_batch(
+        *_gathered(images, indices),
+        params.shift,
+        params.flip,
+        params.angle,
+        params.order,
+        params.factors,
+        params.sharpness,
+        params.box,
+        params.cutout,
+        *area_weights(params.size),
+        _scales(stats),
+        *_memory(out, n, params.size),
+    )
     return out
 
 
 def augment_pixels(
     images: npt.NDArray[np.uint8], indices: npt.ArrayLike, params: AugmentParams
 ) -> npt.NDArray[np.uint8]:
-    """What `augment` normalises: the images `indices` after all operations but erasing, uint8 [n, 32, 32, 3].
+    """What `augment` averages and normalises: the images `indices` before their boxes are erased, uint8 [n, 32, 32, 3].
 
     The same compiled pass; with `UNSCALED` statistics each value v comes out as v / 255.
     """
-    scaled = _new_batch(np.size(indices))
-    _run(images, indices, params, np.zeros_like(params.box), UNSCALED, scaled)
+    no_box = np.zeros_like(params.box)
+    scaled = augment(images, indices, replace(params, box=no_box, cutout=no_box, size=IMAGE_SIZE), UNSCALED)
     return scaled.mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -78,44 +78,19 @@ def normalize(
 ) -> torch.Tensor:
     """The images `indices` normalised but not augmented, otherwise as by `augment`: the path of evaluation."""
     if out is None:
-        out = _new_batch(np.size(indices))
-    _normalize_batch(*_gathered(images, indices), _scales(stats), *_memory(out, np.size(indices)))
+        out = _new_batch(np.size(indices), IMAGE_SIZE)
+    normalize_batch(*_gathered(images, indices), _scales(stats), *_memory(out, np.size(indices), IMAGE_SIZE))
     return out
 
 
 def warm_up() -> None:
     """Compiles the kernels, or loads them from numba's cache, by running each on one image."""
-    image, index = np.zeros((1, _SIDE, _SIDE, 3), np.uint8), [0]
+    image, index = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8), [0]
     augment(image, index, sample_params(AugmentConfig(), seed=0, epoch=0, indices=index), UNSCALED)
     normalize(image, index, UNSCALED)
 
 
 # --- arguments of the compiled code, which checks no bounds itself -----------------------------------------------
-
-
-def _run(
-    images: npt.NDArray[np.uint8],
-    indices: npt.ArrayLike,
-    params: AugmentParams,
-    box: npt.NDArray[np.int16],
-    stats: ImageStats,
-    out: torch.Tensor,
-) -> None:
-    n = np.size(indices)
-    if len(params.flip) != n:
-        raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
-    _augment_batch(
-        *_gathered(images, indices),
-        params.shift,
-        params.flip,
-        params.angle,
-        params.order,
-        params.factors,
-        params.sharpness,
-        box,
-        _scales(stats),
-        *_memory(out, n),
-    )
 
 
 def _gathered(
@@ -126,7 +101,7 @@ def _gathered(
     rows = np.ascontiguousarray(indices, np.int64)
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(images):
         raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(images)} images")
-    words = np.asarray(images).reshape(len(images), 3 * _PIXELS).view(np.uint32)
+    words = np.asarray(images).reshape(len(images), 4 * _WORDS).view(np.uint32)
     words.flags.writeable = False  # a read-only memory map and an array in memory are then one type to numba
     return words, rows
 
@@ -140,255 +115,18 @@ def _scales(stats: ImageStats) -> tuple[tuple[np.float32, ...], ...]:
     return tuple(zip(shift, scale, high, low, strict=True))
 
 
-def _new_batch(n: int) -> torch.Tensor:
-    return torch.empty((n, 3, _SIDE, _SIDE), memory_format=torch.channels_last)
+def _new_batch(n: int, size: int) -> torch.Tensor:
+    return torch.empty((n, 3, size, size), memory_format=torch.channels_last)
 
 
-def _memory(out: torch.Tensor, n: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint16]]:
-    """The tensor's memory as [n, 32 * 32 * 3]: float32 and, as bits, bfloat16; one of them is empty."""
-    if out.shape != (n, 3, _SIDE, _SIDE) or not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"out must be channels-last [{n}, 3, 32, 32], found {list(out.shape)}")
-    flat = out.permute(0, 2, 3, 1).view(n, 3 * _PIXELS)
+def _memory(out: torch.Tensor, n: int, size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint16]]:
+    """The tensor's memory as [n, r * r * 3]: float32 and, as bits, bfloat16; one of them is empty."""
+    if out.shape != (n, 3, size, size) or not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out must be channels-last [{n}, 3, {size}, {size}], found {list(out.shape)}")
+    numbers = 3 * size * size
+    flat = out.permute(0, 2, 3, 1).view(n, numbers)
     if out.dtype == torch.float32:
-        return flat.numpy(), np.empty((0, 3 * _PIXELS), np.uint16)
+        return flat.numpy(), np.empty((0, numbers), np.uint16)
     if out.dtype == torch.bfloat16:
-        return np.empty((0, 3 * _PIXELS), np.float32), flat.view(torch.uint16).numpy()
+        return np.empty((0, numbers), np.float32), flat.view(torch.uint16).numpy()
     raise ValueError(f"out must be float32 or bfloat16, found {out.dtype}")
-
-
-# --- compiled ----------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _fma(typing_context, factor, other, term):
-    """Computes factor * other + term with one rounding, which LLVM writes as one instruction where the CPU has it."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), generate
-
-
-@inlined
-def _times_inverse(number, high, low):
-    """Computes number / divisor from high + low, the inverse of the divisor; few numbers if any have a wrong last bit.
-
-    Brisebarre, Muller and Raina, "Accelerating correctly rounded floating-point division when the divisor is known in
-    advance", 2004.
-    """
-    return _fma(number, high, number * low)
-
-
-@inlined
-def _divide(number, divisor, high, low):
-    """Computes number / divisor to the last bit: a quotient next to the right one, and a step that rounds it correctly.
-
-    Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990.
-    """
-    quotient = _times_inverse(number, high, low)
-    return _fma(_fma(-quotient, divisor, number), high, quotient)
-
-
-@inlined
-def _truncate(number):
-    return np.float32(_I(number))
-
-
-@inlined
-def _blend(degenerate, value, alpha):
-    """PIL's blend: from `degenerate` (alpha 0) over `value` (alpha 1) and beyond, clipped, then truncated."""
-    mixed = degenerate + alpha * (value - degenerate)
-    mixed = mixed if mixed > _ZERO else _ZERO
-    return _truncate(mixed if mixed < _WHITE else _WHITE)
-
-
-@inlined
-def _luma(red, green, blue):
-    """PIL's conversion to grey. Exact: the weights are whole numbers of 2**-16, and the sum has 24 bits."""
-    return _I(_fma(red, _RED_SHARE, _fma(green, _GREEN_SHARE, _fma(blue, _BLUE_SHARE, _HALF))))
-
-
-@inlined
-def _unpack(words, packed):
-    """The pixels of an image, one a word: three words hold four pixels. The top byte is left as it comes."""
-    for k in range(_PIXELS // 4):
-        first, second, third = words[3 * k], words[3 * k + 1], words[3 * k + 2]
-        packed[4 * k] = first
-        packed[4 * k + 1] = (first >> 24) | (second << 8)
-        packed[4 * k + 2] = (second >> 16) | (third << 16)
-        packed[4 * k + 3] = third >> 8
-    packed[_PIXELS] = 0
-
-
-@inlined
-def _crop(packed, down, right, cropped):
-    """Moves the image up and left by `down` and `right` pixels; what comes in is the image reflected at its border."""
-    last = _I(_SIDE - 1)
-    for y in range(_SIDE):
-        row = _I(last - abs(_I(last - abs(_I(_I(y) + down)))))
-        for x in range(_SIDE):
-            column = _I(last - abs(_I(last - abs(_I(_I(x) + right)))))
-            cropped[_SIDE * y + x] = packed[_SIDE * row + column]
-    for p in range(_PIXELS):
-        packed[p] = cropped[p]
-
-
-@inlined
-def _locate(flip, angle, source):
-    """For each pixel the number of the pixel it comes from, _PIXELS if that lies outside.
-
-    PIL's nearest neighbour: the inverse rotation about the centre in 16.16 fixed point, advanced from pixel to pixel.
-    For 0, 90, 180 and 270 degrees, which PIL does by copying, the coordinates are exact and give the same pixels.
-    """
-    radians = -(angle % 360.0) * (math.pi / 180.0)
-    cos, sin = np.rint(math.cos(radians) * 1e15) / 1e15, np.rint(math.sin(radians) * 1e15) / 1e15
-    centre = _SIDE / 2
-    left = cos * -centre + sin * -centre + centre
-    top = -sin * -centre + cos * -centre + centre
-    cos_step, sin_step, back_step = _fixed(cos), _fixed(sin), _fixed(-sin)
-    x_start, y_start = _fixed(left + cos * 0.5 + sin * 0.5), _fixed(top + -sin * 0.5 + cos * 0.5)
-    mirror = _I(_SIDE - 1 if flip else 0)  # 31 - x is x ^ 31
-    for y in range(_SIDE):
-        for x in range(_SIDE):
-            from_x = _I(_I(x_start + _I(_I(x) * cos_step)) >> _I(16))
-            from_y = _I(_I(y_start + _I(_I(x) * back_step)) >> _I(16))
-            inside = _I(_I(from_x | from_y) & _I(-_SIDE)) == _I(0)
-            source[_SIDE * y + x] = np.uint16(_I(_I(from_y << _I(5)) | _I(from_x ^ mirror)) if inside else _I(_PIXELS))
-        x_start, y_start = _I(x_start + sin_step), _I(y_start + cos_step)
-
-
-@inlined
-def _fixed(number):
-    return _I(math.floor(number * 65536.0 + 0.5))
-
-
-@inlined
-def _split(packed, planes):
-    for p in range(_PIXELS):
-        planes[_RED + p] = np.float32(_I(packed[p] & 255))
-        planes[_GREEN + p] = np.float32(_I((packed[p] >> 8) & 255))
-        planes[_BLUE + p] = np.float32(_I((packed[p] >> 16) & 255))
-
-
-@inlined
-def _brighten(planes, alpha):
-    for p in range(3 * _PIXELS):
-        brighter = alpha * planes[p]  # a blend with black
-        planes[p] = _truncate(brighter if brighter < _WHITE else _WHITE)
-
-
-@inlined
-def _change_contrast(planes, alpha):
-    total = _I(0)
-    for p in range(_PIXELS):
-        total = _I(total + _luma(planes[_RED + p], planes[_GREEN + p], planes[_BLUE + p]))
-    mean = np.float32((total + _PIXELS // 2) // _PIXELS)
-    for p in range(3 * _PIXELS):
-        planes[p] = _blend(mean, planes[p], alpha)
-
-
-@inlined
-def _saturate(planes, alpha):
-    for p in range(_PIXELS):
-        red, green, blue = planes[_RED + p], planes[_GREEN + p], planes[_BLUE + p]
-        grey = np.float32(_luma(red, green, blue))
-        planes[_RED + p] = _blend(grey, red, alpha)
-        planes[_GREEN + p] = _blend(grey, green, alpha)
-        planes[_BLUE + p] = _blend(grey, blue, alpha)
-
-
-@inlined
-def _sharpen(planes, sums, alpha):
-    """Blend with the 3x3 mean that weighs the centre five times; the outermost ring stays.
-
-    The mean is rounded half up; thirteenths never lie so near a half that the order of the sum matters.
-    """
-    for p in range(1, 3 * _PIXELS - 1):
-        sums[p] = planes[p - 1] + planes[p] + planes[p + 1]
-    for channel in range(3):
-        for p in range(channel * _PIXELS + _SIDE, (channel + 1) * _PIXELS - _SIDE):
-            value = planes[p]
-            total = sums[p - _SIDE] + sums[p] + sums[p + _SIDE] + _FOUR * value
-            smooth = _truncate(total * _THIRTEENTH + _HALF)
-            on_ring = (p + 1) & (_SIDE - 2) == 0
-            planes[p] = _blend(value if on_ring else smooth, value, alpha)
-
-
-@inlined
-def _standardize(planes, scales, row):
-    """ToTensor and Normalize into a row of interleaved channels, without divisions, which are slow."""
-    red_mean, red_std, red_high, red_low = scales[0]
-    green_mean, green_std, green_high, green_low = scales[1]
-    blue_mean, blue_std, blue_high, blue_low = scales[2]
-    for p in range(_PIXELS):
-        red, green, blue = planes[_RED + p], planes[_GREEN + p], planes[_BLUE + p]
-        red = _times_inverse(red, _UNIT_HIGH, _UNIT_LOW) - red_mean
-        green = _times_inverse(green, _UNIT_HIGH, _UNIT_LOW) - green_mean
-        blue = _times_inverse(blue, _UNIT_HIGH, _UNIT_LOW) - blue_mean
-        row[3 * p] = _divide(red, red_std, red_high, red_low)
-        row[3 * p + 1] = _divide(green, green_std, green_high, green_low)
-        row[3 * p + 2] = _divide(blue, blue_std, blue_high, blue_low)
-
-
-@inlined
-def _erase(top, left, height, width, row):
-    for y in range(top, top + height):
-        row[3 * (_SIDE * y + left) : 3 * (_SIDE * y + left + width)] = 0
-
-
-@inlined
-def _round(row, out):
-    """float32 to the bits of the nearest bfloat16, the even one of two."""
-    bits = row.view(np.uint32)
-    for k in range(3 * _PIXELS):
-        out[k] = (bits[k] + np.uint32(0x7FFF) + ((bits[k] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-
-
-@compiled
-def _augment_batch(images, rows, shift, flip, angle, order, factors, sharpness, box, scales, out, rounded):
-    packed = np.empty(_PIXELS + 1, np.uint32)
-    source = np.empty(_PIXELS, np.uint16)
-    moved = np.empty(_PIXELS, np.uint32)
-    planes = np.empty(3 * _PIXELS, np.float32)
-    sums = np.empty(3 * _PIXELS, np.float32)
-    for i in range(len(rows)):
-        _unpack(images[rows[i]], packed)
-        if shift[i, 0] != 0 or shift[i, 1] != 0:
-            _crop(packed, _I(shift[i, 0]), _I(shift[i, 1]), moved)
-        _locate(flip[i], angle[i], source)
-        for p in range(_PIXELS):  # apart from `_split`, which has a faster vector form while this has none
-            moved[p] = packed[source[p]]
-        _split(moved, planes)
-        for k in range(3):
-            operation = order[i, k]
-            alpha = np.float32(factors[i, operation])
-            if alpha == _ONE:
-                continue
-            if operation == _BRIGHTNESS:
-                _brighten(planes, alpha)
-            elif operation == _CONTRAST:
-                _change_contrast(planes, alpha)
-            else:
-                _saturate(planes, alpha)
-        alpha = np.float32(sharpness[i])
-        if alpha != _ONE:
-            _sharpen(planes, sums, alpha)
-        row = sums if len(rounded) else out[i]
-        _standardize(planes, scales, row)
-        _erase(box[i, 0], box[i, 1], box[i, 2], box[i, 3], row)
-        if len(rounded):
-            _round(row, rounded[i])
-
-
-@compiled
-def _normalize_batch(images, rows, scales, out, rounded):
-    packed = np.empty(_PIXELS + 1, np.uint32)
-    planes = np.empty(3 * _PIXELS, np.float32)
-    scratch = np.empty(3 * _PIXELS, np.float32)
-    for i in range(len(rows)):
-        _unpack(images[rows[i]], packed)
-        _split(packed, planes)
-        row = scratch if len(rounded) else out[i]
-        _standardize(planes, scales, row)
-        if len(rounded):
-            _round(row, rounded[i])

@@ -14,7 +14,9 @@ Why the bits are the same:
   they are truncated to 0.
 - There is no division by a variable. `(2 * total + 13) // 26` is PIL's rounding of thirteenths, a division by a
   constant of a number that is not negative.
-- ToTensor, Normalize and the rounding to bfloat16 are read from a table of 256 values a channel that `cpu` made.
+- An area average is kept as a sum of whole numbers below 2**18: of the shares that the pixels under it have.
+- ToTensor, Normalize and the rounding to bfloat16 are read from a table, which has for each channel the 256 values of
+  a byte or, of averages, every sum that there is: torch made it on the CPU, as `reference` would.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dist_cifar.augment import cpu
-from dist_cifar.augment.image import IMAGE_SHAPE, IMAGE_SIZE, ImageStats, require_images
-from dist_cifar.augment.params import AugmentParams
+from dist_cifar.augment.image import IMAGE_SIZE, ImageStats, require_images
+from dist_cifar.augment.params import AugmentParams, erased_boxes
+from dist_cifar.augment.resolution import taps, units
 from dist_cifar.ops.transfer import upload
 
 # Triton reads globals as constexpr only.
@@ -40,12 +42,12 @@ _BRIGHTNESS, _CONTRAST = tl.constexpr(0), tl.constexpr(1)
 _INDEX, _SHIFT_DOWN, _SHIFT_RIGHT, _MIRROR = (tl.constexpr(column) for column in range(4))
 _X_START, _Y_START, _COS, _SIN, _BACK = (tl.constexpr(column) for column in range(4, 9))
 _OPERATIONS, _ALPHAS, _SHARPNESS = tl.constexpr(9), tl.constexpr(12), tl.constexpr(15)
-_TOP, _LEFT, _BOTTOM, _RIGHT = (tl.constexpr(column) for column in range(16, 20))
-_COLUMNS = tl.constexpr(20)
+_BOX, _CUTOUT = tl.constexpr(16), tl.constexpr(20)
+_COLUMNS = tl.constexpr(24)
 
 
 class DeviceAugmenter:
-    """The images of a split on a GPU, and the table that normalises them."""
+    """The images of a split on a GPU, and the tables that normalise them."""
 
     def __init__(
         self,
@@ -57,10 +59,11 @@ class DeviceAugmenter:
         """Copies `images`, uint8 [N, 32, 32, 3], to `device`; `dtype` of the result is float32 or bfloat16."""
         require_images(images)
         self._images = torch.tensor(images, device=device)
-        self._table = normalized_values(stats, dtype).to(device)
+        self._stats, self._dtype = stats, dtype
+        self._tables: dict[int, torch.Tensor] = {}
 
     def __call__(self, indices: npt.ArrayLike, params: AugmentParams) -> torch.Tensor:
-        """What `cpu.augment` gives: [n, 3, 32, 32] in channels-last memory format, on the device.
+        """What `cpu.augment` gives: [n, 3, r, r] in channels-last memory format, on the device.
 
         Row i of `params` belongs to `indices[i]`. Copy and kernel are put on the current stream of the device, which
         must be the current one; the call does not wait for them.
@@ -68,26 +71,40 @@ class DeviceAugmenter:
         rows = np.asarray(indices, np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self._images):
             raise IndexError(f"indices {rows.min()} to {rows.max()} of {len(self._images)} images")
-        packed = upload(torch.from_numpy(pack(rows, params)), self._images.device)
+        device, size = self._images.device, params.size
+        packed = upload(torch.from_numpy(pack(rows, params)), device)
+        if size not in self._tables:
+            self._tables[size] = normalized_values(self._stats, self._dtype, size).to(device)
         out = torch.empty(
-            (len(rows), 3, IMAGE_SIZE, IMAGE_SIZE),
-            dtype=self._table.dtype,
-            device=self._images.device,
-            memory_format=torch.channels_last,
+            (len(rows), 3, size, size), dtype=self._dtype, device=device, memory_format=torch.channels_last
         )
-        _augment_images[(len(rows),)](self._images, packed, self._table, out, num_warps=4, enable_fp_fusion=False)
+        _augment_images[(len(rows),)](
+            self._images,
+            packed,
+            self._tables[size],
+            out,
+            SIZE=size,
+            UNITS=units(size),
+            TAPS=taps(size),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
         return out
 
 
-def normalized_values(stats: ImageStats, dtype: torch.dtype) -> torch.Tensor:
-    """What ToTensor and Normalize make of each value of a byte, for each channel: [256, 3]."""
-    values = np.arange(_PIXELS.value).astype(np.uint8).repeat(3).reshape(1, *IMAGE_SHAPE)
-    out = torch.empty((1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=dtype, memory_format=torch.channels_last)
-    return cpu.normalize(values, [0], stats, out).permute(0, 2, 3, 1).reshape(-1, 3)[:256].contiguous()
+def normalized_values(stats: ImageStats, dtype: torch.dtype, size: int = IMAGE_SIZE) -> torch.Tensor:
+    """What ToTensor and Normalize make of each value of a pixel, for each channel: [values, 3].
+
+    Of a byte these are 256; of an average, which is a whole number of 1/units^2, all from 0 to 255.
+    """
+    parts = units(size) ** 2
+    unit = torch.arange(255 * parts + 1).div(parts).div(255)
+    mean, std = (torch.tensor(numbers, dtype=torch.float32) for numbers in (stats.mean, stats.std))
+    return unit[:, None].sub(mean).div(std).to(dtype).contiguous()
 
 
 def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[np.int32]:
-    """The parameters as the kernel reads them, a row an image: int32 [n, 20], factors as the bits of a float32."""
+    """The parameters as the kernel reads them, a row an image: int32 [n, 24], factors as the bits of a float32."""
     n = len(indices)
     if len(params.flip) != n:
         raise ValueError(f"parameters of {len(params.flip)} images for {n} indices")
@@ -100,8 +117,7 @@ def pack(indices: npt.NDArray[np.int64], params: AugmentParams) -> npt.NDArray[n
     alphas = np.take_along_axis(params.factors, params.order.astype(np.intp), axis=1).astype(np.float32)
     packed[:, _ALPHAS.value : _SHARPNESS.value] = alphas.view(np.int32)
     packed[:, _SHARPNESS.value] = params.sharpness.astype(np.float32).view(np.int32)
-    packed[:, _TOP.value : _BOTTOM.value] = params.box[:, :2]
-    packed[:, _BOTTOM.value :] = params.box[:, :2] + params.box[:, 2:]
+    packed[:, _BOX.value :] = erased_boxes(params).reshape(n, 8)
     return packed
 
 
@@ -147,8 +163,42 @@ def _sharpen(plane, p, alpha):
 
 
 @triton.jit
-def _augment_images(images, packed, table, out):
-    """`images`: uint8 [N, 32, 32, 3]; `packed`: int32 [n, 20]; `table`: [256, 3]; `out`: [n, 32, 32, 3] like it."""
+def _share(j, pixel, SIZE: tl.constexpr, UNITS: tl.constexpr):
+    """How many of the units of pixel `j` of `SIZE` lie in `pixel` of 32."""
+    overlap = tl.minimum(j * _SIDE + _SIDE, pixel * SIZE + SIZE) - tl.maximum(j * _SIDE, pixel * SIZE)
+    return tl.maximum(overlap, 0) // (_SIDE // UNITS)
+
+
+@triton.jit
+def _sum_areas(plane, p, SIZE: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr):
+    """The area averages times UNITS * UNITS, down the columns, then along rows; the first SIZE * SIZE count."""
+    last: tl.constexpr = _PIXELS - 1  # what wraps around has no share, or does not count
+    x, y = p % _SIDE, p // _SIDE
+    strips = tl.zeros_like(plane)
+    for k in tl.static_range(TAPS):
+        pixel = y * _SIDE // SIZE + k
+        strips += _share(y, pixel, SIZE, UNITS) * tl.gather(plane, (pixel * _SIDE + x) & last, 0)
+    x, y = p % SIZE, p // SIZE
+    sums = tl.zeros_like(plane)
+    for k in tl.static_range(TAPS):
+        pixel = x * _SIDE // SIZE + k
+        sums += _share(x, pixel, SIZE, UNITS) * tl.gather(strips, (y * _SIDE + pixel) & last, 0)
+    return sums
+
+
+@triton.jit
+def _outside(box, x, y):
+    """Whether a pixel lies outside the box whose top, left, bottom and right are at `box`."""
+    rows_kept = (y < tl.load(box)) | (y >= tl.load(box + 2))
+    return rows_kept | (x < tl.load(box + 1)) | (x >= tl.load(box + 3))
+
+
+@triton.jit
+def _augment_images(images, packed, table, out, SIZE: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr):
+    """`images`: uint8 [N, 32, 32, 3]; `packed`: int32 [n, 24]; `table`: [values, 3]; `out`: [n, SIZE, SIZE, 3] like it.
+
+    `UNITS` and `TAPS` are those of `resolution`.
+    """
     image = tl.program_id(0).to(tl.int64)
     row = packed + image * _COLUMNS
     p = tl.arange(0, _PIXELS)
@@ -180,9 +230,15 @@ def _augment_images(images, packed, table, out):
         green = _sharpen(green, p, sharpness)
         blue = _sharpen(blue, p, sharpness)
 
-    rows_kept = (y < tl.load(row + _TOP)) | (y >= tl.load(row + _BOTTOM))
-    kept = rows_kept | (x < tl.load(row + _LEFT)) | (x >= tl.load(row + _RIGHT))
-    target = out + image * (3 * _PIXELS) + 3 * p
-    tl.store(target, tl.load(table + 3 * red, mask=kept, other=0))
-    tl.store(target + 1, tl.load(table + 3 * green + 1, mask=kept, other=0))
-    tl.store(target + 2, tl.load(table + 3 * blue + 2, mask=kept, other=0))
+    if SIZE != _SIDE:
+        red = _sum_areas(red, p, SIZE, UNITS, TAPS)
+        green = _sum_areas(green, p, SIZE, UNITS, TAPS)
+        blue = _sum_areas(blue, p, SIZE, UNITS, TAPS)
+
+    x, y = p % SIZE, p // SIZE
+    is_pixel = p < SIZE * SIZE
+    kept = is_pixel & _outside(row + _BOX, x, y) & _outside(row + _CUTOUT, x, y)
+    target = out + image * (3 * SIZE * SIZE) + 3 * p
+    tl.store(target, tl.load(table + 3 * red, mask=kept, other=0), mask=is_pixel)
+    tl.store(target + 1, tl.load(table + 3 * green + 1, mask=kept, other=0), mask=is_pixel)
+    tl.store(target + 2, tl.load(table + 3 * blue + 2, mask=kept, other=0), mask=is_pixel)

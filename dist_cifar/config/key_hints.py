@@ -42,6 +42,8 @@ ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(("save_every", "save_steps", "save_interval", "checkpoint_interval"), "checkpoint.every_steps"),
     **dict.fromkeys(("steps", "num_steps", "max_train_steps", "total_steps", "iterations"), "train.max_steps"),
     **dict.fromkeys(("val_size", "val_split", "validation_split", "valid_size"), "data.validation_size"),
+    **dict.fromkeys(("cutout", "cutout_length", "augment.cutout"), "augment.cutout_size"),
+    **dict.fromkeys(("image_size", "img_size", "input_size", "progressive_resizing"), "augment.resolution"),
     **dict.fromkeys(("warmup", "warmup_steps", "num_warmup_steps"), "optimizer.warmup_epochs"),
     **dict.fromkeys(("wandb", "use_wandb"), "tracking.wandb"),
     **dict.fromkeys(("wd", "l2"), "optimizer.weight_decay"),

@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -305,6 +306,9 @@ def _check(config: Config) -> None:
         low, high = getattr(augment, name)
         if low > high:
             raise ConfigError(f"augment.{name}: must rise, found [{low}, {high}]; write [{high}, {low}]")
+    ends = [phase.until for phase in augment.resolution]
+    if any(later <= end for end, later in pairwise(ends)):
+        raise ConfigError(f"augment.resolution: until must rise from phase to phase, found {show(ends)}")
     if data.source == "synthetic" and data.validation_size >= data.synthetic_train_size:
         raise ConfigError(
             f"data.validation_size: {data.validation_size} leaves no training image of"

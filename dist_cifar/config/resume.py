@@ -30,7 +30,8 @@ _FOLLOW_LENGTH = ("cosine", "triangle")
 def follows_length(config: Config) -> bool:
     """Whether a step depends on the length of the run, whose fields then decide the result."""
     mixes_until = config.mix.name != "none" and config.mix.off_last_epochs > 0
-    return config.schedule.name in _FOLLOW_LENGTH or config.average.name == "lookahead" or mixes_until
+    parts = config.average.name == "lookahead", mixes_until, bool(config.augment.resolution)
+    return config.schedule.name in _FOLLOW_LENGTH or any(parts)
 
 
 def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:

@@ -94,13 +94,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolutionPhase:
+    """The size of the training images in the first part of a run."""
+
+    until: Annotated[float, Range(above=0, maximum=1)]
+    """The end of this part, as a fraction of the steps of the run."""
+    size: Annotated[int, Range(minimum=4, maximum=32)]
+    """Height and width in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """The training augmentation: a policy, and the strengths of its operations in the order in which they are applied.
-    Zero switches an operation off. The fields from `rotation_degrees` on belong to the policy `seed`."""
+    Zero switches an operation off. The fields from `rotation_degrees` to `erasing_aspect` belong to the policy
+    `seed`."""
 
     policy: Literal["seed", "flip_crop", "none"] = "seed"
-    """`seed`: the operations of all fields below; `flip_crop`: a random crop of 32x32 after reflection padding by 4,
-    then the flip, and no other field has an effect; `none`: the images as they are, and no field has an effect."""
+    """`seed`: the operations of all fields below; `flip_crop`: the crop, the flip and the cutout; `none`: no
+    operation, only the size of `resolution`."""
     backend: Free[Literal["auto", "cpu", "device"]] = "auto"
     """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
     `cpu` in a thread of the rank; `auto` on the GPU where the rank has one and triton can be imported, else `cpu`."""
@@ -111,8 +122,14 @@ class AugmentConfig:
     """Further arguments of that function, by name."""
     transform_workers: Free[Annotated[int, Range(minimum=1, maximum=256)]] = 1
     """Processes of each rank that call the function; their number does not change the result."""
+    crop_padding: Annotated[int, Range(minimum=0, maximum=8)] | None = None
+    """Pixels by which the border is padded by reflection, before a random place of 32x32 is cut out; null is 4 in the
+    policy `flip_crop` and 0, no crop, in `seed`."""
+    flip: Literal["random", "alternating"] = "random"
+    """Horizontal flip: `random`, with `flip_probability`; `alternating`, half of the images in the first epoch, the
+    other half in the second, and so on in turn."""
     flip_probability: Probability = 0.5
-    """Horizontal flip; policies `seed` and `flip_crop`."""
+    """Probability of the flip `random`."""
     rotation_degrees: Annotated[float, Range(minimum=0, maximum=180)] = 20.0
     """Rotation by an angle drawn from [-rotation_degrees, rotation_degrees]; nearest neighbour, corners black."""
     brightness: Factor = 0.2
@@ -132,6 +149,13 @@ class AugmentConfig:
     """Range of the box's share of the image's area."""
     erasing_aspect: tuple[Aspect, Aspect] = (0.3, 3.3)
     """Range of the box's ratio of height to width."""
+    cutout_size: Annotated[int, Range(minimum=0, maximum=32)] = 0
+    """Side in pixels of a square of the normalised image, at a random place inside it, that is set to zero; policies
+    `seed` and `flip_crop`."""
+    resolution: tuple[ResolutionPhase, ...] = ()
+    """Sizes of the training images before the last part of the run, which has 32 pixels, e.g. `[{until: 0.25, size:
+    20}, {until: 0.5, size: 24}]`. Images are averaged over areas just before they are normalised; boxes shrink with
+    them. A network must take these sizes. Evaluation has 32 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)

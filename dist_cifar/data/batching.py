@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from dist_cifar.augment.params import AugmentParams, sample_params
+from dist_cifar.augment.resolution import size_at
 from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig
 from dist_cifar.data.dataset import Split
 from dist_cifar.data.prefetch import Batch, prefetch
@@ -86,7 +87,7 @@ class TrainingBatches:
     plan: BatchPlan
     sampler: GlobalBatchSampler
     augment: Callable[[int, npt.NDArray[np.int64], AugmentParams], torch.Tensor]
-    """From the epoch, indices into `split` and their parameters to the network's input, float32 [n, 3, 32, 32]."""
+    """From the epoch, indices into `split` and their parameters to the network's input, float32 [n, 3, r, r]."""
     augment_config: AugmentConfig
     seed: int
     close: Callable[[], None] = lambda: None
@@ -99,7 +100,8 @@ class TrainingBatches:
     def batch_of(self, step: int, positions: npt.NDArray[np.int64]) -> Batch:
         """The samples at these positions of the training split, int64 [n], as they are in `step`."""
         epoch, indices = step // self.plan.steps_per_epoch, self.indices[positions]
-        params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices)
+        size = size_at(self.augment_config.resolution, step, self.plan.total_steps)
+        params = sample_params(self.augment_config, seed=self.seed, epoch=epoch, indices=indices, size=size)
         inputs = self.augment(epoch, indices, params)
         return Batch(inputs=inputs, labels=torch.from_numpy(self.split.labels[indices]))
 

@@ -25,7 +25,7 @@ class Batch:
     """One rank's share of the global batch of a step."""
 
     inputs: torch.Tensor
-    """float32 [n, 3, 32, 32], channels-last, normalised."""
+    """float32 [n, 3, r, r], channels-last, normalised; r is 32 but in a phase of `augment.resolution`."""
     labels: torch.Tensor
     """int64 [n]; of a mixed batch float32 [n, classes], the shares of the classes."""
     filled: torch.cuda.Event | None = None

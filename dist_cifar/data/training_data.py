@@ -13,6 +13,7 @@ import torch
 from dist_cifar.augment import cpu
 from dist_cifar.augment.backend import augmenter
 from dist_cifar.augment.params import AugmentParams
+from dist_cifar.augment.resolution import sizes
 from dist_cifar.augment.transform import OwnTransform
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan, TrainingBatches, plan_batches
@@ -79,7 +80,7 @@ def _augmentation(
     """`TrainingBatches.augment` and `close` of a run."""
     images, stats, setting = dataset.train.images, dataset.stats, config.augment
     if setting.transform is None:
-        augment = augmenter(setting.backend, images, stats, device=device)
+        augment = augmenter(setting.backend, images, stats, device=device, sizes=sizes(setting.resolution))
         return lambda epoch, indices, params: augment(indices, params), lambda: None
     transform = OwnTransform(
         setting.transform, setting.transform_options, seed=config.run.seed, workers=setting.transform_workers

@@ -76,7 +76,7 @@ def prepare_forward(
     if compiles(config, device, auto_compile=auto_compile):
         if bitwise:
             torch._inductor.config.deterministic = True
-        module.compile()
+        module.compile(dynamic=False)  # images of another size are another graph
     elif device.type == "cpu":
         replace_small_convs(module)
         fuse_batchnorm_relu(module)

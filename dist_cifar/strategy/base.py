@@ -23,7 +23,7 @@ class Strategy(Protocol):
     """The model as this rank holds it, a `torch.nn.Module`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Training forward pass of the next micro-batch: float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
+        """Training forward pass of the next micro-batch: float32 [n, 3, r, r] to logits float32 [n, classes]."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

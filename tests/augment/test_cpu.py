@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import numba
@@ -22,9 +23,9 @@ from PIL import Image
 from torchvision.transforms import RandomCrop
 from torchvision.transforms import functional as F
 
-from dist_cifar.augment import cpu, reference
+from dist_cifar.augment import cpu, cpu_pass, reference
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.augment.params import CROP_PADDING, AugmentParams, sample_params
+from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops import numba_jit
 from tests import PATIENCE_SECONDS, REPOSITORY
@@ -85,7 +86,7 @@ def images() -> np.ndarray:
     return np.concatenate([natural_images(900), generated_images(200), noise, extremes, flat])
 
 
-def identity(n: int) -> AugmentParams:
+def identity(n: int, size: int = 32) -> AugmentParams:
     return AugmentParams(
         shift=np.zeros((n, 2), np.int16),
         flip=np.zeros(n, np.bool_),
@@ -94,6 +95,8 @@ def identity(n: int) -> AugmentParams:
         factors=np.ones((n, 3)),
         sharpness=np.ones(n),
         box=np.zeros((n, 4), np.int16),
+        cutout=np.zeros((n, 4), np.int16),
+        size=size,
     )
 
 
@@ -146,6 +149,9 @@ ALONE = {
         "factors": random.uniform(0.5, 1.5, (n, 3)),
     },
     "erasing": lambda random, n: {"box": np.array(BOXES, np.int16)[random.integers(0, len(BOXES), n)]},
+    "cutout": lambda random, n: {"cutout": np.array(BOXES, np.int16)[random.integers(0, len(BOXES), n)]},
+    "crop by 8": lambda random, n: {"shift": random.integers(-8, 9, (n, 2)).astype(np.int16)},
+    "size": lambda random, n: {"size": 24},
 }
 
 
@@ -156,18 +162,19 @@ def test_each_operation_alone_equals_the_reference(images, operation):
     assert compare(images, np.arange(n), params) == {}
 
 
-def test_flip_crop_equals_torchvision_at_every_place(images, monkeypatch):
-    """All 81 crops, with and without flip, against torchvision's own transform."""
-    places = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+@pytest.mark.parametrize("padding", [2, 4, 8])
+def test_flip_crop_equals_torchvision_at_every_place(images, monkeypatch, padding):
+    """All crops, with and without flip, against torchvision's own transform."""
+    places = [(top, left, flip) for top, left in product(range(2 * padding + 1), repeat=2) for flip in (False, True)]
     indices = np.random.default_rng(6).choice(len(images), len(places), replace=False)
-    crop, expected = RandomCrop(32, padding=4, padding_mode="reflect"), []
+    crop, expected = RandomCrop(32, padding=padding, padding_mode="reflect"), []
     for index, (top, left, flip) in zip(indices, places, strict=True):
         monkeypatch.setattr(crop, "get_params", lambda image, size, top=top, left=left: (top, left, *size))
         image = crop(Image.fromarray(images[index]))
         expected.append(np.asarray(F.hflip(image) if flip else image))
     table = np.array(places)
     params = dataclasses.replace(
-        identity(len(places)), shift=(table[:, :2] - CROP_PADDING).astype(np.int16), flip=table[:, 2].astype(np.bool_)
+        identity(len(places)), shift=(table[:, :2] - padding).astype(np.int16), flip=table[:, 2].astype(np.bool_)
     )
     assert np.array_equal(cpu.augment_pixels(images, indices, params), expected)
     assert compare(images, indices, params) == {}
@@ -253,9 +260,9 @@ def test_reads_a_read_only_memory_map(images, tmp_path):
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     indices = [5, 900, 2]
     params = sample_params(DEFAULT, seed=0, epoch=0, indices=indices)
-    compilations = len(cpu._augment_batch.signatures)
+    compilations = len(cpu_pass.augment_batch.signatures)
     assert torch.equal(cpu.augment(mapped, indices, params, STATS), cpu.augment(images, indices, params, STATS))
-    assert len(cpu._augment_batch.signatures) == compilations
+    assert len(cpu_pass.augment_batch.signatures) == compilations
 
 
 def test_output_is_ready_for_the_model(images):
@@ -301,11 +308,31 @@ MUTANTS = {
     "mean of contrast not rounded": ("(total + _PIXELS // 2) // _PIXELS", "total / _PIXELS"),
     "grey truncated": ("_fma(blue, _BLUE_SHARE, _HALF)", "blue * _BLUE_SHARE"),
     "border smoothed": ("value if on_ring else smooth", "smooth"),
-    "box one row too high": ("range(top, top + height)", "range(top, top + height + 1)"),
+    "box one row too high": ("_scaled(top + height, side))", "_scaled(top + height, side) + 1)"),
+    "box not scaled": ("return (edge * side + _SIDE // 2) // _SIDE", "return edge"),
+    "edge of a box rounded down": ("(edge * side + _SIDE // 2)", "(edge * side)"),
+    "cutout as wide as the box": ("cutout[i, 2], cutout[i, 3]", "cutout[i, 2], box[i, 3]"),
+    "first pixel of an area alone": ("for k in range(1, taps)", "for k in range(1, 1)"),
+    "areas not weighted": ("total += weights[x, k] *", "total += _HALF *"),
+    "average divided by 255 with one product": (
+        "unit = _divide(planes[channel * pixels + p], _WHITE, _UNIT_HIGH, _UNIT_LOW)",
+        "unit = planes[channel * pixels + p] * _UNIT_HIGH",
+    ),
     "quotient by one product": ("return _fma(number, high, number * low)", "return number * high"),
     "bfloat16 truncated": (" + np.uint32(0x7FFF) + ((bits[k] >> np.uint32(16)) & np.uint32(1))", ""),
 }
-SEEN_IN = {"box one row too high": {"float32", "bfloat16"}, "bfloat16 truncated": {"bfloat16"}}
+IN_THE_TENSOR = {"float32", "bfloat16"}
+SEEN_IN = {
+    "box one row too high": IN_THE_TENSOR,
+    "box not scaled": IN_THE_TENSOR,
+    "edge of a box rounded down": IN_THE_TENSOR,
+    "cutout as wide as the box": IN_THE_TENSOR,
+    "first pixel of an area alone": IN_THE_TENSOR,
+    "areas not weighted": IN_THE_TENSOR,
+    "bfloat16 truncated": {"bfloat16"},
+}
+AT_OTHER_SIZES = ("box not scaled", "edge of", "first pixel", "areas not", "average divided")
+"""How the mutants begin that only an image of another size shows."""
 
 
 @pytest.fixture(scope="module")
@@ -317,18 +344,26 @@ def mutant_case(images):
         shift=sample_params(AugmentConfig(policy="flip_crop"), seed=2, epoch=0, indices=indices).shift,
         angle=params.angle / 9,
         factors=0.7 + 0.2 * params.factors,
+        cutout=sample_params(AugmentConfig(cutout_size=9), seed=2, epoch=0, indices=indices).cutout,
     )
     return indices, params, outputs(reference, images, indices, params)
 
 
-def test_the_comparison_passes_the_kernel_itself(images, mutant_case):
-    indices, params, expected = mutant_case
-    assert differing_images(outputs(cpu, images, indices, params), expected) == {}
+@pytest.fixture(scope="module")
+def small_case(images, mutant_case):
+    indices, params, _ = mutant_case
+    params = dataclasses.replace(params, size=20)
+    return indices, params, outputs(reference, images, indices, params)
+
+
+def test_the_comparison_passes_the_kernel_itself(images, mutant_case, small_case):
+    for indices, params, expected in (mutant_case, small_case):
+        assert differing_images(outputs(cpu, images, indices, params), expected) == {}
 
 
 def mutant_of_kernel(original: str, mutated: str) -> types.SimpleNamespace:
     """The kernel with a piece of its source changed; what does not lead to that piece is not compiled again."""
-    source = inspect.getsource(cpu)
+    source = inspect.getsource(cpu_pass) + inspect.getsource(cpu)
     assert source.count(original) == 1
     texts, uses = {}, {}
     for node in ast.parse(source).body:
@@ -339,15 +374,15 @@ def mutant_of_kernel(original: str, mutated: str) -> types.SimpleNamespace:
     changed = {name for name, text in texts.items() if original in text}
     while callers := {name for name in texts if uses[name] & changed} - changed:
         changed |= callers
-    namespace = dict(vars(cpu), compiled=numba_jit.inlined)  # a mutant must not reach the cache
+    namespace = dict(vars(cpu_pass) | vars(cpu), compiled=numba_jit.inlined)  # a mutant must not reach the cache
     for name in changed:
         exec("from __future__ import annotations\n" + texts[name].replace(original, mutated), namespace)
     return types.SimpleNamespace(**namespace)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_comparison_catches_a_mutant(images, mutant_case, name):
-    indices, params, expected = mutant_case
+def test_the_comparison_catches_a_mutant(images, mutant_case, small_case, name):
+    indices, params, expected = small_case if name.startswith(AT_OTHER_SIZES) else mutant_case
     mutant = mutant_of_kernel(*MUTANTS[name])
     assert SEEN_IN.get(name, {"float32"}) <= differing_images(outputs(mutant, images, indices, params), expected).keys()
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import sys
+import types
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
+from dist_cifar.augment import params as params_module
 from dist_cifar.augment.image import IMAGE_SIZE
-from dist_cifar.augment.params import BRIGHTNESS, CONTRAST, CROP_PADDING, SATURATION, AugmentParams, sample_params
+from dist_cifar.augment.params import BRIGHTNESS, CONTRAST, SATURATION, AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from dist_cifar.ops.philox import STREAM_AUGMENT, uniform
 
 N = 20_000
 CONFIG = AugmentConfig()
-FIELDS = [field.name for field in dataclasses.fields(AugmentParams)]
+FIELDS = [field.name for field in dataclasses.fields(AugmentParams) if field.name != "size"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,7 @@ def test_types_and_shapes(policy):
         "factors": ("float64", (N, 3)),
         "sharpness": ("float64", (N,)),
         "box": ("int16", (N, 4)),
+        "cutout": ("int16", (N, 4)),
     }
 
 
@@ -86,7 +92,7 @@ def test_every_order_is_as_likely(params):
 
 
 def test_draws_are_independent(params):
-    drawn = [name for name in FIELDS if name not in ("shift", "box")]
+    drawn = [name for name in FIELDS if name not in ("shift", "box", "cutout")]
     table = np.column_stack([getattr(params, name).reshape(N, -1).astype(float) for name in drawn])
     table = np.column_stack([table, params.box[:, 2] > 0])
     others = np.corrcoef(table.T) - np.eye(table.shape[1])
@@ -154,7 +160,7 @@ def test_factors_never_fall_below_zero():
 
 # --- policies ----------------------------------------------------------------------------------------------------
 
-NOTHING = {"shift": 0, "flip": False, "angle": 0, "factors": 1, "sharpness": 1, "box": 0}
+NOTHING = {"shift": 0, "flip": False, "angle": 0, "factors": 1, "sharpness": 1, "box": 0, "cutout": 0}
 
 
 def changed(params: AugmentParams) -> set[str]:
@@ -164,7 +170,7 @@ def changed(params: AugmentParams) -> set[str]:
 
 @pytest.mark.parametrize(
     ("policy", "operations"),
-    [("seed", NOTHING.keys() - {"shift"}), ("flip_crop", {"shift", "flip"}), ("none", set())],
+    [("seed", NOTHING.keys() - {"shift", "cutout"}), ("flip_crop", {"shift", "flip"}), ("none", set())],
 )
 def test_a_policy_has_its_own_operations_only(policy, operations):
     """Every strength stands at its default, so each operation would show."""
@@ -186,6 +192,7 @@ def test_the_words_of_the_policy_seed_stay():
         ],
         "sharpness": [1.0, 1.0],
         "box": [[19, 13, 11, 15], [10, 7, 17, 19]],
+        "cutout": [[0, 0, 0, 0], [0, 0, 0, 0]],
     }
 
 
@@ -193,7 +200,7 @@ def test_flip_crop_is_distributed_as_torchvision_draws_it():
     """Flip and the 81 places of the crop, all independent and evenly filled."""
     params = sample_params(AugmentConfig(policy="flip_crop"), seed=0, epoch=0, indices=np.arange(N))
     assert_rate(params.flip, 0.5)
-    distances = range(-CROP_PADDING, CROP_PADDING + 1)
+    distances = range(-4, 5)
     for place in product(distances, distances):
         hits = (params.shift == place).all(axis=1)
         assert_rate(hits, 1 / 81)
@@ -233,6 +240,87 @@ def test_a_row_depends_on_seed_epoch_and_index_alone(policy, indices, seed, epoc
     for name in FIELDS:
         assert np.array_equal(getattr(together, name)[::-1], getattr(backwards, name))
         assert np.array_equal(getattr(together, name)[:1], getattr(alone, name))
+
+
+# --- crop, alternating flip, cutout ------------------------------------------------------------------------------
+
+
+def with_policy(policy: str, module: Any = params_module, *, epoch: int = 0, **fields: Any) -> AugmentParams:
+    return module.sample_params(AugmentConfig(policy=policy, **fields), seed=5, epoch=epoch, indices=np.arange(N // 4))
+
+
+def check_alternating_flip(module: Any) -> None:
+    """Half of the images, others in the next epoch, the same after two; the flip that `random` has in epoch 0."""
+    for policy in ("seed", "flip_crop"):
+        flips = [with_policy(policy, module, epoch=epoch, flip="alternating").flip for epoch in range(4)]
+        assert_rate(flips[0], 0.5)
+        assert np.array_equal(flips[0], with_policy(policy).flip)
+        assert np.array_equal(flips[1], ~flips[0])
+        assert np.array_equal(flips[2], flips[0]) and np.array_equal(flips[3], flips[1])
+
+
+def check_crop(module: Any) -> None:
+    for policy, padding in product(("seed", "flip_crop"), (1, 2, 8)):
+        shift = with_policy(policy, module, crop_padding=padding).shift
+        for axis, distance in product((0, 1), range(-padding, padding + 1)):
+            assert_rate(shift[:, axis] == distance, 1 / (2 * padding + 1))
+        assert abs(np.corrcoef(shift.T)[0, 1]) < 5 / math.sqrt(len(shift))
+
+
+def check_cutout(module: Any) -> None:
+    """Every corner with which the square lies inside the image, as often as another; none depends on the crop."""
+    for policy, size in product(("seed", "flip_crop"), (1, 12, 29)):
+        params = with_policy(policy, module, crop_padding=2, cutout_size=size)
+        assert (params.cutout[:, 2:] == size).all()
+        for axis, corner in product((0, 1), range(33 - size)):
+            assert_rate(params.cutout[:, axis] == corner, 1 / (33 - size))
+        assert params.cutout[:, :2].max() == 32 - size
+        table = np.corrcoef(np.column_stack([params.shift, params.cutout[:, :2]]).T)
+        assert np.abs(table - np.eye(4)).max() < 5 / math.sqrt(len(params.cutout))
+
+
+CHECKS = {"flip": check_alternating_flip, "crop": check_crop, "cutout": check_cutout}
+MUTANTS = {
+    "flip by the bit of this epoch": ("flip", "STREAM_AUGMENT, 0, indices, 1)", "STREAM_AUGMENT, epoch, indices, 1)"),
+    "flip in the same epochs": ("flip", "epoch % 2 == 1", "epoch % 2 == 2"),
+    "crop never at the end": ("crop", "(2 * padding + 1)", "(2 * padding)"),
+    "crop by one number": ("crop", "u[:, draws : draws + 2]", "u[:, draws : draws + 1].repeat(2, 1)"),
+    "cutout never at the end": ("cutout", "(IMAGE_SIZE - size + 1)", "(IMAGE_SIZE - size)"),
+    "cutout where the crop is": (
+        "cutout",
+        "_sample_cutout(u[:, draws + 2 :]",
+        "_sample_cutout(u[:, draws : draws + 2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_crop_flip_and_cutout_are_distributed_as_they_say(check):
+    CHECKS[check](params_module)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_caught(name):
+    source, (check, original, mutated) = inspect.getsource(params_module), MUTANTS[name]
+    assert source.count(original) == 1
+    source = source.replace("@compiled", "").replace(original, mutated)  # a mutant must not reach the cache
+    mutant = types.ModuleType("mutant_params")
+    sys.modules[mutant.__name__] = mutant  # where a dataclass looks up its types
+    try:
+        exec(source, vars(mutant))
+        with pytest.raises(AssertionError):
+            CHECKS[check](mutant)
+    finally:
+        del sys.modules[mutant.__name__]
+
+
+def test_new_operations_leave_the_draws_of_the_policy_alone():
+    for policy in ("seed", "flip_crop"):
+        plain, more = with_policy(policy), with_policy(policy, crop_padding=4, cutout_size=8)
+        for name in set(FIELDS) - {"shift", "cutout"}:
+            assert np.array_equal(getattr(plain, name), getattr(more, name))
+    assert np.array_equal(with_policy("flip_crop").shift, with_policy("flip_crop", crop_padding=4).shift)
+    assert changed(with_policy("none", crop_padding=4, cutout_size=8, flip="alternating")) == set()
 
 
 def test_epochs_and_seeds_differ():

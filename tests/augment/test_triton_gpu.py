@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_cifar.augment import cpu
+from dist_cifar.augment import cpu, cpu_pass
+from dist_cifar.augment import resolution as areas
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.config import AugmentConfig
 from tests import PATIENCE_SECONDS, REPOSITORY
@@ -44,7 +45,7 @@ def compare(module: types.ModuleType, images, case: Case, dtype: torch.dtype, wh
     indices, params = case
     augment = module.DeviceAugmenter(images, STATS, where, dtype)
     found = augment(indices, params).cpu()
-    expected = torch.empty((len(indices), 3, 32, 32), dtype=dtype, memory_format=torch.channels_last)
+    expected = torch.empty_like(found)
     cpu.augment(images, indices, params, STATS, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     return int((found.view(BITS[dtype]) != expected.view(BITS[dtype])).flatten(1).any(1).sum())
@@ -97,12 +98,20 @@ def round_factors(images: np.ndarray, n: int) -> Case:
     return indices, dataclasses.replace(params, **changes)
 
 
+def smaller(images: np.ndarray, n: int, size: int) -> Case:
+    """All operations, a cutout too, on images that are then averaged."""
+    indices, params = round_factors(images, n)
+    cutout = sample_params(AugmentConfig(cutout_size=9), seed=2, epoch=0, indices=indices).cutout
+    return indices, dataclasses.replace(params, cutout=cutout, size=size)
+
+
 # --- through the interpreter -------------------------------------------------------------------------------------
 
 CASES = {
     **{operation: lambda images, operation=operation: alone(images, operation, 6) for operation in ALONE},
     "edge factors": edge_factors,
     "edge angles": edge_angles,
+    **{f"size {size}": lambda images, size=size: smaller(images, 20, size) for size in (24, 20, 16, 31, 4)},
     "default chain": lambda images: chain(images, DEFAULT, 60),
     "wild chain": lambda images: chain(images, WILD, 60),
     "round factors": lambda images: round_factors(images, 30),
@@ -123,7 +132,16 @@ MUTANTS = {
     "mean of contrast not rounded": ("(tl.sum(grey) + _PIXELS // 2) // _PIXELS", "tl.sum(grey).to(tl.float32) / 1024"),
     "grey truncated": (" + 32768)", ")"),
     "border smoothed": ("tl.where(on_ring, plane, ", "tl.where(on_ring & (y > 31), plane, "),
-    "box one row too high": ("params.box[:, :2] + params.box[:, 2:]", "params.box[:, :2] + params.box[:, 2:] + [1, 0]"),
+    "box one row too high": ("erased_boxes(params)", "(erased_boxes(params) + [0, 0, 1, 0])"),
+}
+
+
+MUTANTS_OF_AVERAGES = {
+    "areas start late": ("tl.maximum(j * _SIDE, pixel * SIZE)", "tl.maximum(j * _SIDE + 4, pixel * SIZE)"),
+    "areas without shares": ("tl.maximum(overlap, 0) // (_SIDE // UNITS)", "tl.minimum(tl.maximum(overlap, 0), 1)"),
+    "rows averaged alone": ("strips += _share(y, pixel, SIZE, UNITS)", "strips += (k == 0)"),
+    "one tap too few": ("TAPS=taps(size)", "TAPS=taps(size) - 1"),
+    "cutout forgotten": ("_outside(row + _CUTOUT, x, y)", "_outside(row + _BOX, x, y)"),
 }
 
 
@@ -136,7 +154,8 @@ def main(mutants: list[str]) -> None:
         specification = importlib.util.spec_from_file_location(Path(path).stem, path)
         mutant = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(mutant)
-        counts[Path(path).stem] = compare(mutant, images, round_factors(images, 12), torch.float32, CPU)
+        case = smaller(images, 12, 20) if Path(path).stem in MUTANTS_OF_AVERAGES else round_factors(images, 12)
+        counts[Path(path).stem] = compare(mutant, images, case, torch.float32, CPU)
     print(json.dumps(counts))
 
 
@@ -144,7 +163,7 @@ def main(mutants: list[str]) -> None:
 def interpreted(tmp_path_factory) -> dict[str, int]:
     """The counts of `main`. Whether Triton interprets is settled when it is imported: hence a process of its own."""
     folder, source = tmp_path_factory.mktemp("mutants"), inspect.getsource(triton_gpu)
-    for name, (original, mutated) in MUTANTS.items():
+    for name, (original, mutated) in (MUTANTS | MUTANTS_OF_AVERAGES).items():
         assert source.count(original) == 1, name
         (folder / f"{name}.py").write_text(source.replace(original, mutated))
     process = subprocess.run(
@@ -165,7 +184,7 @@ def test_the_interpreted_kernel_equals_the_compiled_one(interpreted, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [*MUTANTS, *MUTANTS_OF_AVERAGES])
 def test_the_comparison_catches_a_mutant(interpreted, name):
     assert interpreted[name] > 0
 
@@ -173,7 +192,7 @@ def test_the_comparison_catches_a_mutant(interpreted, name):
 # --- what the GPU will execute -----------------------------------------------------------------------------------
 
 
-def float_instructions(capability: int, fusion: bool) -> set[str]:
+def float_instructions(capability: int, fusion: bool, size: int) -> set[str]:
     """The kinds of float instructions of the kernel, compiled for a GPU that need not be there.
 
     Comparisons are left out: they round nothing, and compilers word them differently.
@@ -182,9 +201,11 @@ def float_instructions(capability: int, fusion: bool) -> set[str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {"SIZE": size, "UNITS": areas.units(size), "TAPS": areas.taps(size)}
     signature = {"images": "*u8", "packed": "*i32", "table": "*fp32", "out": "*fp32"}
+    signature |= dict.fromkeys(constants, "constexpr")
     compiled = compile(
-        ASTSource(fn=triton_gpu._augment_images, signature=signature, constexprs={}),
+        ASTSource(fn=triton_gpu._augment_images, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": 4, "enable_fp_fusion": fusion},
     )
@@ -192,13 +213,14 @@ def float_instructions(capability: int, fusion: bool) -> set[str]:
     return {instruction for instruction in found if not instruction.startswith("setp.")}
 
 
+@pytest.mark.parametrize("size", [32, 20])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_a_gpu_rounds_product_and_sum(capability, monkeypatch, tmp_path):
+def test_a_gpu_rounds_product_and_sum(capability, size, monkeypatch, tmp_path):
     """`.rn` is a rounding to nearest that no later stage may merge with another."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     exact = {"cvt.rn.f32.s32", "mul.rn.f32", "add.rn.f32", "max.f32", "min.f32", "cvt.rzi.s32.f32"}
-    assert float_instructions(capability, fusion=False) == exact
-    assert "fma.rn.f32" in float_instructions(capability, fusion=True)
+    assert float_instructions(capability, fusion=False, size=size) == exact
+    assert "fma.rn.f32" in float_instructions(capability, fusion=True, size=size)
 
 
 def test_the_launch_forbids_fusion(monkeypatch):
@@ -225,7 +247,7 @@ def test_the_rotations_are_the_compiled_kernels():
     for angle, (x_start, y_start, cos, sin, back) in zip(angles, triton_gpu._rotation(angles).astype(int), strict=True):
         from_x, from_y = (x_start + x * cos + y * sin) >> 16, (y_start + x * back + y * cos) >> 16
         outside = (from_x | from_y) & -32 != 0
-        cpu._locate(False, angle, source)
+        cpu_pass._locate(False, angle, source)
         assert np.array_equal(np.where(outside, 1024, 32 * from_y + from_x).ravel(), source), angle
 
 
@@ -263,6 +285,8 @@ def gpu_cases(images: np.ndarray) -> Iterator[tuple[str, Case]]:
     yield "edge factors", edge_factors(images)
     yield "edge angles", edge_angles(images)
     yield "round factors", round_factors(images, 1_200)
+    for size in range(4, 32):
+        yield f"size {size}", smaller(images, 300, size)
     yield "no image", chain(images, DEFAULT, 0)
 
 
