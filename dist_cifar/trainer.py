@@ -22,7 +22,6 @@ from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.evaluate import Evaluator
-from dist_cifar.models import build_model
 from dist_cifar.ops.pass_random import seed_pass
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule
@@ -38,6 +37,7 @@ from dist_cifar.stopping import Deadline, at_once, defer, seconds_left, stop_req
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.strategy.compute import build_evaluator, compile_kernels
+from dist_cifar.strategy.initial_model import build_initial_model
 from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
 from dist_cifar.tracking.records import RunRecords
@@ -113,7 +113,7 @@ class Trainer:
         compile_kernels(config, communicator)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
-        model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
+        model = build_initial_model(config, data, communicator)
         evaluator = build_evaluator(model, config, data, communicator)
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(

@@ -1,5 +1,5 @@
-"""Whole runs of the package's optimizers and schedules: the same bits on every number of ranks and through a kill, and
-those of a loop that is written by hand."""
+"""Whole runs of the package's networks, optimizers and schedules: the same bits on every number of ranks and through a
+kill, and those of a loop that is written by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from dist_cifar import trainer as train_module
-from dist_cifar.config import load_components
+from dist_cifar.config import Config, load_components
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
+from dist_cifar.models import build_model, speednet
 from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.trainer import Trainer
 from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
@@ -28,8 +29,13 @@ SGD = ("optimizer.name=sgd", "optimizer.lr=0.1", GROUPS, "schedule.name=triangle
 ADAMW = ("optimizer.name=adamw", "optimizer.decay_norms_and_biases=false", "schedule.name=cosine")
 MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_every_steps=2", "schedule.name=multistep")
 
+SPEEDNET = ("model.name=speednet", "model.widths=[8, 12, 8]", "optimizer.name=muon", "schedule.name=triangle")
+WIDE = ("model.name=wideresnet", "model.depth=10", "model.widen_factor=1", "optimizer.name=sgd")
 
-@pytest.mark.parametrize("parts", [SGD, ADAMW, MUON], ids=["sgd", "adamw", "muon"])
+
+@pytest.mark.parametrize(
+    "parts", [SGD, ADAMW, MUON, SPEEDNET, WIDE], ids=["sgd", "adamw", "muon", "speednet", "wideresnet"]
+)
 def test_exact_gives_the_same_bits_on_every_world_size_and_through_a_kill(ranks, tiny, tmp_path, parts):
     config = tiny(*parts, *EXACT, "optimizer.warmup_epochs=0.4", "checkpoint.every_steps=2")
     resumed = same_bits_everywhere(ranks, config, tmp_path, stopped_at=2)
@@ -53,6 +59,48 @@ def test_the_other_strategies_train_as_exact_does(ranks, tiny, tmp_path, parts, 
         assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
 
 
+FILTERS = "whiten.weight"
+
+
+def trained_filters(config: Config) -> torch.Tensor:
+    return load_classifier(Path(config.run.dir), torch.device("cpu")).module.state_dict()[FILTERS]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_the_other_strategies_train_speednet_as_exact_does(ranks, tiny, tmp_path, strategy):
+    """BatchNorm sees the same images: the micro-batch of a rank is that of a virtual rank."""
+    network = ("model.name=speednet", "model.widths=[8, 12, 8]", "optimizer.name=sgd", "optimizer.lr=0.02")
+    common = (*network, "run.log_every_steps=1", "train.epochs=1", "strategy.virtual_ranks=2", "eval.select=last")
+    oracle = at(tiny(*common, "strategy.name=exact"), tmp_path / "exact")
+    ranks.run(1, train, oracle)
+    config = at(tiny(*common, f"strategy.name={strategy}", "strategy.zero_stage=3"), tmp_path / strategy)
+    assert ranks.run(2, disturbed, config, 2, 1, False) == [False, False]
+    assert ranks.run(2, train, config) == [True, True]
+    for row, expected in zip(rows(config, "train"), rows(oracle, "train"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+    initial = Trainer.build(at(tiny(*common), tmp_path / "new"), alone()).strategy.model_state_dict()
+    assert torch.equal(trained_filters(config), initial[FILTERS])  # to the last bit: they are frozen
+    assert torch.equal(trained_filters(oracle), initial[FILTERS])
+
+
+def with_other_filters(communicator: Communicator, config: Config) -> bool:
+    """A run on a machine that computes other filters from the same images."""
+    original, speednet.whitening_filters = speednet.whitening_filters, lambda covariance, eps: torch.ones(24, 3, 2, 2)
+    try:
+        return train(communicator, config)
+    finally:
+        speednet.whitening_filters = original
+
+
+def test_a_resume_keeps_the_filters_of_the_checkpoint(ranks, tiny, tmp_path):
+    config, other = (at(tiny(*SPEEDNET, *EXACT), tmp_path / name) for name in ("resumed", "other"))
+    assert ranks.run(2, disturbed, config, 2, 0, False) == [False, False]
+    assert all(ranks.run(1, with_other_filters, config)) and all(ranks.run(1, with_other_filters, other))
+    initial = Trainer.build(at(config, tmp_path / "new"), alone()).strategy.model_state_dict()
+    assert torch.equal(trained_filters(config), initial[FILTERS])
+    assert trained_filters(other).eq(1).all()  # what it computes counts where there is no checkpoint
+
+
 def alone() -> Communicator:
     return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
@@ -60,7 +108,7 @@ def alone() -> Communicator:
 def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
     config = tiny(*SGD, "optimizer.max_grad_norm=null", "optimizer.weight_decay=0.01")
     trainer = Trainer.build(config, alone())
-    model = train_module.build_model(config.model, num_classes=10, seed=config.run.seed)
+    model = build_model(config.model, num_classes=10, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
     prepare_module(model, config, torch.device("cpu"))  # the same kernels: what is compared is the update
     named = dict(model.named_parameters())

@@ -134,6 +134,9 @@ class AugmentConfig:
     """Range of the box's ratio of height to width."""
 
 
+Width = Annotated[int, Range(minimum=1, maximum=2**16)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network."""
@@ -142,16 +145,31 @@ class ModelConfig:
         str,
         Names(
             kind="model",
-            known=("resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
+            known=(
+                *("resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
+                *("wrn16_4", "wrn28_10", "wrn40_4", "wideresnet", "speednet"),
+            ),
         ),
     ] = "resnet18"
     """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 8 to 56;
-    `my_models:Net`: a class or function of your own; `timm:NAME` and `torchvision:NAME`: one of those packages."""
+    `wrn16_4`, `wrn28_10`, `wrn40_4`: wide ResNets, and `wideresnet` one of any `depth` and `widen_factor`; `speednet`:
+    the small network of airbench, which trains fastest; `my_models:Net`: a class or function of your own; `timm:NAME`
+    and `torchvision:NAME`: one of those packages."""
     options: Options = field(default_factory=dict)
-    """Arguments of a network that is not a ResNet of this package, e.g. `model.options.width=256`."""
+    """Arguments of a network that is from outside this package, e.g. `model.options.width=256`."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation of the ResNets of this package: BatchNorm, or GroupNorm with 8 groups, which does not depend on the
     other samples of a batch."""
+    depth: PositiveInt | None = None
+    """`wideresnet`: its layers, 6 n + 4, by default 28. `speednet`: the convolutions of each of its groups, 1 to 3, by
+    default 2; with 3 the first activation of a group is added before its last one."""
+    widen_factor: Annotated[int, Range(minimum=1, maximum=128)] = 10
+    """`wideresnet`: its three groups have 16, 32 and 64 times as many channels as this."""
+    widths: tuple[Width, Width, Width] = (64, 256, 256)
+    """`speednet`: the channels of its three groups."""
+    whitening_eps: Annotated[float, Range(minimum=1e-12, maximum=100)] = 5e-4
+    """`speednet`: what is added to the variances by which its first layer divides. The filters of that layer whiten
+    patches of 5,000 training images, and are not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
