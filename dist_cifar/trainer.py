@@ -42,6 +42,7 @@ from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
 from dist_cifar.tracking.records import RunRecords
 from dist_cifar.tracking.training_log import TrainingLog, require_finite
+from dist_cifar.tta import final_evaluation
 
 
 def train(
@@ -287,7 +288,7 @@ class Trainer:
         if self.config.eval.select == "best" and state.best_step != state.step:
             model = self.checkpoints.load_best(state.best_step)
         with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
-            test = self.evaluator.test(model)
+            test = final_evaluation(self.evaluator, model, self.config.eval)
         self.log.evaluation("test", self._timed_state(), test)
         self.records.finished(
             state,

@@ -19,8 +19,10 @@ from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
 from dist_cifar.models import build_model, speednet
 from dist_cifar.strategy.compute import prepare_module
+from dist_cifar.tools.report.read import read_run
+from dist_cifar.tools.report.sections import headline_cards
 from dist_cifar.trainer import Trainer
-from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
+from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, spoken, summary, train
 
 EXACT = ("strategy.name=exact", "strategy.virtual_ranks=4", "train.epochs=1.2", "data.synthetic_train_size=120")
 """Six steps."""
@@ -135,6 +137,25 @@ def test_sgd_in_ddp_equals_a_hand_written_loop(tiny):
         trainer.train_step(batch)
     for name, tensor in trainer.strategy.model_state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_accuracy_with_test_time_augmentation_is_beside_the_plain_one(ranks, tiny, tmp_path):
+    results = []
+    for world_size in (1, 2, 4):
+        config = tiny(*EXACT, "eval.tta=mirror_translate", "eval.tta_share=0.5", "eval.batch_size=7")
+        config = at(config, tmp_path / str(world_size))
+        if world_size == 2:  # without views up to the stop: they may be asked for at the end
+            plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta="none"))
+            assert ranks.run(2, disturbed, plain, 2, 0, False) == [False, False]
+        output = ranks.run(world_size, spoken, config)[0]
+        found, (row,) = summary(config), rows(config, "test")
+        assert (found["tta"], found["tta_share"]) == ("mirror_translate", 0.5)
+        assert (row["accuracy_tta"], row["loss_tta"]) == (found["test_accuracy_tta"], found["test_loss_tta"])
+        assert f"with TTA       {found['test_accuracy_tta']:.2%} (loss {found['test_loss_tta']:.4f})" in output
+        card = ("with TTA", f"{found['test_accuracy_tta']:.2%}", "test-time augmentation: mirror_translate")
+        assert card in headline_cards(read_run(Path(config.run.dir)))
+        results.append([row[name] for name in ("accuracy", "loss", "accuracy_tta", "loss_tta")])
+    assert results[0] == results[1] == results[2] and results[0][1] != results[0][3]
 
 
 @pytest.mark.parametrize("select", ["best", "last"])

@@ -239,6 +239,13 @@ class EvalConfig:
     validation split, or the last ones, which is right for a schedule that ends with a small learning rate."""
     batch_size: PositiveInt = 500
     """Samples of one forward pass, for every world size: the result does not depend on the number of ranks."""
+    tta: Free[Literal["none", "mirror", "mirror_translate"]] = "none"
+    """Test-time augmentation of the final evaluation, whose result is given beside the plain one: the mean of the
+    logits of an image and its mirror image, or of six views, among which are those shifted by one pixel to the lower
+    right and to the upper left."""
+    tta_share: Free[Probability] = 1.0
+    """`tta`: the share of the test images, the least certain first, whose views are averaged; the others keep their
+    plain logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,8 @@ RULES = {
     "eval.every_epochs": "decides",
     "eval.select": "decides",
     "eval.batch_size": "decides",
+    "eval.tta": "free",
+    "eval.tta_share": "free",
     "checkpoint.every_steps": "free",
     "checkpoint.keep_last": "free",
     "checkpoint.keep_best": "free",
