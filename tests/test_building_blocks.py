@@ -80,7 +80,10 @@ def test_the_other_strategies_train_speednet_as_exact_does(ranks, tiny, tmp_path
     assert ranks.run(2, train, config) == [True, True]
     for row, expected in zip(rows(config, "train"), rows(oracle, "train"), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
-    initial = Trainer.build(at(tiny(*common), tmp_path / "new"), alone()).strategy.model_state_dict()
+    new = Trainer.build(at(tiny(*common), tmp_path / "new"), alone())
+    initial = new.strategy.model_state_dict()
+    trained = [parameter for parameter in new.strategy.module.parameters() if parameter.requires_grad]
+    assert new.evaluator.parameter_count == sum(parameter.numel() for parameter in trained) + 24 * 12
     assert torch.equal(trained_filters(config), initial[FILTERS])  # to the last bit: they are frozen
     assert torch.equal(trained_filters(oracle), initial[FILTERS])
 
