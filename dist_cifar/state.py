@@ -79,6 +79,8 @@ class Evaluation:
     """[classes, classes]: samples of the true class (row) that were predicted as (column)."""
     logits: npt.NDArray[np.float32]
     """[count, classes], in the order of the split."""
+    tta: Evaluation | None = None
+    """The result with test-time augmentation, where the config asks for it."""
 
     @property
     def count(self) -> int:

@@ -23,7 +23,6 @@ from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.evaluate import Evaluator
-from dist_cifar.models import build_model
 from dist_cifar.ops.pass_random import seed_pass
 from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule
@@ -39,10 +38,12 @@ from dist_cifar.stopping import Deadline, at_once, defer, seconds_left, stop_req
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
 from dist_cifar.strategy.compute import build_evaluator, compile_kernels
+from dist_cifar.strategy.initial_model import build_initial_model
 from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
 from dist_cifar.tracking.records import RunRecords
 from dist_cifar.tracking.training_log import TrainingLog, require_finite
+from dist_cifar.tta import final_evaluation
 
 
 def train(
@@ -55,9 +56,8 @@ def train(
 ) -> bool:
     """Trains, evaluates and writes the run directory; returns whether the run is done, or was stopped and saved.
 
-    A collective. Raises `UserError` for problems that the user can fix. `must_resume`: fail if there is no checkpoint.
-    `resume_anyway`: resume even if that changes the result. `trackers` are opened on rank 0 beside those of the config,
-    and finished when `status.json` says that the run is done.
+    A collective. Raises `UserError` for what the user can fix. `must_resume`: fail if there is no checkpoint.
+    `resume_anyway`: also if it changes the result. `trackers` are opened on rank 0 and finished when the run is done.
     """
     run_dir = RunDir.of(config)
     with Console(is_main_process=communicator.rank == 0) as console, ExitStack() as held:
@@ -114,7 +114,7 @@ class Trainer:
         compile_kernels(config, communicator)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
-        model = build_model(config.model, num_classes=len(dataset.classes), seed=config.run.seed)
+        model = build_initial_model(config, data, communicator)
         evaluator = build_evaluator(model, config, data, communicator)
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(
@@ -288,7 +288,7 @@ class Trainer:
         if self.config.eval.select == "best" and state.best_step != state.step:
             model = self.checkpoints.load_best(state.best_step)
         with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
-            test = self.evaluator.test(model)
+            test = final_evaluation(self.evaluator, model, self.config.eval)
         self.log.evaluation("test", self._timed_state(), test)
         self.records.finished(
             state,

@@ -27,6 +27,7 @@ ORDER = [
     ["run"],
     ["data"],
     ["evaluate"],
+    ["tta"],
     ["strategy"],
     ["tracking"],
     ["trainer"],

@@ -1,5 +1,5 @@
-"""Whole runs of the package's optimizers and schedules: the same bits on every number of ranks and through a kill, and
-those of a loop that is written by hand."""
+"""Whole runs of the package's networks, optimizers and schedules: the same bits on every number of ranks and through a
+kill, and those of a loop that is written by hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from torch import nn
 
 from dist_cifar import trainer as train_module
-from dist_cifar.config import load_components
+from dist_cifar.config import Config, load_components
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
+from dist_cifar.models import build_model, speednet
 from dist_cifar.strategy.compute import prepare_module
+from dist_cifar.tools.report.read import read_run
+from dist_cifar.tools.report.sections import headline_cards
 from dist_cifar.trainer import Trainer
-from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
+from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, spoken, summary, train
 
 EXACT = ("strategy.name=exact", "strategy.virtual_ranks=4", "train.epochs=1.2", "data.synthetic_train_size=120")
 """Six steps."""
@@ -28,6 +31,8 @@ SGD = ("optimizer.name=sgd", "optimizer.lr=0.1", GROUPS, "schedule.name=triangle
 ADAMW = ("optimizer.name=adamw", "optimizer.decay_norms_and_biases=false", "schedule.name=cosine")
 MUON = ("optimizer.name=muon", "optimizer.lr=0.1", GROUPS, "muon.renormalise_every_steps=2", "schedule.name=multistep")
 
+SPEEDNET = ("model.name=speednet", "model.widths=[8, 12, 8]", "optimizer.name=muon", "schedule.name=triangle")
+WIDE = ("model.name=wideresnet", "model.depth=10", "model.widen_factor=1", "optimizer.name=sgd")
 
 EMA = ("average.name=ema", "average.every_steps=2", "average.half_life_epochs=0.5", "average.start_epoch=0.2")
 LOOKAHEAD = (*SGD, "average.name=lookahead", "average.every_steps=4")
@@ -43,6 +48,8 @@ BLOCKS = {
     "lookahead": LOOKAHEAD,
     "cutmix": CUTMIX,
     "pixels": PIXELS,
+    "speednet": SPEEDNET,
+    "wideresnet": WIDE,
 }
 
 
@@ -70,6 +77,51 @@ def test_the_other_strategies_train_as_exact_does(ranks, tiny, tmp_path, parts, 
         assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
 
 
+FILTERS = "whiten.weight"
+
+
+def trained_filters(config: Config) -> torch.Tensor:
+    return load_classifier(Path(config.run.dir), torch.device("cpu")).module.state_dict()[FILTERS]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+def test_the_other_strategies_train_speednet_as_exact_does(ranks, tiny, tmp_path, strategy):
+    """BatchNorm sees the same images: the micro-batch of a rank is that of a virtual rank."""
+    network = ("model.name=speednet", "model.widths=[8, 12, 8]", "optimizer.name=sgd", "optimizer.lr=0.02")
+    common = (*network, "run.log_every_steps=1", "train.epochs=1", "strategy.virtual_ranks=2", "eval.select=last")
+    oracle = at(tiny(*common, "strategy.name=exact"), tmp_path / "exact")
+    ranks.run(1, train, oracle)
+    config = at(tiny(*common, f"strategy.name={strategy}", "strategy.zero_stage=3"), tmp_path / strategy)
+    assert ranks.run(2, disturbed, config, 2, 1, False) == [False, False]
+    assert ranks.run(2, train, config) == [True, True]
+    for row, expected in zip(rows(config, "train"), rows(oracle, "train"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+    new = Trainer.build(at(tiny(*common), tmp_path / "new"), alone())
+    initial = new.strategy.model_state_dict()
+    trained = [parameter for parameter in new.strategy.module.parameters() if parameter.requires_grad]
+    assert new.evaluator.parameter_count == sum(parameter.numel() for parameter in trained) + 24 * 12
+    assert torch.equal(trained_filters(config), initial[FILTERS])  # to the last bit: they are frozen
+    assert torch.equal(trained_filters(oracle), initial[FILTERS])
+
+
+def with_other_filters(communicator: Communicator, config: Config) -> bool:
+    """A run on a machine that computes other filters from the same images."""
+    original, speednet.whitening_filters = speednet.whitening_filters, lambda covariance, eps: torch.ones(24, 3, 2, 2)
+    try:
+        return train(communicator, config)
+    finally:
+        speednet.whitening_filters = original
+
+
+def test_a_resume_keeps_the_filters_of_the_checkpoint(ranks, tiny, tmp_path):
+    config, other = (at(tiny(*SPEEDNET, *EXACT), tmp_path / name) for name in ("resumed", "other"))
+    assert ranks.run(2, disturbed, config, 2, 0, False) == [False, False]
+    assert all(ranks.run(1, with_other_filters, config)) and all(ranks.run(1, with_other_filters, other))
+    initial = Trainer.build(at(config, tmp_path / "new"), alone()).strategy.model_state_dict()
+    assert torch.equal(trained_filters(config), initial[FILTERS])
+    assert trained_filters(other).eq(1).all()  # what it computes counts where there is no checkpoint
+
+
 def alone() -> Communicator:
     return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
@@ -80,7 +132,7 @@ def test_sgd_in_ddp_equals_a_hand_written_loop(tiny, average):
     averaged = (f"average.name={average}", "average.every_steps=2", "average.half_life_epochs=0.5", "average.decay=0.7")
     config = tiny(*SGD, *averaged, "optimizer.max_grad_norm=null", "optimizer.weight_decay=0.01")
     trainer = Trainer.build(config, alone())
-    model = train_module.build_model(config.model, num_classes=10, seed=config.run.seed)
+    model = build_model(config.model, num_classes=10, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
     prepare_module(model, config, torch.device("cpu"))  # the same kernels: what is compared is the update
     named = dict(model.named_parameters())
@@ -178,7 +230,7 @@ def test_every_size_trains_in_the_fused_layers_as_in_torchs(tiny, one_thread, mo
     config = tiny(f"model.name={model}", "batch.global_size=4", f"augment.resolution=[{phases}]")
     trainer = Trainer.build(config, alone())
     assert [trainer.batches.make(step).inputs.shape[2:] for step in range(29)] == [(n, n) for n in range(4, 33)]
-    plain = train_module.build_model(config.model, num_classes=10, seed=config.run.seed).train()
+    plain = build_model(config.model, num_classes=10, seed=config.run.seed).train()
     for step in (0, 1, 5, 7, 10, 12, 16, 21, 27):
         plain.load_state_dict(trainer.strategy.model_state_dict())
         plain.zero_grad()
@@ -207,6 +259,25 @@ def test_the_sizes_follow_the_length_which_is_not_resumed_with_another(ranks, ti
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2.0))
     with pytest.raises(Exception, match=r"result would change \(train\.epochs: 1\.0 -> 2\.0\)"):
         ranks.run(1, train, longer)
+
+
+def test_the_accuracy_with_test_time_augmentation_is_beside_the_plain_one(ranks, tiny, tmp_path):
+    results = []
+    for world_size in (1, 2, 4):
+        config = tiny(*EXACT, "eval.tta=mirror_translate", "eval.tta_share=0.5", "eval.batch_size=7")
+        config = at(config, tmp_path / str(world_size))
+        if world_size == 2:  # without views up to the stop: they may be asked for at the end
+            plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta="none"))
+            assert ranks.run(2, disturbed, plain, 2, 0, False) == [False, False]
+        output = ranks.run(world_size, spoken, config)[0]
+        found, (row,) = summary(config), rows(config, "test")
+        assert (found["tta"], found["tta_share"]) == ("mirror_translate", 0.5)
+        assert (row["accuracy_tta"], row["loss_tta"]) == (found["test_accuracy_tta"], found["test_loss_tta"])
+        assert f"with TTA       {found['test_accuracy_tta']:.2%} (loss {found['test_loss_tta']:.4f})" in output
+        card = ("with TTA", f"{found['test_accuracy_tta']:.2%}", "test-time augmentation: mirror_translate")
+        assert card in headline_cards(read_run(Path(config.run.dir)))
+        results.append([row[name] for name in ("accuracy", "loss", "accuracy_tta", "loss_tta")])
+    assert results[0] == results[1] == results[2] and results[0][1] != results[0][3]
 
 
 @pytest.mark.parametrize("select", ["best", "last"])

@@ -14,6 +14,7 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
+from dist_cifar.models import build_model
 from dist_cifar.trainer import Trainer
 from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
 
@@ -86,7 +87,7 @@ def test_the_other_strategies_train_as_exact_does(ranks, own, tmp_path, strategy
 
 def beside_a_hand_written_loop(communicator: Communicator, config: Config) -> None:
     trainer = Trainer.build(config, communicator)
-    model = train_module.build_model(config.model, num_classes=7, seed=config.run.seed)
+    model = build_model(config.model, num_classes=7, seed=config.run.seed)
     model = model.to(memory_format=torch.channels_last).train()
     oracle = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
     for step in range(4):

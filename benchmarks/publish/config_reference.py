@@ -36,6 +36,7 @@ and backward pass: choose the batch large enough that an eighth of it keeps a GP
 
 **Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint use
 them. The test set is read once, at the end, with the best checkpoint, or with `eval.select=last` the last one.
+`eval.tta` adds the accuracy over several views of each image, beside the plain one; nothing is chosen by it.
 
 **Groups of parameters.** `optimizer.groups` is a list of rules, of which the first whose pattern matches a parameter's
 name holds. With `optimizer.decay_norms_and_biases=false` parameters of one dimension do not decay.

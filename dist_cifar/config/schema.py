@@ -171,6 +171,9 @@ class MixConfig:
     """So many epochs at the end of the run are trained on single images."""
 
 
+Width = Annotated[int, Range(minimum=1, maximum=2**16)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The network."""
@@ -179,16 +182,31 @@ class ModelConfig:
         str,
         Names(
             kind="model",
-            known=("resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
+            known=(
+                *("resnet18", "resnet34", "resnet50", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
+                *("wrn16_4", "wrn28_10", "wrn40_4", "wideresnet", "speednet"),
+            ),
         ),
     ] = "resnet18"
     """ResNet-18, -34, -50 with the CIFAR stem (3x3 first convolution, no max-pool), or He's CIFAR ResNets 8 to 56;
-    `my_models:Net`: a class or function of your own; `timm:NAME` and `torchvision:NAME`: one of those packages."""
+    `wrn16_4`, `wrn28_10`, `wrn40_4`: wide ResNets, and `wideresnet` one of any `depth` and `widen_factor`; `speednet`:
+    the small network of airbench, which trains fastest; `my_models:Net`: a class or function of your own; `timm:NAME`
+    and `torchvision:NAME`: one of those packages."""
     options: Options = field(default_factory=dict)
-    """Arguments of a network that is not a ResNet of this package, e.g. `model.options.width=256`."""
+    """Arguments of a network that is from outside this package, e.g. `model.options.width=256`."""
     norm: Literal["batch", "group"] = "batch"
     """Normalisation of the ResNets of this package: BatchNorm, or GroupNorm with 8 groups, which does not depend on the
     other samples of a batch."""
+    depth: PositiveInt | None = None
+    """`wideresnet`: its layers, 6 n + 4, by default 28. `speednet`: the convolutions of each of its groups, 1 to 3, by
+    default 2; with 3 the first activation of a group is added before its last one."""
+    widen_factor: Annotated[int, Range(minimum=1, maximum=128)] = 10
+    """`wideresnet`: its three groups have 16, 32 and 64 times as many channels as this."""
+    widths: tuple[Width, Width, Width] = (64, 256, 256)
+    """`speednet`: the channels of its three groups."""
+    whitening_eps: Annotated[float, Range(minimum=1e-12, maximum=100)] = 5e-4
+    """`speednet`: what is added to the variances by which its first layer divides. The filters of that layer whiten
+    patches of 5,000 training images, and are not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +278,13 @@ class EvalConfig:
     validation split, or the last ones, which is right for a schedule that ends with a small learning rate."""
     batch_size: PositiveInt = 500
     """Samples of one forward pass, for every world size: the result does not depend on the number of ranks."""
+    tta: Free[Literal["none", "mirror", "mirror_translate"]] = "none"
+    """Test-time augmentation of the final evaluation, whose result is given beside the plain one: the mean of the
+    logits of an image and its mirror image, or of six views, among which are those shifted by one pixel to the lower
+    right and to the upper left."""
+    tta_share: Free[Probability] = 1.0
+    """`tta`: the share of the test images, the least certain first, whose views are averaged; the others keep their
+    plain logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

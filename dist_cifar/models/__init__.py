@@ -15,23 +15,44 @@ from torch import nn
 from dist_cifar import plugins
 from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import ModelConfig
-from dist_cifar.errors import ConfigError
-from dist_cifar.models import resnet
+from dist_cifar.errors import ConfigError, listed
+from dist_cifar.models import resnet, speednet, wideresnet
+
+_DEFAULTS = ModelConfig()
 
 ModelBuilder = Callable[..., nn.Module]
 """Called as `build(config: ModelConfig, *, num_classes: int)`: makes a network from float32 [n, 3, 32, 32] to logits
 float32 [n, num_classes], on the CPU, and draws its weights from torch's global generator."""
 
-MODELS: dict[str, ModelBuilder] = {**resnet.BUILDERS}
+MODELS: dict[str, ModelBuilder] = {
+    **resnet.BUILDERS,
+    **wideresnet.BUILDERS,
+    "speednet": speednet.build_speednet,
+}
 """The builder of every network by its name."""
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "depth": ("wideresnet", "speednet"),
+    "widen_factor": ("wideresnet",),
+    "widths": ("speednet",),
+    "whitening_eps": ("speednet",),
+}
+"""The networks that read a field of `ModelConfig`, for each field that not all of the package's ResNets read."""
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
     """Builds the network of `config` on the CPU: float32 [n, 3, 32, 32] to logits float32 [n, num_classes].
 
     The weights are the same for the same arguments, on every rank and whatever the global generator holds, which is
-    left as it was. Raises `ConfigError` where a network from outside the package fails or is none.
+    left as it was. Raises `ConfigError` where a network from outside the package fails or is none, and for a setting
+    that the network does not read.
     """
+    for field, names in _SETTINGS.items():
+        value = getattr(config, field)
+        if config.name not in names and value != getattr(_DEFAULTS, field):
+            raise ConfigError(
+                f"model.{field}: {value} was set, which model.name={config.name} does not read; it is for"
+                f" {listed(list(names))}"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.name in MODELS:

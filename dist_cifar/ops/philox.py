@@ -25,6 +25,8 @@ STREAM_PASS = 4
 """What a network draws in a pass of its training."""
 STREAM_MIX = 5
 """Partners and shares of mixup and CutMix."""
+STREAM_INITIAL = 6
+"""The training images that a network takes its initial weights from."""
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -121,6 +121,10 @@ STATUS: Shape = {
 SUMMARY: Shape = {
     "test_accuracy": is_finite,
     "test_loss": is_number,
+    "test_accuracy_tta": optional(is_finite),
+    "test_loss_tta": optional(is_number),
+    "tta": optional(is_text),
+    "tta_share": optional(is_finite),
     "test_class_accuracy": by_name(optional(is_finite)),
     "test_confusion": is_confusion,
     "best_val_accuracy": is_finite,
@@ -166,7 +170,7 @@ ROWS: Mapping[str, Shape] = {
         "skipped_steps": optional(is_count),
     },
     "eval": {**_EVALUATION, "split": is_text},
-    "test": _EVALUATION,
+    "test": {**_EVALUATION, "accuracy_tta": optional(is_finite), "loss_tta": optional(is_number)},
 }
 """What a row has by its kind, beside what every row has."""
 _EVENT: Shape = {"event": is_text, "time": is_time}

@@ -37,6 +37,7 @@ def build_summary(
         "name": config.run.name,
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
+        **_with_tta(config, test.tta),
         "test_class_accuracy": dict(zip(classes, test.class_accuracy, strict=True)),
         "test_confusion": test.confusion.tolist(),
         "best_val_accuracy": state.best_accuracy,
@@ -63,6 +64,14 @@ def build_summary(
     }
 
 
+def _with_tta(config: Config, test: Evaluation | None) -> dict[str, Any]:
+    """What is added for a result with test-time augmentation."""
+    if test is None:
+        return {}
+    views = {"tta": config.eval.tta, "tta_share": config.eval.tta_share}
+    return {"test_accuracy_tta": test.accuracy, "test_loss_tta": test.loss, **views}
+
+
 def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, str]]:
     """Rows (name, text) of the table that a person reads at the end of a run."""
     steps = counted(summary["steps"], "step")
@@ -81,6 +90,8 @@ def result_rows(summary: Mapping[str, Any], run_dir: RunDir) -> list[tuple[str, 
         ("weights", f"sha256 {summary['weights_sha256'][:16]}"),
         ("run directory", str(run_dir.path)),
     ]
+    if summary.get("test_accuracy_tta") is not None:
+        rows.insert(1, ("with TTA", f"{summary['test_accuracy_tta']:.2%} (loss {summary['test_loss_tta']:.4f})"))
     if run_dir.report.exists():
         rows.append(("report", str(run_dir.report)))
     return rows

@@ -57,7 +57,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
         communicator.require_process_group()
         self._stage = config.strategy.zero_stage
         deepspeed = _import_deepspeed(self._device)
-        self._utils = deepspeed.utils
+        self._utils, self._gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         self.module = module.to(self._device)
         prepare_module(module, config, self._device)
         self._optimizer = make_optimizer(trained_parameters(module))
@@ -109,15 +109,27 @@ class DeepSpeedStrategy(DataParallelStrategy):
     def _whole_model(self) -> Tensors:
         state = self.module.state_dict()
         if self._stage == 3:
-            state |= {name: self._utils.safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
+            state |= {name: self._whole(parameter) for name, parameter in self.module.named_parameters()}
         return state
+
+    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The value of a parameter of ZeRO stage 3, whose optimizer does not hold those that are not trained."""
+        if parameter.requires_grad:
+            whole: torch.Tensor = self._utils.safe_get_full_fp32_param(parameter)
+            return whole
+        with self._gathered(parameter):
+            return parameter.detach().clone()
 
     def load_model(self, model: Tensors) -> None:
         for name, buffer in self.module.named_buffers():
             if name in model:
                 buffer.copy_(model[name])
         for name, parameter in self.module.named_parameters():
-            self._set(parameter, None, model[name])
+            if parameter.requires_grad:
+                self._set(parameter, None, model[name])
+            else:
+                with self._gathered(parameter, modifier_rank=0, enabled=self._stage == 3), torch.no_grad():
+                    parameter.copy_(model[name])
 
     def _load_optimizer(self, optimizer: Tensors) -> None:
         if self._stage == 0:

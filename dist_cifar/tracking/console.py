@@ -101,6 +101,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     """A row of `metrics.jsonl` as one line."""
     line = f"{row['kind']:>5}  step {row['step']:>6}  epoch {row['epoch']:>7.2f}"
     line += f"  loss {_number(row.get('loss'), '.4f')}  accuracy {_number(row.get('accuracy'), '.4f')}"
+    if row.get("accuracy_tta") is not None:
+        line += f"  with TTA {_number(row['accuracy_tta'], '.4f')}"
     if row["kind"] == "train":
         line += f"  lr {row['lr']:.3e}  grad norm {_number(row.get('grad_norm'), '.3f')}"
         line += f"  {row['images_per_second']:,.0f} images/s  data wait {row['data_wait_share']:.1%}"

@@ -75,6 +75,7 @@ class TrainingLog:
             accuracy=result.accuracy,
             count=result.count,
             class_accuracy=result.class_accuracy,
+            **({} if result.tta is None else {"accuracy_tta": result.tta.accuracy, "loss_tta": result.tta.loss}),
         )
 
     def take_totals(self, sums: TrainingSums) -> list[StepTotals]:

@@ -50,7 +50,7 @@ def test_hints(key, hint):
     assert f"unknown key; {hint}" in error_of(key)
 
 
-@pytest.mark.parametrize("key", ["name", "x.y.z", "model.width", "run.output", "tracking.name", "", ".", "optimizer.x"])
+@pytest.mark.parametrize("key", ["name", "x.y.z", "model.wings", "run.output", "tracking.name", "", ".", "optimizer.x"])
 def test_no_hint_is_better_than_one_that_misleads(key):
     assert "unknown key; `python -m dist_cifar train --help` lists them all" in error_of(key)
 

@@ -359,3 +359,8 @@ def test_the_config_imports_no_torch():
         "import sys, dist_cifar.config, dist_cifar.cli.main; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_flattened_values_are_the_config_again():
+    config = load_config(None, ["model.widths=[8, 16, 8]", "optimizer.betas=[0.8, 0.9]"])
+    assert config_from_values(flatten(config)) == config

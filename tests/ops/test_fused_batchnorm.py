@@ -252,7 +252,7 @@ def test_one_value_for_each_channel_is_torchs_error():
         layer(draw((1, 4, 1, 1), 1))
 
 
-@pytest.mark.parametrize(("name", "count"), [("resnet20", 19), ("resnet18", 17), ("resnet50", 49)])
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 19), ("resnet18", 17), ("resnet50", 49), ("wrn16_4", 13)])
 def test_all_that_ends_with_relu_is_fused(fused, name, count):
     network = build_model(ModelConfig(name=name), num_classes=10, seed=0).to(memory_format=torch.channels_last)
     names = list(network.state_dict())
@@ -263,7 +263,7 @@ def test_all_that_ends_with_relu_is_fused(fused, name, count):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "wrn16_4"])
 def test_where_a_kernel_does_not_fit_the_bits_are_those_of_the_plain_network(fused, name):
     """Two threads: what the network was recognised as is computed by torch's operations, in their order."""
     network = build_model(ModelConfig(name=name), num_classes=10, seed=0).to(memory_format=torch.channels_last)
@@ -279,15 +279,24 @@ def test_where_a_kernel_does_not_fit_the_bits_are_those_of_the_plain_network(fus
     assert fused == []
 
 
-def test_a_network_that_is_fused_computes_the_same_function(fused):
+@pytest.mark.parametrize(("name", "count"), [("resnet20", 19), ("wrn16_4", 13)])
+def test_a_network_that_is_fused_computes_the_same_function(fused, name, count):
     """In float64 by torch, and in float32 by the kernels, which sum in another order."""
-    network = build_model(ModelConfig(name="resnet20"), num_classes=10, seed=0).to(memory_format=torch.channels_last)
+    network = build_model(ModelConfig(name=name), num_classes=10, seed=0).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(network)
     fuse_batchnorm_relu(ours)
     images = draw((4, 3, 32, 32), 1)
     logits, expected = ours(images), network.double()(images.double())
-    assert len(fused) == 19
+    assert len(fused) == count
     torch.testing.assert_close(logits.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_without_a_scale_is_left_alone(fused):
+    network = build_model(ModelConfig(name="speednet", widths=(8, 8, 8)), num_classes=10, seed=0)
+    images = draw((2, 3, 32, 32), 1)
+    expected = network(images)
+    fuse_batchnorm_relu(network)
+    assert torch.equal(network(images), expected) and fused == []
 
 
 def test_group_norm_is_left_alone(fused):

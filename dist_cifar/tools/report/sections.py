@@ -69,10 +69,14 @@ def _result_cards(run: Run) -> list[Card]:
         chosen = f"{summary['best_val_accuracy']:.2%} on the {summary['best_chosen_on']} split"
         if test_step(summary) != summary["best_step"]:
             chosen += "; the last one was tested"
-        return [
+        cards = [
             ("test accuracy", f"{summary['test_accuracy']:.2%}", f"95% interval {run.accuracy_interval}"),
             ("best epoch", f"{epoch:g} of {summary['epochs']:g}", chosen),
         ]
+        if summary.get("test_accuracy_tta") is not None:
+            views = f"test-time augmentation: {summary.get('tta')}"
+            cards.insert(1, ("with TTA", f"{summary['test_accuracy_tta']:.2%}", views))
+        return cards
     if evaluations:
         best = max(evaluations, key=lambda row: row["accuracy"])
         return [(f"best {best['split']} accuracy", f"{best['accuracy']:.2%}", f"epoch {number(best['epoch'])}")]
