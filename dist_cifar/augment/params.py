@@ -14,7 +14,8 @@ cutout", 2017, whose box may be cut off by the border.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -69,9 +70,15 @@ def sample_params(
     config: AugmentConfig, *, seed: int, epoch: int, indices: npt.ArrayLike, size: int = IMAGE_SIZE
 ) -> AugmentParams:
     """The parameters of the images `indices` (int [n], positions in the data set) in `epoch`, with this `size`."""
-    identity = _identity(np.size(indices), size)
-    if config.policy == "none":
-        return identity
+    drawn = {} if config.policy == "none" else _sample_policy(config, seed, epoch, indices)
+    n = np.size(indices)
+    return AugmentParams(
+        size=size, **{name: drawn[name] if name in drawn else make(n) for name, make in _UNCHANGED.items()}
+    )
+
+
+def _sample_policy(config: AugmentConfig, seed: int, epoch: int, indices: npt.ArrayLike) -> dict[str, Any]:
+    """Fields of `AugmentParams` that the policy and the operations of both policies draw."""
     padding = CROP_PADDING[config.policy] if config.crop_padding is None else config.crop_padding
     draws = _UNIFORMS[config.policy]  # those of the policy; four for places follow where they are needed
     u = uniform(seed, STREAM_AUGMENT, epoch, indices, draws + 4 * bool(config.crop_padding or config.cutout_size))
@@ -86,7 +93,7 @@ def sample_params(
         fields["shift"] = (place * (2 * padding + 1)).astype(np.int16) - np.int16(padding)
     if config.cutout_size:
         fields["cutout"] = _sample_cutout(u[:, draws + 2 :], config.cutout_size)
-    return replace(identity, **fields)
+    return fields
 
 
 def erased_boxes(params: AugmentParams) -> npt.NDArray[np.int16]:
@@ -96,19 +103,17 @@ def erased_boxes(params: AugmentParams) -> npt.NDArray[np.int16]:
     return boxes if params.size == IMAGE_SIZE else scaled_edges(boxes, params.size)
 
 
-def _identity(n: int, size: int) -> AugmentParams:
-    """Parameters of `n` images that change nothing but their size."""
-    return AugmentParams(
-        shift=np.zeros((n, 2), np.int16),
-        flip=np.zeros(n, np.bool_),
-        angle=np.zeros(n),
-        order=np.tile(_ORDERS[0], (n, 1)),
-        factors=np.ones((n, 3)),
-        sharpness=np.ones(n),
-        box=np.zeros((n, 4), np.int16),
-        cutout=np.zeros((n, 4), np.int16),
-        size=size,
-    )
+_UNCHANGED: dict[str, Callable[[int], npt.NDArray[Any]]] = {
+    "shift": lambda n: np.zeros((n, 2), np.int16),
+    "flip": lambda n: np.zeros(n, np.bool_),
+    "angle": np.zeros,
+    "order": lambda n: _ORDERS[:1].repeat(n, axis=0),
+    "factors": lambda n: np.ones((n, 3)),
+    "sharpness": np.ones,
+    "box": lambda n: np.zeros((n, 4), np.int16),
+    "cutout": lambda n: np.zeros((n, 4), np.int16),
+}
+"""What each field of the parameters of n images is where nothing is changed."""
 
 
 def _sample_seed_policy(config: AugmentConfig, u: npt.NDArray[np.float64]) -> dict[str, Any]:

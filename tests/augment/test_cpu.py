@@ -309,10 +309,8 @@ MUTANTS = {
     "grey truncated": ("_fma(blue, _BLUE_SHARE, _HALF)", "blue * _BLUE_SHARE"),
     "border smoothed": ("value if on_ring else smooth", "smooth"),
     "box one row too high": ("_scaled(top + height, side))", "_scaled(top + height, side) + 1)"),
-    "box not scaled": ("return (edge * side + _SIDE // 2) // _SIDE", "return edge"),
     "edge of a box rounded down": ("(edge * side + _SIDE // 2)", "(edge * side)"),
     "cutout as wide as the box": ("cutout[i, 2], cutout[i, 3]", "cutout[i, 2], box[i, 3]"),
-    "first pixel of an area alone": ("for k in range(1, taps)", "for k in range(1, 1)"),
     "areas not weighted": ("total += weights[x, k] *", "total += _HALF *"),
     "average divided by 255 with one product": (
         "unit = _divide(planes[channel * pixels + p], _WHITE, _UNIT_HIGH, _UNIT_LOW)",
@@ -324,14 +322,12 @@ MUTANTS = {
 IN_THE_TENSOR = {"float32", "bfloat16"}
 SEEN_IN = {
     "box one row too high": IN_THE_TENSOR,
-    "box not scaled": IN_THE_TENSOR,
     "edge of a box rounded down": IN_THE_TENSOR,
     "cutout as wide as the box": IN_THE_TENSOR,
-    "first pixel of an area alone": IN_THE_TENSOR,
     "areas not weighted": IN_THE_TENSOR,
     "bfloat16 truncated": {"bfloat16"},
 }
-AT_OTHER_SIZES = ("box not scaled", "edge of", "first pixel", "areas not", "average divided")
+AT_OTHER_SIZES = ("edge of", "areas not", "average divided")
 """How the mutants begin that only an image of another size shows."""
 
 
