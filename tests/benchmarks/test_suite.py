@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dist_cifar.config import flatten, load_config
 from tests import REPOSITORY
 
 FOLDERS = [REPOSITORY / "benchmarks/suite", REPOSITORY / "benchmarks/publish"]
@@ -228,3 +231,36 @@ def test_the_picture_of_the_peers_has_a_panel_for_each_model_and_shape(script, t
     assert bf16 < 0 and fp32 > 1  # above and below the place of their program
     assert [label.get_text() for label in one.get_yticklabels()] == ["dist_cifar, ddp", "timm train.py", "Lightning"]
     plot.plt.close(figures[0])
+
+
+# --- accuracy.py --------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_a_config_and_each_change_to_adam_keeps_the_ones_before(script, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    accuracy = script("accuracy")
+    configs = {}
+    for name, arguments in accuracy.recipes().items():
+        file = Path(arguments[1]) if arguments[0] == "--config" else None
+        configs[name] = flatten(load_config(file, [] if file else arguments))
+    assert configs["resnet20_sgd"]["optimizer.name"] == "sgd" and configs["seed_resnet18"]["augment.policy"] == "seed"
+    changed = set()
+    for before, after in itertools.pairwise(accuracy._CHANGES):
+        differing = {key for key, value in configs[after].items() if configs[before][key] != value}
+        assert differing == {change.partition("=")[0] for change in accuracy._CHANGES[after]}
+        assert not differing & changed
+        changed |= differing
+
+
+def test_a_run_takes_the_place_of_the_same_run_in_the_result(script, tmp_path, monkeypatch):
+    accuracy = script("accuracy")
+    monkeypatch.setattr(accuracy, "RESULT", tmp_path / "accuracy.json")
+    row = {"recipe": "adam", "epochs": 10.0, "seed": 0, "hardware": "A", "test_accuracy": 0.8}
+    for change in ({}, {"seed": 1}, {"hardware": "B"}, {"test_accuracy": 0.81}):
+        accuracy.keep(row | change)
+    rows = json.loads(accuracy.RESULT.read_text())["runs"]
+    assert [(r["seed"], r["hardware"], r["test_accuracy"]) for r in rows] == [
+        (0, "A", 0.81),
+        (0, "B", 0.8),
+        (1, "A", 0.8),
+    ]
