@@ -62,9 +62,10 @@ class RankPool:
                     process.join(10)
                     succeeded, answer = False, f"the process died, exit code {process.exitcode}"
                 (answers if succeeded else failures)[rank] = answer
-        if len(answers) < world_size:
-            self.close()  # the others may hang in a collective: the next call starts anew
+        if failures or len(answers) < world_size:
             silent = sorted(set(range(world_size)) - set(answers) - set(failures))
+            if silent or not all(process.is_alive() for process, _ in self._ranks):
+                self.close()  # they may hang in a collective: the next call starts anew
             text = "\n".join(f"rank {rank}:\n{failure}" for rank, failure in sorted(failures.items()))
             raise RankError(f"{text}\nranks without an answer: {silent}")
         return [answers[rank] for rank in range(world_size)]

@@ -76,7 +76,7 @@ def test_two_nodes_of_two_ranks(cluster, submit, golden, script):
 
 
 def test_preemption(cluster, submit, golden):
-    """Under torchrun; without it ten times, below."""
+    """Under torchrun; without it five times, below."""
     job, run = submit("train.sbatch", TWO_NODES)
     cluster.wait_until(lambda: run.step() >= 5, "step 5", job)
     preempt(cluster, 2)
@@ -89,15 +89,15 @@ def test_preemption(cluster, submit, golden):
     run.require_equal(golden)
 
 
-def test_ten_preemptions(cluster, submit, golden):
+def test_five_preemptions(cluster, submit, golden):
     job, run = submit("train_srun.sbatch", TWO_NODES, seconds="0.6")  # slow: they must not end before the last cycle
-    for cycle in range(10):
+    for cycle in range(5):
         goal = run.step() + 1
         cluster.wait_until(lambda goal=goal: run.step() >= goal, f"step {goal} in cycle {cycle}", job)
         preempt(cluster, 2)
         cluster.wait_until(lambda cycle=cycle: len(run.requeues()) == cycle + 1, f"requeue {cycle + 1}", job)
-    assert cluster.wait(job)["Restarts"] == "10"
-    assert run.requeues() == ["saved"] * 10
+    assert cluster.wait(job)["Restarts"] == "5"
+    assert run.requeues() == ["saved"] * 5
     run.require_equal(golden)
 
 
