@@ -9,10 +9,12 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from dist_cifar.config.components import is_own
 from dist_cifar.config.load import flatten, with_current_keys
 from dist_cifar.config.marks import AtResume
 from dist_cifar.config.schema import HINTS, Config
 from dist_cifar.config.yaml_text import brief
+from dist_cifar.plugins import find
 
 
 def at_resume(key: str) -> AtResume:
@@ -28,10 +30,19 @@ _FOLLOW_LENGTH = ("cosine", "triangle")
 
 
 def follows_length(config: Config) -> bool:
-    """Whether a step depends on the length of the run, whose fields then decide the result."""
-    mixes_until = config.mix.name != "none" and config.mix.off_last_epochs > 0
-    parts = config.average.name == "lookahead", mixes_until, bool(config.augment.resolution)
-    return config.schedule.name in _FOLLOW_LENGTH or any(parts)
+    """Whether a step depends on the length of the run, whose fields then decide the result.
+
+    A schedule from outside the package may, unless it has an attribute `follows_length = False`.
+    """
+    name = config.schedule.name
+    own = find("schedule", "schedule.name", name) if is_own(config, "schedule") else None
+    return (
+        name in _FOLLOW_LENGTH
+        or (own is not None and getattr(own, "follows_length", True))
+        or config.average.name == "lookahead"
+        or (config.mix.name != "none" and config.mix.off_last_epochs > 0)
+        or bool(config.augment.resolution)
+    )
 
 
 def differences(old: Mapping[str, Any], config: Config) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dist_cifar import plugins
 from dist_cifar.config import Config, at_resume, batch_differences, differences, flatten, load_config
 from dist_cifar.config.load import MOVED
 from dist_cifar.config.marks import AtResume
@@ -166,6 +167,19 @@ def test_the_length_of_a_run_decides_where_the_schedule_follows_it(name, decides
     found = differences(old, load_config(None, [schedule, "train.epochs=3", "train.max_steps=9"]))
     expected = {"train.epochs": "train.epochs: 2.0 -> 3.0", "train.max_steps": "train.max_steps: null -> 9"}
     assert found == (expected if decides else {})
+
+
+@pytest.mark.parametrize("follows", [None, True, False])
+def test_a_schedule_from_outside_follows_the_length_unless_it_says_no(monkeypatch, follows):
+    def mine(context):
+        return lambda step: 0.1
+
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_schedule("mine")(mine)
+    if follows is not None:
+        mine.follows_length = follows
+    short, long = (load_config(None, ["schedule.name=mine", f"train.epochs={n}"]) for n in (3, 4))
+    assert list(differences(flatten(short), long)) == ([] if follows is False else ["train.epochs"])
 
 
 def test_a_key_that_is_unknown_decides():
