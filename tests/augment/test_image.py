@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dist_cifar.augment import cpu, params
+from dist_cifar.augment import cpu, cpu_pass, params
 from dist_cifar.augment.image import IMAGE_SHAPE, IMAGE_SIZE, UNSCALED, are_images, require_images
 
 
 def test_the_kernels_have_the_size_of_an_image():
-    assert (cpu._SIDE, params._SIDE) == (IMAGE_SIZE, IMAGE_SIZE)
+    assert (cpu_pass._SIDE, params._SIDE) == (IMAGE_SIZE, IMAGE_SIZE)
     assert IMAGE_SHAPE == (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
