@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ def headline(
             f"Median (minimum to maximum) of n on an {machine}. No GPU has been measured yet.",
         ]
     )
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """What the recipes reach: the mean over seeds, and how far they lie apart."""
+    runs: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        runs.setdefault((run["recipe"], run["epochs"], run["hardware"]), []).append(run)
+
+    def mean(rows: list[dict[str, Any]], name: str) -> str:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        spread = f" +- {statistics.stdev(values):.2%}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2%}{spread}" if values else ""
+
+    lines = ["| recipe | epochs | test accuracy | with TTA | n | ranks, hardware |", "|---|---|---|---|---|---|"]
+    for (recipe, epochs, hardware), rows in sorted(runs.items()):
+        accuracies = f"{mean(rows, 'test_accuracy')} | {mean(rows, 'test_accuracy_tta')}"
+        lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {len(rows)} | {rows[0]['ranks']}, {hardware} |")
+    (data,) = {run["data"] for run in result["runs"]}
+    return "\n".join([*lines, "", f"Mean and standard deviation over n seeds, images of {data}."])
 
 
 def real_job(result: dict[str, Any]) -> str:
@@ -440,6 +460,7 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
         "overhead": overhead,
         "settings": settings,
     },
+    "docs/recipes.md": {"accuracy": accuracy},
     "docs/slurm.md": {"slurm": slurm, "preemption": preemption},
 }
 

@@ -51,7 +51,7 @@ def recipes() -> dict[str, list[str]]:
         keys = {value.partition("=")[0] for value in change}
         arguments = [value for value in arguments if value.partition("=")[0] not in keys] + change
         found[name] = arguments
-    for name in ("resnet20_sgd", "resnet18_sgd", "cpu_resnet20", "adamw"):
+    for name in ("fast", "fast90", "resnet20_sgd", "resnet18_sgd", "cpu_resnet20", "adamw"):
         found[name] = ["--config", f"configs/{name}.yaml"]
     found["seed_resnet20"] = [
         "model.name=resnet20",
@@ -74,7 +74,17 @@ def train(name: str, arguments: list[str], seed: int, data: Path, directory: Pat
     subprocess.run(command, cwd=REPOSITORY, check=True)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    kept = ("epochs", "steps", "test_accuracy", "test_loss", "best_chosen_on", "test_step", "precision", "strategy")
+    kept = (
+        "epochs",
+        "steps",
+        "test_accuracy",
+        "test_accuracy_tta",
+        "test_loss",
+        "best_chosen_on",
+        "test_step",
+        "precision",
+        "strategy",
+    )
     return {
         "recipe": name,
         "seed": seed,
@@ -83,7 +93,7 @@ def train(name: str, arguments: list[str], seed: int, data: Path, directory: Pat
         "hardware": hardware(),
         "ranks": summary["world_size"],
         "threads_per_rank": summary["threads_per_rank"],
-        **{key: summary[key] for key in kept},
+        **{key: summary.get(key) for key in kept},
         "wall_seconds": round(summary["wall_seconds"]),
         "images_per_second": round(summary["images_per_second"]),
         "load_average_before": round(load, 2),
