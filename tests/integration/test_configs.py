@@ -13,7 +13,7 @@ from tests import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 CONFIGS = [path for path in FILES if path.stem != "sweep"]
-"""All but W&B's file of a sweep; see `test_tracking_wandb.py`."""
+"""All but W&B's file of a sweep; see `tests/tracking/test_wandb_tracker.py`."""
 
 
 def run(communicator: Communicator, config: Config) -> bool:
@@ -31,6 +31,7 @@ def test_two_steps(ranks, tmp_path, path):
         "batch.global_size=64",
         "train.max_steps=2",
         "run.device=cpu",
+        "compute.precision=auto",  # bf16 that is emulated takes minutes
         "tracking.wandb=disabled",
         f"run.dir={tmp_path}",
     ]
