@@ -264,3 +264,22 @@ def test_a_run_takes_the_place_of_the_same_run_in_the_result(script, tmp_path, m
         (0, "B", 0.8),
         (1, "A", 0.8),
     ]
+
+
+# --- time_to_accuracy.py ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_compared_with_the_peer_of_its_seed(script):
+    rows = [
+        {"program": program, "seed": seed, "seconds": seconds, "test_accuracy_tta": accuracy}
+        for program, seed, seconds, accuracy in (
+            ("airbench94", 0, 100.0, 0.91),
+            ("fast, 1 ranks", 0, 50.0, 0.912),
+            ("airbench94", 1, 200.0, 0.90),
+            ("fast, 1 ranks", 1, 120.0, 0.90),
+            ("fast, 1 ranks", 2, 1.0, 0.99),
+        )
+    ]
+    (row,) = script("time_to_accuracy").compared(rows)
+    assert (row["n"], row["seconds_over_peer_min"], row["seconds_over_peer_max"]) == (2, 0.5, 0.6)
+    assert row["accuracy_tta_minus_peer_mean"] == pytest.approx(0.001)

@@ -1,0 +1,130 @@
+"""Seconds and accuracy of the recipe `fast` against airbench94, in turns on one machine.
+
+    python benchmarks/suite/time_to_accuracy.py PATH_TO_FOLDER_OR_ZIP --runs FOLDER --seeds 0 1 2
+
+For each seed the peer (`benchmarks/peers/airbench94.py`, one process on all cores) and then the recipe, by
+`dist-cifar train`, on the numbers of ranks that are asked for. Seconds are those of what depends on the images: initial
+weights, training and the final evaluation; the images are decoded before. What is done is kept in FOLDER and not
+repeated. Writes benchmarks/results/time_to_accuracy.json. Run it on a machine that does nothing else: each row has the
+load average at its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_cifar.config import load_config
+from dist_cifar.data.dataset import load_dataset
+from dist_cifar.run.provenance import hardware, versions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PEER = REPOSITORY / "benchmarks/peers/airbench94.py"
+RESULT = REPOSITORY / "benchmarks/results/time_to_accuracy.json"
+PEERS_NAME = "airbench94"
+
+
+def write_images(data: Path, folder: Path) -> None:
+    """The images as the peer reads them, with the statistics that the recipe normalises by."""
+    dataset = load_dataset(load_config(None, ["data.source=folder", f"data.root={data}"]).data)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        np.save(folder / f"{name}_images.npy", split.images)
+        np.save(folder / f"{name}_labels.npy", split.labels)
+    statistics_of = {"mean": dataset.stats.mean, "std": dataset.stats.std}
+    (folder / "statistics.json").write_text(
+        json.dumps({name: list(map(float, v)) for name, v in statistics_of.items()})
+    )
+
+
+def run_peer(images: Path, seed: int, out: Path) -> dict[str, Any]:
+    """One run of the peer."""
+    subprocess.run([sys.executable, PEER, images, "--seed", str(seed), "--out", out], check=True)
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return result
+
+
+def run_ours(config: str, ranks: int, data: Path, seed: int, directory: Path, overrides: list[str]) -> dict[str, Any]:
+    """One run of the recipe; `wall_seconds` counts from the reading of the decoded images on."""
+    command = [
+        *(sys.executable, "-m", "dist_cifar", "train", "--ranks", str(ranks), "--config", f"configs/{config}.yaml"),
+        *("data.source=folder", f"data.root={data}", f"run.seed={seed}", f"run.dir={directory}", "run.device=cpu"),
+        *("tracking.wandb=disabled", *overrides),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    return {
+        "seed": seed,
+        "threads": summary["threads_per_rank"] * ranks,
+        "seconds": summary["wall_seconds"],
+        **{name: summary.get(name) for name in ("test_accuracy", "test_accuracy_tta", "precision", "steps")},
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each program that is not the peer: what it gains on the peer within a seed."""
+    peers = {row["seed"]: row for row in rows if row["program"] == PEERS_NAME}
+    found = []
+    for program in sorted({row["program"] for row in rows} - {PEERS_NAME}):
+        pairs = [(row, peers[row["seed"]]) for row in rows if row["program"] == program and row["seed"] in peers]
+        if pairs:
+            seconds = [ours["seconds"] / peer["seconds"] for ours, peer in pairs]
+            points = [ours["test_accuracy_tta"] - peer["test_accuracy_tta"] for ours, peer in pairs]
+            found.append(
+                {
+                    "program": program,
+                    "n": len(pairs),
+                    "seconds_over_peer_median": statistics.median(seconds),
+                    "seconds_over_peer_min": min(seconds),
+                    "seconds_over_peer_max": max(seconds),
+                    "accuracy_tta_minus_peer_mean": statistics.fmean(points),
+                }
+            )
+    return found
+
+
+def main() -> None:
+    """Runs what is not done yet, seed by seed, and writes the JSON after each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder or zip of train/<class>/* and test/<class>/*")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder of the images, the results and the run directories"
+    )
+    parser.add_argument("--config", default="fast", help="the recipe, a file of configs/ without its ending")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="one rank computes with all cores")
+    options = parser.parse_args()
+    data, runs = options.data.resolve(), options.runs.resolve()
+    images = runs / "images"
+    if not (images / "statistics.json").exists():
+        write_images(data, images)
+    rows: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        for program in (PEERS_NAME, *(f"{options.config}, {ranks} ranks" for ranks in options.ranks)):
+            done = runs / f"{program.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+            if not done.exists():
+                load = os.getloadavg()[0]
+                if program == PEERS_NAME:
+                    row = run_peer(images, seed, runs / "peer.json")
+                else:
+                    ranks = int(program.split()[-2])
+                    threads = [f"run.threads_per_rank={os.cpu_count()}"] if ranks == 1 else []
+                    row = run_ours(options.config, ranks, data, seed, runs / done.stem, threads)
+                row = {"program": program, **row, "load_average_before": round(load, 2)}
+                done.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            rows.append(json.loads(done.read_text(encoding="utf-8")))
+            result = {"hardware": hardware(), "data": data.name, "versions": versions(), "comparisons": compared(rows)}
+            RESULT.write_text(json.dumps(result | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
+            print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
