@@ -66,12 +66,14 @@ def load_config(
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
-    """A `Config` from dotted keys (`{"optimizer.lr": 1e-3}`), each value already of its type, or a list for a tuple, as
-    `flatten` returns it; the rest are defaults."""
+    """A `Config` from dotted keys (`{"optimizer.lr": 1e-3}`), each value already of its type, or as `flatten` returns
+    it; the rest are defaults. Raises `ConfigError`."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in with_current_keys(values).items():
         section, _, name = key.partition(".")
-        sections[section][name] = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, list) and name in HINTS.get(section, {}):  # of a checkpoint
+            value = convert(HINTS[section][name], value, key, "config")
+        sections[section][name] = value
     config = Config(**{name: SECTIONS[name](**fields) for name, fields in sections.items()})
     _check(config)
     if config.run.dir is None:

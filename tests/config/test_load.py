@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -361,6 +362,22 @@ def test_the_config_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+LISTS = {
+    "augment.erasing_area": "[0.1, 0.2]",
+    "augment.erasing_aspect": "[0.5, 2.0]",
+    "augment.resolution": "[{until: 0.4, size: 24}]",
+    "model.widths": "[8, 16, 8]",
+    "muon.newton_schulz": "[3.0, -4.0, 2.0]",
+    "optimizer.betas": "[0.8, 0.9]",
+    "optimizer.groups": "[{match: fc.*, lr_scale: 2.0}]",
+    "schedule.milestone_epochs": "[1.5, 2.0]",
+    "tracking.also": "[tensorboard]",
+    "tracking.wandb_tags": "[one]",
+}
+
+
 def test_flattened_values_are_the_config_again():
-    config = load_config(None, ["model.widths=[8, 16, 8]", "optimizer.betas=[0.8, 0.9]"])
-    assert config_from_values(flatten(config)) == config
+    """As a checkpoint has them: JSON knows neither tuples nor what is in them."""
+    assert {key for key, value in flatten(load_config()).items() if isinstance(value, list)} == LISTS.keys()
+    config = load_config(None, [f"{key}={value}" for key, value in LISTS.items()])
+    assert config_from_values(json.loads(json.dumps(flatten(config)))) == config
