@@ -54,6 +54,20 @@ def test_onnx_gives_the_models_logits_for_any_batch(trained, classifier, tmp_pat
     assert json.loads(facts["normalisation"])["mean"] == list(classifier.stats.mean)
 
 
+@pytest.mark.parametrize("missing", ["onnxscript", "onnxscript._framework_apis.torch_2_11"])
+def test_a_package_that_is_missing_or_too_old_is_one_line(trained, tmp_path, monkeypatch, capsys, missing):
+    def refuse(*arguments, **options):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    if missing == "onnxscript":
+        monkeypatch.setitem(sys.modules, missing, None)
+    else:
+        monkeypatch.setattr(torch.onnx, "export", refuse)
+    assert main(["export", str(trained), "--to", "onnx", "--out", str(tmp_path / "out")]) == 2
+    line = f"dist_cifar: error: --to onnx: {missing} is not installed; pip install --upgrade -e '.[onnx]'\n"
+    assert capsys.readouterr().err == line and not (tmp_path / "out").exists()
+
+
 def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier):
     assert main(["export", str(trained), "--to", "torch"]) == 0
     extra = {"metadata.json": ""}

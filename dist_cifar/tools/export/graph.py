@@ -38,22 +38,23 @@ def to_torch(graph: nn.Module, example: torch.Tensor, metadata: Mapping[str, Any
 def to_onnx(graph: nn.Module, example: torch.Tensor, metadata: Mapping[str, Any]) -> tuple[bytes, Compute]:
     """Exports to ONNX, for any batch size; `metadata` becomes ONNX metadata properties.
 
-    Raises `ConfigError` if the packages are missing.
+    Raises `ConfigError` if the packages are missing, or older than torch needs.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch needs it
+
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        )
     except ImportError as error:
-        raise ConfigError(f"--to onnx: {error.name} is not installed; pip install -e '.[onnx]'") from None
-    program = torch.onnx.export(
-        graph,
-        (example,),
-        dynamo=True,
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-    )
+        raise ConfigError(f"--to onnx: {error.name} is not installed; pip install --upgrade -e '.[onnx]'") from None
     assert program is not None
     model = program.model_proto
     for key, value in metadata.items():
