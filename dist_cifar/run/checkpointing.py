@@ -87,7 +87,8 @@ class RunCheckpoints:
             if checkpoint is None:
                 if must_resume:
                     raise CheckpointError(
-                        f"--resume: {self._run_dir.path} holds no checkpoint; leave --resume out to start a new run"
+                        f"--resume: {self._run_dir.path} holds no checkpoint; leave --resume (in Python must_resume)"
+                        " out to start a new run"
                     )
                 return None
             require_state(checkpoint)
@@ -174,7 +175,8 @@ class RunCheckpoints:
         if refused and not resume_anyway:
             raise ConfigError(
                 f"run.dir={self._run_dir.path} holds a run whose result would change ({'; '.join(refused)}); give"
-                " the old values to resume it, another run.dir to start a new one, or --resume-anyway"
+                " the old values to resume it, another run.dir to start a new one, or --resume-anyway (in Python"
+                " resume_anyway=True)"
             )
         if refused or noted:
             logger.info("exactness  ends at step %d; changed: %s", checkpoint.step, "; ".join(refused + noted))
