@@ -31,9 +31,10 @@ on_usr1() {
 # At the end of the time SLURM kills this script together with the ranks, which may not have saved by then.
 on_term() {
     first_signal=${first_signal:-TERM}
-    if time_is_over && ((attempt < max_requeues)) && scontrol requeue "$SLURM_JOB_ID"; then
-        note stopped "the time is over"
+    if time_is_over && ((attempt < max_requeues)); then
+        note stopped "the time is over" # before it is true: SLURM kills this script as soon as it is
         log "the time is over; requeued"
+        scontrol requeue "$SLURM_JOB_ID" || log "it could not be requeued: submit it again with the same arguments"
     fi
 }
 trap on_usr1 USR1
