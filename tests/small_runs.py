@@ -1,4 +1,4 @@
-"""Whole little runs for the commands that read run directories."""
+"""Whole little runs for the commands that read run directories, and what one rank of them is."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ VALUES = {
 }
 
 
+def alone() -> Communicator:
+    """The communicator of one rank, on the CPU."""
+    return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
+
+
 def run(path, *overrides: str) -> None:
     """Trains for some seconds on one rank, in this process."""
     values = VALUES | {"run.dir": str(path)} | dict(override.split("=", 1) for override in overrides)
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
-    communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
-    assert train(config, communicator, trackers=[ReportTracker])
+    assert train(config, alone(), trackers=[ReportTracker])

@@ -13,7 +13,6 @@ from torch import nn
 from dist_cifar import trainer as train_module
 from dist_cifar.config import Config, load_components
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.inference import load_classifier
@@ -22,6 +21,7 @@ from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.tools.report.read import read_run
 from dist_cifar.tools.report.sections import headline_cards
 from dist_cifar.trainer import Trainer
+from tests.small_runs import alone
 from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, spoken, summary, train
 
 EXACT = ("strategy.name=exact", "strategy.virtual_ranks=4", "train.epochs=1.2", "data.synthetic_train_size=120")
@@ -114,10 +114,6 @@ def test_a_resume_keeps_the_filters_of_the_checkpoint(ranks, tiny, tmp_path):
     initial = Trainer.build(at(config, tmp_path / "new"), alone()).strategy.model_state_dict()
     assert torch.equal(trained_filters(config), initial[FILTERS])
     assert trained_filters(other).eq(1).all()  # what it computes counts where there is no checkpoint
-
-
-def alone() -> Communicator:
-    return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
 
 @pytest.mark.parametrize("average", ["none", "ema", "lookahead"])

@@ -12,10 +12,10 @@ from dist_cifar import plugins
 from dist_cifar import trainer as train_module
 from dist_cifar.config import Config
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.models import build_model
 from dist_cifar.trainer import Trainer
+from tests.small_runs import alone
 from tests.test_trainer import at, disturbed, rows, same_bits_everywhere, summary, train
 
 DATA = (
@@ -140,7 +140,7 @@ def test_buffers_and_frozen_parameters(ranks, own, tmp_path, strategy):
 
 
 def test_a_resume_after_an_edit_is_refused_by_the_files_name(own, monkeypatch):
-    communicator = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
+    communicator = alone()
     files, spec = {"mine.py": "0" * 64}, importlib.import_module("examples.own_model").__spec__
     monkeypatch.setattr(plugins, "_imported", plugins._imported | {"examples.own_model": (spec, files)})
     config = own(*VIT)

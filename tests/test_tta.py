@@ -14,10 +14,10 @@ from dist_cifar.augment.image import ImageStats
 from dist_cifar.config import EvalConfig
 from dist_cifar.data.dataset import Dataset, Split
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.state import Evaluation
 from dist_cifar.tta import evaluation_of, final_evaluation, least_certain
+from tests.small_runs import alone
 
 MEAN, STD, COUNT, CLASSES = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 37, 5
 
@@ -39,10 +39,6 @@ def split() -> Split:
     return Split(
         images=rng.integers(0, 256, (COUNT, 32, 32, 3), dtype=np.uint8), labels=rng.integers(0, CLASSES, COUNT)
     )
-
-
-def alone() -> Communicator:
-    return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
 
 def found(communicator: Communicator, kind: str, share: float, batch_size: int = 5) -> Evaluation:

@@ -29,6 +29,9 @@ def averaged(strategy: Strategy, config: AverageConfig, plan: BatchPlan) -> Stra
 class _AveragingStrategy(ABC):
     """See `dist_cifar.strategy.base.Strategy`. A subclass says what is averaged when, and where the average is used."""
 
+    _entry: str
+    """Name of the entry of each tensor in the optimizer's state."""
+
     def __init__(self, inner: Strategy, config: AverageConfig, plan: BatchPlan) -> None:
         self.module: Any = inner.module
         self._inner, self._every_steps = inner, config.every_steps
@@ -66,11 +69,6 @@ class _AveragingStrategy(ABC):
         saved = {name.removesuffix(ending): value for name, value in optimizer.items() if name.endswith(ending)}
         self._step = int(optimizer[_STEP]) if _STEP in optimizer else self._step
         self._inner.load(self._restore(model, saved), optimizer, ranks)
-
-    @property
-    @abstractmethod
-    def _entry(self) -> str:
-        """Name of the entry of each tensor in the optimizer's state."""
 
     @abstractmethod
     def _update(self) -> None:

@@ -15,15 +15,12 @@ from dist_cifar.config import MixConfig, differences, flatten, load_config
 from dist_cifar.data import mixing
 from dist_cifar.data.mixing import Mix, MixedBatches, draw_mix
 from dist_cifar.data.training_data import build_training_data
-from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
-
-ALONE = Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
+from tests.small_runs import alone
 
 
 def batches(tiny, *overrides: str):
-    return build_training_data(tiny(*overrides), ALONE, slices=1).batches
+    return build_training_data(tiny(*overrides), alone(), slices=1).batches
 
 
 def shares(alpha: float, steps: int = 4000) -> np.ndarray:

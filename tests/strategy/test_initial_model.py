@@ -14,17 +14,13 @@ from dist_cifar.config import Config
 from dist_cifar.data import training_data
 from dist_cifar.data.training_data import TrainingData, build_training_data
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.strategy import initial_model
 from dist_cifar.strategy.initial_model import build_initial_model, training_images
+from tests.small_runs import alone
 
 SPEEDNET = ("model.name=speednet", "model.widths=[8, 8, 8]", "batch.global_size=18")
-
-
-def alone() -> Communicator:
-    return Communicator(DistEnv(), device=torch.device("cpu"), timeout_seconds=60)
 
 
 def built(communicator: Communicator, config: Config) -> str:
