@@ -111,10 +111,10 @@ class Trainer:
         if spec.bitwise:
             make_deterministic(device)
             communicator.assert_equal_across_ranks("the numerics", numerics_fingerprint(device))
-        compile_kernels(config, communicator)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_initial_model(config, data, communicator)
+        compile_kernels(model, config, communicator)
         evaluator = build_evaluator(model, config, data, communicator)
         console = console or Console(is_main_process=communicator.rank == 0)
         trainer = cls(

@@ -467,7 +467,7 @@ def prepare(data: Path, scratch: Path) -> None:
     np.save(images / "labels.npy", dataset.train.labels)
     normalisation = {"mean": list(map(float, dataset.stats.mean)), "std": list(map(float, dataset.stats.std))}
     (images / "statistics.json").write_text(json.dumps(normalisation), encoding="utf-8")
-    numba_jit.warm_up(warm_up_kernels, print)
+    numba_jit.warm_up(warm_up_kernels)
 
 
 def run_again(row: Row, data: Path, scratch: Path) -> Sample:

@@ -10,7 +10,8 @@ settings over that without the one, at as many threads, within a round. The sett
 - `one thread beside the loop` (`dist_cifar/data/prefetch.py`): the thread that prepares batches has no OpenMP workers;
 - `small convolutions as products` (`dist_cifar/ops/gemm_conv.py`): those of few pixels are products of matrices.
   ResNet-20 has none of them;
-- `BatchNorm and ReLU in one` (`dist_cifar/ops/fused_batchnorm.py`): with one thread.
+- `BatchNorm and ReLU in one` (`dist_cifar/ops/fused_batchnorm.py`): with one thread;
+- `pool, BatchNorm and GELU in one` (`dist_cifar/ops/fused_gelu.py`): of speednet.
 
 Run it on a machine that does nothing else: about ten minutes on two cores.
 """
@@ -40,11 +41,15 @@ from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.trainer import Trainer
 
 GLOBAL_BATCH = 128
-STEPS = {"resnet20": (10, 60), "resnet18": (4, 14)}
+STEPS = {"resnet20": (10, 60), "resnet18": (4, 14), "speednet": (10, 60)}
 """Steps that warm up, and all."""
 MEMORY, THREADS, PRODUCTS = "freed memory is kept", "one thread beside the loop", "small convolutions as products"
-NORMS = "BatchNorm and ReLU in one"
-SETTINGS = {"resnet20": (MEMORY, THREADS, NORMS), "resnet18": (MEMORY, THREADS, PRODUCTS, NORMS)}
+NORMS, GELU = "BatchNorm and ReLU in one", "pool, BatchNorm and GELU in one"
+SETTINGS = {
+    "resnet20": (MEMORY, THREADS, NORMS),
+    "resnet18": (MEMORY, THREADS, PRODUCTS, NORMS),
+    "speednet": (MEMORY, THREADS, PRODUCTS, GELU),
+}
 CORES = os.cpu_count() or 1
 Variant = tuple[str, int]
 """The setting that is left out, or none; threads."""
@@ -66,6 +71,8 @@ def worker(left_out: str, threads: int, model: str, scratch: Path) -> None:
         precision.replace_small_convs = lambda _: None
     if left_out == NORMS:
         precision.fuse_batchnorm_relu = lambda _: None
+    if left_out == GELU:
+        precision.fuse_gelu = lambda _: None
     warm_up, steps = STEPS[model]
     config = load_config(
         None,
@@ -152,7 +159,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default %(default)s)")
-    parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
+    parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS), help="default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dist_cifar.augment import cpu
-from dist_cifar.augment.backend import augmenter
+from dist_cifar.augment.backend import augmenter, augments_on_device
 from dist_cifar.augment.params import AugmentParams
 from dist_cifar.augment.resolution import sizes
 from dist_cifar.augment.transform import OwnTransform
@@ -40,8 +40,9 @@ class TrainingData:
 def build_training_data(config: Config, communicator: Communicator, *, slices: int) -> TrainingData:
     """Loads the data set, which must be the same on every rank, and plans its batches. A collective.
 
-    `slices`: see `plan_batches`.
+    `slices`: see `plan_batches`. Raises `ConfigError` where `augment.backend` cannot be had, before images are decoded.
     """
+    augments_on_device(config.augment.backend, communicator.device)
     rank, world_size = communicator.rank, communicator.world_size
     with at_once():  # decoding may take minutes
         dataset = load_dataset(config.data)

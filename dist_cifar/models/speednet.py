@@ -53,29 +53,36 @@ class UnscaledBatchNorm2d(nn.BatchNorm2d):
 class Group(nn.Module):
     """Convolutions, of which the first one is followed by a 2x2 max-pool; see the module."""
 
+    pool_norm_gelu = (("pool", "norm1", "gelu1"), (None, "norm2", "gelu2"))
+    """What follows each other, for `dist_cifar.ops.fused_gelu`."""
+
     def __init__(self, inputs: int, width: int, depth: int) -> None:
         super().__init__()
         self.depth = depth
-        self.gelu = nn.GELU()
         self.pool = nn.MaxPool2d(2)
         momentum = 0.1 if depth >= 3 else 0.4
         self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
         self.norm1 = UnscaledBatchNorm2d(width, momentum=momentum)
+        self.gelu1 = nn.GELU()
         for number in range(2, depth + 1):
             self.add_module(f"conv{number}", nn.Conv2d(width, width, 3, padding=1, bias=False))
             self.add_module(f"norm{number}", UnscaledBatchNorm2d(width, momentum=momentum))
+            self.add_module(f"gelu{number}", nn.GELU())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float [n, inputs, h, w] to float [n, width, h // 2, w // 2]."""
-        hidden = first = self.gelu(self.norm1(self.pool(self.conv1(images))))
+        hidden = first = self.gelu1(self.norm1(self.pool(self.conv1(images))))
         for number in range(2, self.depth + 1):
             hidden = getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(hidden))
-            hidden = self.gelu(hidden + first if number == 3 else hidden)
+            hidden = getattr(self, f"gelu{number}")(hidden + first if number == 3 else hidden)
         return hidden
 
 
 class SpeedNet(nn.Module):
     """The network of this module."""
+
+    conv_gelu = (("whiten", "gelu"),)
+    """What follows each other, for `dist_cifar.ops.fused_gelu`."""
 
     def __init__(self, widths: Sequence[int], depth: int, *, whitening_eps: float, num_classes: int) -> None:
         """`widths` are the channels of the three groups."""

@@ -3,7 +3,7 @@
 Contract: after `fuse_batchnorm_relu`, a module computes the same function in training, forward and backward: where it
 is recognised to apply BatchNorm, then or not a shortcut, then ReLU, these are one kernel for float32 and bfloat16 in
 channels-last where torch has one thread. All else, and the module's state, are as they were. Statistics are summed in
-float32 over at most `_BLOCK` rows of pixels and in float64 above, and nothing is rounded to bfloat16 between the input
+float32 over few rows of pixels and in float64 above, and nothing is rounded to bfloat16 between the input
 and the output. The result is a function of the arguments alone, on every processor.
 
 The module knows nothing of this. It is recognised by what its classes state of their own `forward`:
@@ -21,18 +21,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
-from numba.core import types
-from numba.extending import intrinsic
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from dist_cifar.ops.numba_jit import compiled, inlined
-
-_BLOCK = 64
-"""The number of rows that are summed in float32."""
+from dist_cifar.ops.norm_kernels import differentiate, normalize
 
 
 def fuse_batchnorm_relu(module: nn.Module) -> None:
@@ -136,7 +130,7 @@ class _Fused(torch.autograd.Function):
         added = shortcut.contiguous(memory_format=torch.channels_last) if shortcut is not None else images[:0]
         running = running_mean.numpy(), running_variance.numpy()
         affine = torch.stack((weight, bias)).numpy()  # a copy: FSDP frees its memory, which it cannot once numpy has it
-        _normalize(_rows(images), _rows(added), affine, *running, momentum, epsilon, statistics.numpy(), _rows(out))
+        normalize(_rows(images), _rows(added), affine, *running, momentum, epsilon, statistics.numpy(), _rows(out))
         ctx.save_for_backward(images, out, statistics)
         return out
 
@@ -148,7 +142,7 @@ class _Fused(torch.autograd.Function):
         of_images, of_affine = torch.empty_like(images), torch.empty_like(statistics[:2])
         of_shortcut = torch.empty_like(images if ctx.has_shortcut else images[:0])
         rows = (_rows(tensor) for tensor in (gradient, out, images, of_shortcut, of_images))
-        _differentiate(*rows, statistics.numpy(), of_affine.numpy())
+        differentiate(*rows, statistics.numpy(), of_affine.numpy())
         return of_images, of_shortcut if ctx.has_shortcut else None, *of_affine, None, None, None, None
 
 
@@ -157,160 +151,3 @@ def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
     count, channels, height, width = images.shape
     rows = images.detach().permute(0, 2, 3, 1).view(count * height, width * channels)
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
-
-
-# --- compiled ----------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _widen(_: Any, value: Any) -> Any:
-    """Converts a float32, or the bits of a bfloat16, to float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (bits,) = arguments
-        if value == types.float32:
-            return bits
-        wide = context.get_value_type(types.uint32)
-        return builder.bitcast(builder.shl(builder.zext(bits, wide), wide(16)), context.get_value_type(types.float32))
-
-    return types.float32(value), generate
-
-
-@intrinsic
-def _narrow(_: Any, value: Any, like: Any) -> Any:
-    """The inverse of `_widen`, for the type of `like`; rounds to the nearest, of two to the even one."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, _ = arguments
-        if like == types.float32:
-            return number
-        wide = context.get_value_type(types.uint32)
-        bits = builder.bitcast(number, wide)
-        odd = builder.and_(builder.lshr(bits, wide(16)), wide(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(wide(0x7FFF), odd)), wide(16))
-        is_nan = builder.fcmp_unordered("uno", number, number)
-        return builder.trunc(builder.select(is_nan, wide(0x7FC0), rounded), context.get_value_type(types.uint16))
-
-    return like(types.float32, like), generate
-
-
-@intrinsic
-def _unless(_: Any, condition: Any, value: Any) -> Any:
-    """Selects `value`, or zero where the condition holds."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = context.get_constant(value, 0)
-        return builder.select(arguments[0], zero, arguments[1])
-
-    return value(condition, value), generate
-
-
-@inlined
-def _repeated(values, width):
-    """Repeats the values of the channels for each pixel of a row: float32 [width]."""
-    repeated = np.empty(width, np.float32)
-    for first in range(0, width, len(values)):
-        for c in range(len(values)):
-            repeated[first + c] = values[c]
-    return repeated
-
-
-@inlined
-def _add_pixels(row, sums):
-    """Adds each pixel of a row to the sums of the channels."""
-    for first in range(0, len(row), len(sums)):
-        for c in range(len(sums)):
-            sums[c] += row[first + c]
-
-
-@compiled
-def _normalize(x, shortcut, affine, running_mean, running_variance, momentum, epsilon, statistics, out):
-    """Writes `out`, and into `statistics` mean, 1 / deviation and weight / deviation. `affine`: weight and bias."""
-    rows, width = x.shape
-    channels = affine.shape[1]
-    first_pixel = np.empty(channels, np.float32)
-    for c in range(channels):
-        first_pixel[c] = _widen(x[0, c])
-    origin = _repeated(first_pixel, width)  # near the mean: else a small variance would drown in a large mean
-    sums, squares = np.zeros(channels, np.float64), np.zeros(channels, np.float64)
-    of_block, squares_of_block = np.empty(width, np.float32), np.empty(width, np.float32)
-    for start in range(0, rows, _BLOCK):
-        of_block[:] = 0
-        squares_of_block[:] = 0
-        for i in range(start, min(start + _BLOCK, rows)):
-            for j in range(width):
-                difference = _widen(x[i, j]) - origin[j]
-                of_block[j] += difference
-                squares_of_block[j] += difference * difference
-        _add_pixels(of_block, sums)
-        _add_pixels(squares_of_block, squares)
-
-    count = rows * width // channels
-    offsets = np.empty(channels, np.float32)
-    for c in range(channels):
-        distance = sums[c] / count
-        mean = first_pixel[c] + distance
-        variance = max(squares[c] / count - distance * distance, 0.0)
-        inverse = 1 / np.sqrt(variance + epsilon)
-        statistics[0, c], statistics[1, c], statistics[2, c] = mean, inverse, affine[0, c] * inverse
-        offsets[c] = affine[1, c] - mean * affine[0, c] * inverse
-        running_mean[c] += momentum * (mean - running_mean[c])
-        running_variance[c] += momentum * (variance * count / (count - 1) - running_variance[c])
-    scale, offset = _repeated(statistics[2], width), _repeated(offsets, width)
-
-    for i in range(rows):
-        if len(shortcut):
-            for j in range(width):
-                value = _widen(x[i, j]) * scale[j] + offset[j] + _widen(shortcut[i, j])
-                if value < 0:  # which NaN is not: it stays
-                    value = np.float32(0)
-                out[i, j] = _narrow(value, x[i, j])
-        else:
-            for j in range(width):
-                value = _widen(x[i, j]) * scale[j] + offset[j]
-                if value < 0:
-                    value = np.float32(0)
-                out[i, j] = _narrow(value, x[i, j])
-
-
-@compiled
-def _differentiate(gradient, out, x, of_shortcut, of_x, statistics, of_affine):
-    """Writes `of_x`, `of_affine` (of weight and bias) and, if it is not empty, `of_shortcut`: the gradient of what ReLU
-    is given."""
-    rows, width = x.shape
-    channels = statistics.shape[1]
-    mean = _repeated(statistics[0], width)
-    sums, products = np.zeros(channels, np.float64), np.zeros(channels, np.float64)
-    of_block, products_of_block = np.empty(width, np.float32), np.empty(width, np.float32)
-    of_sum = of_shortcut if len(of_shortcut) else of_x
-    for start in range(0, rows, _BLOCK):
-        of_block[:] = 0
-        products_of_block[:] = 0
-        for i in range(start, min(start + _BLOCK, rows)):
-            for j in range(width):
-                kept: Any = _unless(_widen(out[i, j]) <= 0, gradient[i, j])
-                of_sum[i, j] = kept
-                value = _widen(kept)
-                of_block[j] += value
-                products_of_block[j] += value * (_widen(x[i, j]) - mean[j])
-        _add_pixels(of_block, sums)
-        _add_pixels(products_of_block, products)
-
-    count = rows * width // channels
-    slopes, offsets = np.empty(channels, np.float32), np.empty(channels, np.float32)
-    for c in range(channels):
-        inverse, scale_of_one = statistics[1, c], statistics[2, c] / count
-        of_affine[0, c], of_affine[1, c] = products[c] * inverse, sums[c]
-        slopes[c] = scale_of_one * inverse * inverse * products[c]
-        offsets[c] = scale_of_one * sums[c]
-    scale, slope, offset = _repeated(statistics[2], width), _repeated(slopes, width), _repeated(offsets, width)
-    if len(of_shortcut):  # one loop for both would not be vectorised: its source could be its target
-        for i in range(rows):
-            for j in range(width):
-                value = scale[j] * _widen(of_shortcut[i, j]) - slope[j] * (_widen(x[i, j]) - mean[j]) - offset[j]
-                of_x[i, j] = _narrow(value, x[i, j])
-    else:
-        for i in range(rows):
-            for j in range(width):
-                value = scale[j] * _widen(of_x[i, j]) - slope[j] * (_widen(x[i, j]) - mean[j]) - offset[j]
-                of_x[i, j] = _narrow(value, x[i, j])

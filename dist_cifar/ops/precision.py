@@ -19,7 +19,9 @@ from torch import nn
 from dist_cifar.config import ComputeConfig, Config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import ConfigError
-from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu, is_single_threaded, warm_up
+from dist_cifar.ops import fused_batchnorm, fused_gelu
+from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu, is_single_threaded
+from dist_cifar.ops.fused_gelu import fuse_gelu
 from dist_cifar.ops.gemm_conv import replace_small_convs
 
 logger = logging.getLogger(__name__)
@@ -80,12 +82,18 @@ def prepare_forward(
     elif device.type == "cpu":
         replace_small_convs(module)
         fuse_batchnorm_relu(module)
+        fuse_gelu(module)
 
 
-def warm_up_kernels(config: ComputeConfig, device: torch.device, *, auto_compile: bool) -> None:
-    """Calls what numba compiles for a module that `prepare_forward` has prepared with these arguments."""
-    if device.type == "cpu" and is_single_threaded() and not compiles(config, device, auto_compile=auto_compile):
-        warm_up(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+def warm_up_kernels(module: nn.Module, config: ComputeConfig, device: torch.device, *, auto_compile: bool) -> None:
+    """Calls what numba compiles for `module` once `prepare_forward` has prepared it with these arguments."""
+    if device.type != "cpu" or compiles(config, device, auto_compile=auto_compile):
+        return
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if is_single_threaded():
+        fused_batchnorm.warm_up(dtype)
+    if fused_gelu.concerns(module):
+        fused_gelu.warm_up(dtype)
 
 
 def set_precision(module: nn.Module, precision: str, device: torch.device) -> None:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dist_cifar.augment import cpu
-from dist_cifar.augment.backend import augments_on_device
 from dist_cifar.config import Config
 from dist_cifar.data.training_data import TrainingData
 from dist_cifar.distributed.collectives import Communicator
@@ -38,16 +37,13 @@ def prepare_module(module: nn.Module, config: Config, device: torch.device) -> N
     prepare_forward(module, config.compute, device, auto_compile=known.auto_compile, bitwise=known.bitwise)
 
 
-def compile_kernels(config: Config, communicator: Communicator) -> None:
-    """Loads what numba has compiled for this run from its cache, or compiles it. A collective.
-
-    Raises `ConfigError` where `augment.backend` cannot be had, before anything takes long.
-    """
-    augments_on_device(config.augment.backend, communicator.device)
+def compile_kernels(module: nn.Module, config: Config, communicator: Communicator) -> None:
+    """Loads what numba has compiled for a run of `module` from its cache, or compiles it. A collective."""
 
     def use() -> None:
         cpu.warm_up()
-        warm_up_kernels(config.compute, communicator.device, auto_compile=properties(config.strategy).auto_compile)
+        auto_compile = properties(config.strategy).auto_compile
+        warm_up_kernels(module, config.compute, communicator.device, auto_compile=auto_compile)
 
     numba_jit.load(use)  # on all ranks in parallel; what follows compiles only on a miss
     # Rank 0 first, because it is the one that logs what takes long; the others load what it compiled. They wait in a
