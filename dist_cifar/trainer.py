@@ -195,18 +195,18 @@ class Trainer:
 
         A collective. Nothing waits for the device.
         """
-        strategy, micro_batches = self.strategy, self.plan.micro_batches
-        inputs, labels = batch.inputs.split(self.plan.micro_size), batch.labels.split(self.plan.micro_size)
-        for i in range(micro_batches):
+        strategy, plan = self.strategy, self.plan
+        inputs, labels = batch.inputs.split(plan.micro_sizes), batch.labels.split(plan.micro_sizes)
+        for i, weight in enumerate(plan.weights):
             phase("forward")
             if is_own(self.config, "model"):  # it may draw random numbers
-                seed_pass(self.config.run.seed, self.state.step, self.communicator.rank * micro_batches + i)
+                seed_pass(self.config.run.seed, self.state.step, plan.first_pass + i)
             logits = strategy.forward(inputs[i])
             loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)
-            if i == micro_batches - 1:
+            if i == plan.micro_batches - 1:
                 self.log.compute_timer.stop()
             phase("backward")
-            strategy.backward(loss)
+            strategy.backward(loss if weight == 1 else loss * weight)
             phase("other")
             self.sums.add(loss, logits, labels[i])
         phase("optimizer")

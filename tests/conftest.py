@@ -50,8 +50,8 @@ def same_environment(clean_environment: None) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> Iterator[RankPool]:
-    """Four gloo ranks."""
-    pool = RankPool(4, tmp_path_factory.mktemp("ranks"))
+    """Gloo ranks."""
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
 

@@ -30,16 +30,17 @@ class _Call:
 
 
 class RankPool:
-    """Up to `size` processes. `run(n, f, *args)` calls `f(communicator, *args)` on n ranks of a new process group."""
+    """As many processes as were needed so far. `run(n, f, *args)` calls `f(communicator, *args)` on n ranks of a new
+    process group."""
 
-    def __init__(self, size: int, directory: Path) -> None:
-        self._size, self._directory, self._calls = size, directory, 0
+    def __init__(self, directory: Path) -> None:
+        self._directory, self._calls = directory, 0
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """The results in the order of the ranks. Raises `RankError` if one fails or does not answer."""
-        if not self._ranks:
-            self._start()
+        while len(self._ranks) < world_size:
+            self._start_one()
         self._calls += 1
         store = str(self._directory / f"store-{self._calls}")
         connections = [connection for _, connection in self._ranks[:world_size]]
@@ -78,14 +79,13 @@ class RankPool:
             process.join()
         self._ranks = []
 
-    def _start(self) -> None:
+    def _start_one(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._ranks.append((process, ours))
 
 
 def _serve(connection: Connection) -> None:

@@ -27,8 +27,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--world-sizes",
         metavar="N,N,...",
-        help="divisors of strategy.virtual_ranks; default: powers of two up to the processes of the launcher, at least"
-        " to 4 on CPU",
+        help="numbers of ranks up to strategy.virtual_ranks; default: the processes of the launcher, and powers of two"
+        " up to them, at least to 4 on CPU",
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to compare; default: 20")
     parser.add_argument(

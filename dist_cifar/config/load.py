@@ -290,10 +290,6 @@ def _check(config: Config) -> None:
                 "batch.per_rank_size: in strategy.name=exact nothing depends on the world size, the batch neither;"
                 " set batch.global_size"
             )
-        if strategy.virtual_ranks & (strategy.virtual_ranks - 1):
-            raise ConfigError(
-                f"strategy.virtual_ranks: must be a power of two, found {strategy.virtual_ranks}; write 8"
-            )
         if batch.global_size % strategy.virtual_ranks:
             raise ConfigError(
                 f"batch.global_size: {batch.global_size} samples cannot be shared equally by"

@@ -245,9 +245,9 @@ class StrategyConfig:
     DistributedDataParallel; `deepspeed` is DeepSpeed's ZeRO, an extra to install; `fsdp` is torch's `fully_shard`. A
     run may be resumed with another strategy. `my_strategies:Mine`: a class of your own."""
     virtual_ranks: Rounding[Annotated[int, Range(minimum=1, maximum=2**16)]] = 8
-    """Strategy `exact`: the number of slices of the global batch, each computed by itself: a power of two that divides
-    the batch. It changes the result, as the batch size does. It must be divisible by the world size, which does not
-    affect the result."""
+    """Strategy `exact`: the number of slices of the global batch, each computed by itself; it divides the batch. It
+    changes the result, as the batch size does. Any number of ranks up to it shares them, and does not affect the
+    result."""
     grad_compression: Rounding[Literal["none", "bf16"]] = "none"
     """Strategy `ddp`: `bf16` rounds gradients to half their size before they are sent."""
     zero_stage: Rounding[Annotated[int, Range(minimum=0, maximum=3)]] = 1

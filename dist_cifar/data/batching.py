@@ -31,12 +31,14 @@ class BatchPlan:
 
     global_size: int
     """Samples of one step over all ranks."""
-    per_rank_size: int
-    """Samples of one step on one rank."""
+    start: int
+    """The place in the global batch of this rank's first sample."""
+    micro_sizes: tuple[int, ...]
+    """Samples of each forward and backward pass of one step on this rank."""
     virtual_ranks: int
-    """Equal slices of the global batch, each computed by itself: a fixed number, or one on each rank."""
-    micro_batches: int
-    """Forward and backward passes of one step on one rank."""
+    """Slices of the global batch, each computed by itself: a fixed number of equal ones, or one on each rank."""
+    slices: range
+    """Those of this rank."""
     passes: int
     """Forward and backward passes of one virtual rank."""
     steps_per_epoch: int
@@ -45,16 +47,40 @@ class BatchPlan:
     """Steps of the whole run."""
 
     @property
-    def micro_size(self) -> int:
-        """Samples of one forward and backward pass."""
-        return self.per_rank_size // self.micro_batches
+    def per_rank_size(self) -> int:
+        """Samples of one step on this rank."""
+        return sum(self.micro_sizes)
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of one step on this rank."""
+        return len(self.micro_sizes)
+
+    @property
+    def first_pass(self) -> int:
+        """The number of this rank's first pass among those of all ranks."""
+        return self.slices.start * self.passes
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What the loss of each pass is multiplied by, so that the mean over all passes of all ranks is the mean over
+        the samples: 1 where all passes have as many."""
+        all_passes = self.virtual_ranks * self.passes
+        return tuple(size * all_passes / self.global_size for size in self.micro_sizes)
 
 
-def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_size: int, train_size: int) -> BatchPlan:
-    """The plan for `train_size` samples on `world_size` ranks, with the global batch divided into equal `slices`.
+def share(part: int, *, parts: int, count: int) -> range:
+    """The numbers of 0 to `count` - 1 that one of `parts` gets, each as many as the others or one more."""
+    return range(part * count // parts, (part + 1) * count // parts)
 
-    `slices` is a multiple of the world size (`dist_cifar.strategy.slice_count`). Raises `ConfigError` if the global
-    batch is larger than the training split.
+
+def plan_batches(
+    batch: BatchConfig, train: TrainConfig, *, slices: int, rank: int, world_size: int, train_size: int
+) -> BatchPlan:
+    """The plan of a rank for `train_size` samples on `world_size` ranks, with the global batch divided into `slices`.
+
+    There are at least as many slices as ranks, and as many samples (`dist_cifar.strategy.slice_count`). Raises
+    `ConfigError` if the global batch is larger than the training split.
     """
     global_size = batch.global_size or (batch.per_rank_size or 0) * world_size
     steps_per_epoch = train_size // global_size
@@ -62,19 +88,30 @@ def plan_batches(batch: BatchConfig, train: TrainConfig, *, slices: int, world_s
         raise ConfigError(
             f"batch: one global batch is {global_size} samples, the training split has {train_size}; make it smaller"
         )
-    slice_size = global_size // slices
-    limit = min(batch.max_micro_batch or slice_size, slice_size)
-    passes = next(n for n in range(1, slice_size + 1) if slice_size % n == 0 and slice_size // n <= limit)
+    own = share(rank, parts=world_size, count=slices)
+    of_slices = [share(number, parts=slices, count=global_size) for number in range(slices)]
+    passes = _passes(sorted({len(samples) for samples in of_slices}), batch.max_micro_batch)
+    sizes = (len(share(i, parts=passes, count=len(of_slices[n]))) for n in own for i in range(passes))
     total_steps = math.ceil(steps_per_epoch * Fraction(str(train.epochs)))  # 0.1 is a tenth, which no float is
     return BatchPlan(
         global_size=global_size,
-        per_rank_size=global_size // world_size,
+        start=of_slices[own.start].start,
+        micro_sizes=tuple(sizes),
         virtual_ranks=slices,
-        micro_batches=slices // world_size * passes,
+        slices=own,
         passes=passes,
         steps_per_epoch=steps_per_epoch,
         total_steps=min(total_steps, train.max_steps or total_steps),
     )
+
+
+def _passes(slice_sizes: list[int], limit: int | None) -> int:
+    """How many passes a slice takes, of at most `limit` samples: equal ones where all slices have one size."""
+    largest = slice_sizes[-1]
+    least = -(-largest // min(limit or largest, largest))
+    if len(slice_sizes) > 1:
+        return min(least, slice_sizes[0])
+    return next(n for n in range(least, largest + 1) if largest % n == 0)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -28,7 +28,6 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     def __init__(self, size: int, plan: BatchPlan, *, rank: int, world_size: int, seed: int) -> None:
         super().__init__(cast("Dataset[int]", range(size)), world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        assert plan.per_rank_size * world_size == plan.global_size
         self._size = size
         self.plan = plan
         self.num_samples = plan.steps_per_epoch * plan.per_rank_size
@@ -47,7 +46,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
         """
         epoch, position = divmod(step, self.plan.steps_per_epoch)
         batch = self._permutation(epoch)[position * self.plan.global_size :][: self.plan.global_size]
-        places = np.arange(self.plan.per_rank_size) + self.rank * self.plan.per_rank_size + shift
+        places = np.arange(self.plan.per_rank_size) + self.plan.start + shift
         return batch[places % self.plan.global_size]
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:

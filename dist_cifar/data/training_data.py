@@ -51,7 +51,9 @@ def build_training_data(config: Config, communicator: Communicator, *, slices: i
     train_indices, validation_indices = validation_split(
         dataset.train.labels, config.data.validation_size, dataset.classes
     )
-    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=len(train_indices))
+    plan = plan_batches(
+        config.batch, config.train, slices=slices, rank=rank, world_size=world_size, train_size=len(train_indices)
+    )
     augment, close = _augmentation(config, dataset, communicator.device)
     kind: Callable[..., TrainingBatches] = TrainingBatches
     if config.mix.name != "none":

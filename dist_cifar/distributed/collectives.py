@@ -206,9 +206,10 @@ class Communicator:
             seconds.append(time.perf_counter() - started)
         return seconds[1:]  # the first one opens connections
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Sends part r of `sent` to rank r, and receives part r of `received` from it. Both flat, in equal parts."""
-        dist.all_to_all_single(received, sent)
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> None:
+        """Sends part r of `sent` to rank r, and receives part r of `received` from it. Both are flat; every part that
+        rank r sends has `counts[r]` elements."""
+        dist.all_to_all_single(received, sent, counts, [counts[self.rank]] * self.world_size)
 
     def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
         """Gathers every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""

@@ -35,6 +35,8 @@ class StrategyProperties:
     slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
     single_threaded: bool = False
     """A rank has one CPU thread by default, since the number of threads changes how sums are rounded."""
+    equal_shares: bool = False
+    """Every rank must have as many samples of a global batch as the others."""
     auto_compile: bool = True
     """Whether `compute.compile=auto` may compile the module."""
 
@@ -44,7 +46,7 @@ STRATEGIES = {
         class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, auto_compile=False
     ),
     "ddp": StrategyProperties(class_path="dist_cifar.strategy.ddp:DdpStrategy"),
-    "deepspeed": StrategyProperties(class_path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy"),
+    "deepspeed": StrategyProperties(class_path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy", equal_shares=True),
     "fsdp": StrategyProperties(class_path="dist_cifar.strategy.fsdp:FsdpStrategy"),
 }
 """Every strategy by its name."""
@@ -69,26 +71,61 @@ def bitwise_strategy() -> str:
 
 
 def slice_count(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> int:
-    """How many slices of the global batch are computed each by itself: a multiple of the world size.
+    """How many slices of the global batch are computed each by itself: at least one for each rank.
 
-    Raises `ConfigError` where `world_size` ranks cannot share a global batch equally.
+    Raises `ConfigError` where a rank would have nothing to compute, or less than another one in a strategy that
+    cannot do with that.
     """
-    if properties(config).bitwise:
-        if config.virtual_ranks % world_size:
-            allowed = ", ".join(str(2**i) for i in range(config.virtual_ranks.bit_length()))
+    known = properties(config)
+    if known.bitwise:
+        if config.virtual_ranks < world_size:
             raise ConfigError(
-                f"strategy.virtual_ranks: {config.virtual_ranks} virtual ranks cannot be shared equally by {world_size}"
-                f" ranks; start {allowed} ranks, or choose strategy.name=ddp"
+                f"strategy.virtual_ranks: {world_size} ranks cannot share {config.virtual_ranks} virtual ranks, since"
+                f" each computes whole ones; start at most {config.virtual_ranks} ranks, or set more virtual ranks (in"
+                " a new run: they are part of the result)"
             )
         return config.virtual_ranks
-    if batch.global_size is not None and batch.global_size % world_size:
+    if batch.global_size is not None and batch.global_size < world_size:
+        raise ConfigError(
+            f"batch.global_size: {world_size} ranks cannot share a global batch of {batch.global_size}; make it larger,"
+            f" or start at most {batch.global_size} ranks"
+        )
+    if known.equal_shares and batch.global_size is not None and batch.global_size % world_size:
         lower = batch.global_size // world_size * world_size
         near = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
         raise ConfigError(
-            f"batch.global_size: {batch.global_size} samples cannot be shared equally by {world_size} ranks;"
-            f" set batch.global_size={near}, or start another number of ranks"
+            f"batch.global_size: {batch.global_size} samples cannot be shared equally by {world_size} ranks, which"
+            f" strategy.name={config.name} needs; set batch.global_size={near}, or start another number of ranks"
         )
     return world_size
+
+
+GOOD_SHARE = 0.9
+"""The least share of a step that ranks may compute, on average, before another number of virtual ranks is proposed."""
+
+
+def waiting_line(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> str | None:
+    """Where ranks have different numbers of virtual ranks: how much of a step they compute, and if that is little, with
+    which `strategy.virtual_ranks` it would be more; None where all have as many."""
+    count = config.virtual_ranks
+    if not properties(config).bitwise or batch.global_size is None or count % world_size == 0:
+        return None
+    computing = _computing(count, world_size)
+    line = (
+        f"{world_size} ranks share {count} virtual ranks: each computes {computing:.0%} of a step on average, and waits"
+        " for those that have one more"
+    )
+    divisors = [n for n in range(world_size, batch.global_size + 1) if batch.global_size % n == 0]
+    better = [n for n in divisors if _computing(n, world_size) >= GOOD_SHARE]
+    if computing >= GOOD_SHARE or not better:
+        return line
+    best = min(better, key=lambda n: (max(n, count) / min(n, count), n))
+    return f"{line}; strategy.virtual_ranks={best} would make that {_computing(best, world_size):.0%}, in a new run"
+
+
+def _computing(virtual_ranks: int, world_size: int) -> float:
+    """The share of a step that a rank computes, on average."""
+    return virtual_ranks / world_size / -(-virtual_ranks // world_size)
 
 
 def build_strategy(module: nn.Module, config: Config, *, communicator: Communicator, plan: BatchPlan) -> Strategy:

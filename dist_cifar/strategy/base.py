@@ -27,7 +27,8 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss` [], the mean over the micro-batch of the last `forward`.
+        """Adds the gradients of `loss` [], the mean over the micro-batch of the last `forward`, times a weight where
+        micro-batches have different sizes.
 
         The gradient of the step is the mean over all micro-batches of all ranks; it is reduced during the last one.
         """

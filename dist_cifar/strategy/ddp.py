@@ -80,7 +80,7 @@ class DdpStrategy(DataParallelStrategy):
             self._replica.broadcast_buffers = False
             if config.run.profile:
                 reduction_follows(module.parameters())
-            self._settle_buckets(plan.micro_size)
+            self._settle_buckets(plan.micro_sizes[0])
 
     def _settle_buckets(self, micro_size: int) -> None:
         """Makes DDP order its buckets now, by one pass that changes nothing else.

@@ -67,7 +67,7 @@ class DeepSpeedStrategy(DataParallelStrategy):
             optimizer=self._clipping,
             dist_init_required=False,
             config={
-                "train_micro_batch_size_per_gpu": plan.micro_size,
+                "train_micro_batch_size_per_gpu": plan.micro_sizes[0],
                 "gradient_accumulation_steps": plan.micro_batches,
                 "gradient_clipping": 0.0,
                 "zero_optimization": {"stage": self._stage},

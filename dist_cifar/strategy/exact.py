@@ -34,7 +34,7 @@ from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
-from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
+from dist_cifar.strategy.tree_reduce import Bucket, Node, TreeAccumulator
 
 
 class ExactStrategy:
@@ -52,11 +52,9 @@ class ExactStrategy:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
         self._max_grad_norm = config.optimizer.max_grad_norm
-        self._leaves = plan.virtual_ranks * plan.passes
-        self._local_passes = plan.micro_batches
-        # Adding two virtual ranks of one pass each up in their order is the lowest level of the tree. Autograd does it
-        # best: while a gradient is still in the cache.
-        self._slice_passes = 2 if plan.passes == 1 and plan.micro_batches > 1 else plan.passes
+        self._all_passes = plan.virtual_ranks * plan.passes
+        self._nodes = passes_of_nodes(plan.slices, plan.passes)
+        self._last_node = self._nodes[-1][0]
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
@@ -66,16 +64,17 @@ class ExactStrategy:
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = self._trained[::-1]
-        self._gradients, self._statistics_tree = TreeAccumulator(), TreeAccumulator()
+        leaves = plan.virtual_ranks
+        self._gradients, self._statistics_tree = TreeAccumulator(leaves), TreeAccumulator(leaves)
         self._stats_sum = self._statistics.values
-        """The sum of the running statistics after each pass of the current slice."""
+        """The sum of the running statistics after each pass of the current node."""
         self._pass = 0
-        self._statistics_bucket = Bucket([self._statistics.values], communicator)
+        self._statistics_bucket = Bucket([self._statistics.values], communicator, leaves=leaves)
         self._buckets: list[Bucket] = []
         self._bucket_slices: list[slice] = []
         """The range of each bucket's tensors in `_parameters`."""
         for place in partition(self._parameters):
-            self._buckets.append(Bucket(self._parameters[place], communicator))
+            self._buckets.append(Bucket(self._parameters[place], communicator, leaves=leaves))
             self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
                 parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))
@@ -89,26 +88,28 @@ class ExactStrategy:
         statistics.restore()
         logits = self.module(images)
         seen = statistics.values.clone()
-        self._stats_sum = seen if self._pass % self._slice_passes == 0 else self._stats_sum.add_(seen)
+        node, is_first, is_last = self._nodes[self._pass]
+        self._stats_sum = seen if is_first else self._stats_sum.add_(seen)
         if self._is_last_pass:
             self._pending = [len(bucket.views) for bucket in self._buckets]
             self._next_bucket = 0
             if statistics.names:
-                root = self._statistics_tree.root([self._stats_sum])
-                self._reductions.submit(partial(self._statistics_bucket.reduce, root, self._leaves))
-        elif self._is_slice_end:
-            self._statistics_tree.add([self._stats_sum])
+                sums = self._statistics_tree.finish(node, [self._stats_sum])
+                self._reductions.submit(partial(self._statistics_bucket.reduce, sums, self._all_passes))
+        elif is_last:
+            self._statistics_tree.add(node, [self._stats_sum])
         return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        if self._is_slice_end and not self._is_last_pass:
-            self._gradients.add(_gradients(self._parameters))
+        node, _, is_last = self._nodes[self._pass]
+        if is_last and not self._is_last_pass:
+            self._gradients.add(node, _gradients(self._parameters))
             self._optimizer.zero_grad()
         self._pass += 1
 
     def step(self, lr: float) -> torch.Tensor:
-        assert self._pass == self._local_passes and self._next_bucket == len(self._buckets)
+        assert self._pass == len(self._nodes) and self._next_bucket == len(self._buckets)
         phase("reduction")
         self._reductions.wait()
         phase("optimizer")
@@ -146,12 +147,8 @@ class ExactStrategy:
         load_optimizer_state_dict(self.module, self._optimizer, optimizer)
 
     @property
-    def _is_slice_end(self) -> bool:
-        return self._pass % self._slice_passes == self._slice_passes - 1
-
-    @property
     def _is_last_pass(self) -> bool:
-        return self._pass == self._local_passes - 1
+        return self._pass == len(self._nodes) - 1
 
     def _on_grad_ready(self, index: int, _: torch.Tensor) -> None:
         """Notes that a gradient of a bucket is complete; in the last pass, reduces the buckets that are now due."""
@@ -165,7 +162,25 @@ class ExactStrategy:
             self._next_bucket += 1
 
     def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
-        bucket.reduce(self._gradients.root(gradients, place), self._leaves)
+        bucket.reduce(self._gradients.finish(self._last_node, gradients, place), self._all_passes)
+
+
+def passes_of_nodes(slices: range, passes: int) -> list[tuple[Node, bool, bool]]:
+    """For each pass of a rank that holds `slices`: the node of the tree to which it belongs, and whether it is the
+    first and the last pass of that.
+
+    The passes of a node are added up by autograd, in their order, while a gradient is still in the cache: those of one
+    virtual rank, and where these have one pass each, those of two that are the lowest level of the tree.
+    """
+    nodes = [(leaf, leaf + 1) for leaf in slices]
+    if passes == 1:
+        pairs = {leaf - leaf % 2 for leaf in slices if leaf % 2 and leaf - 1 in slices}
+        nodes = [(leaf, leaf + 2) if leaf in pairs else (leaf, leaf + 1) for leaf in slices if leaf - 1 not in pairs]
+    found = []
+    for first, end in nodes:
+        count = (end - first) * passes
+        found += [((first, end), i == 0, i == count - 1) for i in range(count)]
+    return found
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:

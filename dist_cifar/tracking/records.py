@@ -32,7 +32,7 @@ from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.summary import build_summary, result_rows
 from dist_cifar.state import Evaluation, TrainState
 from dist_cifar.stopping import first_received, stop_requested
-from dist_cifar.strategy import properties
+from dist_cifar.strategy import properties, waiting_line
 from dist_cifar.tracking.base import OpenTracker, Results, Tracker
 from dist_cifar.tracking.console import table
 from dist_cifar.tracking.registry import open_trackers
@@ -69,7 +69,6 @@ class RunRecords:
             if evaluator.selects_on_test
             else counted(len(evaluator.validation_indices), "image")
         )
-        virtual = f" ({counted(plan.virtual_ranks, 'virtual rank')})" if properties(config.strategy).bitwise else ""
         classes = counted(len(dataset.classes), "class", "classes")
         logger.info(f"run        {config.run.name} in {self.run_dir.path}, seed {config.run.seed}")
         logger.info(
@@ -87,15 +86,25 @@ class RunRecords:
         own = [f"{name} ({known[:12]})" for name, known in own_files(config).items()]
         if own:
             logger.info(f"own files  {listed(own)}")
-        logger.info(
-            f"batch      {plan.global_size} = {counted(communicator.world_size, 'rank')} x"
-            f" {counted(plan.micro_batches, 'micro-batch', 'micro-batches')} x {plan.micro_size}{virtual};"
-            f" {counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
-        )
+        steps = f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
+        logger.info(f"batch      {self._division()}; {steps}")
+        waiting = waiting_line(config.batch, config.strategy, world_size=communicator.world_size)
+        if waiting is not None:
+            logger.info(f"waiting    {waiting}")
         logger.info(f"schedule   {schedule.describe()}")
         if config.average.name != "none":
             every = counted(config.average.every_steps, "step")
             logger.info(f"average    {config.average.name} of the weights, every {every}")
+
+    def _division(self) -> str:
+        """How a global batch is divided."""
+        plan, ranks = self._plan, self._communicator.world_size
+        is_bitwise = properties(self._config.strategy).bitwise
+        virtual = f" ({counted(plan.virtual_ranks, 'virtual rank')})" if is_bitwise else ""
+        passes = counted(plan.micro_batches, "micro-batch", "micro-batches")
+        if plan.virtual_ranks % ranks == 0 and len(set(plan.micro_sizes)) == 1 and plan.weights[0] == 1:
+            return f"{plan.global_size} = {counted(ranks, 'rank')} x {passes} x {plan.micro_sizes[0]}{virtual}"
+        return f"{plan.global_size}, of which the first of {ranks} ranks has {plan.per_rank_size} in {passes}{virtual}"
 
     def _describe_idle(self) -> None:
         """Says what this node could give to more ranks."""
@@ -113,6 +122,7 @@ class RunRecords:
             ranks=communicator.world_size,
             ranks_here=ranks_here,
             shared=shared,
+            equally=properties(config.strategy).equal_shares,
             limit=limit,
         )
         if line is not None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator, tree_sum
+from dist_cifar.strategy import tree_reduce
+from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator, nodes_of, tree_sum
 
 SHAPES = [(3,), (5, 2, 3, 3), (1,), (7, 4)]  # 126 numbers: no multiple of 4 or 8
 LEAVES = 8
@@ -22,12 +24,13 @@ def leaf(index: int) -> list[torch.Tensor]:
     ]
 
 
-def by_definition(first: int = 0, last: int = LEAVES) -> list[np.ndarray]:
-    """The sum of the leaves as the recursion that defines it, in numpy."""
-    if last - first == 1:
+def by_definition(first: int, end: int) -> list[np.ndarray]:
+    """The sum of the leaves as the recursion that defines it, in numpy: the first ones are the largest power of two."""
+    if end - first == 1:
         return [tensor.numpy() for tensor in leaf(first)]
-    middle = (first + last) // 2
-    return [a + b for a, b in zip(by_definition(first, middle), by_definition(middle, last), strict=True)]
+    half = max(2**i for i in range(20) if 2**i < end - first)
+    parts = by_definition(first, first + half), by_definition(first + half, end)
+    return [a + b for a, b in zip(*parts, strict=True)]
 
 
 def folded() -> list[np.ndarray]:
@@ -42,61 +45,131 @@ def equal(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
-def mean(communicator: Communicator) -> list[np.ndarray]:
+def mean(communicator: Communicator, leaves: int) -> list[np.ndarray]:
     """The mean of all leaves, this rank having its share of them."""
-    local = LEAVES // communicator.world_size
-    own = [leaf(communicator.rank * local + i) for i in range(local)]
-    tree = TreeAccumulator()
-    for tensors in own[:-1]:
-        tree.add(tensors)
-    bucket = Bucket([torch.empty(shape) for shape in SHAPES], communicator)
-    bucket.reduce(tree.root(own[-1]), LEAVES)
+    tree, held = TreeAccumulator(leaves), share(communicator.rank, parts=communicator.world_size, count=leaves)
+    for index in held[:-1]:
+        tree.add((index, index + 1), leaf(index))
+    bucket = Bucket([torch.empty(shape) for shape in SHAPES], communicator, leaves=leaves)
+    bucket.reduce(tree.finish((held[-1], held[-1] + 1), leaf(held[-1])), leaves)
     return [view.numpy().copy() for view in bucket.views]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_the_sum_is_that_of_the_definition_on_every_rank(ranks, world_size):
-    expected = [total / np.float32(LEAVES) for total in by_definition()]
-    for result in ranks.run(world_size, mean):
+@pytest.mark.parametrize(
+    ("world_size", "leaves"),
+    [
+        *((1, leaves) for leaves in range(1, 17)),
+        (2, 2),
+        (2, 5),
+        (2, 8),
+        (3, 3),
+        (3, 5),
+        (3, 8),
+        (3, 16),
+        (4, 7),
+        (4, 8),
+    ],
+)
+def test_the_sum_is_that_of_the_definition_on_every_rank(ranks, world_size, leaves):
+    expected = [total / np.float32(leaves) for total in by_definition(0, leaves)]
+    for result in ranks.run(world_size, mean, leaves):
         assert equal(result, expected)
 
 
-def test_a_left_fold_is_another_sum():
-    assert not equal(folded(), by_definition())
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [5, 6, 7])
+def test_the_sum_on_many_ranks(ranks, world_size):
+    for leaves in (7, 8, 12):
+        expected = [total / np.float32(leaves) for total in by_definition(0, leaves)]
+        for result in ranks.run(world_size, mean, leaves):
+            assert equal(result, expected)
+
+
+def test_other_orders_are_other_sums():
+    """A left fold, and a tree whose nodes are halved."""
+
+    def halved(first: int, end: int) -> list[np.ndarray]:
+        if end - first == 1:
+            return [tensor.numpy() for tensor in leaf(first)]
+        middle = (first + end) // 2
+        return [a + b for a, b in zip(halved(first, middle), halved(middle, end), strict=True)]
+
+    assert not equal(folded(), by_definition(0, LEAVES))
+    assert equal(halved(0, LEAVES), by_definition(0, LEAVES)) and not equal(halved(0, 7), by_definition(0, 7))
 
 
 def all_reduced(communicator: Communicator) -> list[np.ndarray]:
     """The mutant: the local sums in gloo's order."""
-    local = LEAVES // communicator.world_size
-    tree = TreeAccumulator()
-    own = [leaf(communicator.rank * local + i) for i in range(local)]
-    for tensors in own[:-1]:
-        tree.add(tensors)
-    return [communicator.all_reduce_sum(tensor).numpy() / np.float32(LEAVES) for tensor in tree.root(own[-1])]
+    tree, held = TreeAccumulator(LEAVES), share(communicator.rank, parts=communicator.world_size, count=LEAVES)
+    for index in held[:-1]:
+        tree.add((index, index + 1), leaf(index))
+    (sums,) = tree.finish((held[-1], held[-1] + 1), leaf(held[-1]))
+    return [communicator.all_reduce_sum(tensor).numpy() / np.float32(LEAVES) for tensor in sums]
 
 
 def test_an_all_reduce_is_another_sum(ranks):
-    expected = [total / np.float32(LEAVES) for total in by_definition()]
+    expected = [total / np.float32(LEAVES) for total in by_definition(0, LEAVES)]
     assert not equal(ranks.run(4, all_reduced)[0], expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
-def test_the_local_tree_equals_the_sum_of_rows_and_keeps_few_sums(count):
-    rows = torch.stack([leaf(index)[1].flatten() for index in range(count)])
-    tree = TreeAccumulator()
-    for row in rows[:-1]:
-        tree.add([row.clone()])
-        assert len(tree._sums) <= max(1, count.bit_length() - 1)
-    assert torch.equal(tree.root([rows[-1].clone()])[0], tree_sum(rows))
+def local_means(leaves: int, world_size: int) -> np.ndarray:
+    """The sum of all leaves, each rank's nodes and what adds them up computed in this process."""
+    nodes, rows = [], []
+    for rank in range(world_size):
+        held, tree = share(rank, parts=world_size, count=leaves), TreeAccumulator(leaves)
+        for index in held[:-1]:
+            tree.add((index, index + 1), leaf(index)[1:2])
+        sums = tree.finish((held[-1], held[-1] + 1), leaf(held[-1])[1:2])
+        found = nodes_of(held, leaves=leaves)
+        assert len(found) == len(sums) <= 2 * max(1, leaves.bit_length())
+        assert [i for first, end in found for i in range(first, end)] == list(held)
+        nodes += found
+        rows += [row.flatten() for (row,) in sums]
+    return tree_sum(torch.stack(rows), nodes, leaves=leaves).numpy()
+
+
+@pytest.mark.parametrize("leaves", range(1, 17))
+def test_every_number_of_ranks_gives_the_bits_of_one(leaves):
+    expected = by_definition(0, leaves)[1].flatten()
+    for world_size in range(1, leaves + 1):
+        assert local_means(leaves, world_size).tobytes() == expected.tobytes(), world_size
+
+
+def test_a_border_that_is_off_by_one_is_found(monkeypatch):
+    """The mutant: what a rank adds up by itself is no node of the tree."""
+
+    def parents(leaves: int) -> dict:
+        found = original(leaves)
+        return {**found, ((5, 6), (6, 7)): (5, 7), ((5, 7), (7, 8)): (5, 8), ((4, 5), (5, 8)): (4, 8)}
+
+    original = tree_reduce._parents
+    monkeypatch.setattr(tree_reduce, "_parents", parents)
+    assert local_means(8, 3).tobytes() != by_definition(0, 8)[1].flatten().tobytes()
+
+
+@pytest.mark.parametrize("ranks_of", [(1, 8), (2, 8), (4, 8), (8, 8), (2, 4), (3, 3), (3, 6)])
+def test_where_it_can_be_a_rank_has_one_node(ranks_of):
+    world_size, leaves = ranks_of
+    held = [share(rank, parts=world_size, count=leaves) for rank in range(world_size)]
+    counts = [len(nodes_of(one, leaves=leaves)) for one in held]
+    assert counts == [1] * world_size or ranks_of == (3, 6)
+
+
+def test_the_local_tree_keeps_few_sums():
+    tree = TreeAccumulator(16)
+    for index in range(15):
+        tree.add((index, index + 1), leaf(index))
+        assert len(tree._sums) <= 4
 
 
 def test_a_part_of_the_last_leaf_can_be_summed_by_itself():
-    tree, whole = TreeAccumulator(), TreeAccumulator()
+    tree, whole = TreeAccumulator(4), TreeAccumulator(4)
     for index in range(3):
-        tree.add(leaf(index))
-        whole.add(leaf(index))
-    parts = [tree.root(leaf(3)[place], place) for place in (slice(0, 1), slice(1, 4))]
-    assert all(torch.equal(a, b) for a, b in zip(parts[0] + parts[1], whole.root(leaf(3)), strict=True))
+        tree.add((index, index + 1), leaf(index))
+        whole.add((index, index + 1), leaf(index))
+    parts = [tree.finish((3, 4), leaf(3)[place], place) for place in (slice(0, 1), slice(1, 4))]
+    (expected,) = whole.finish((3, 4), leaf(3))
+    assert all(torch.equal(a, b) for a, b in zip(parts[0][0] + parts[1][0], expected, strict=True))
 
 
 def test_memory_formats_survive(ranks):
@@ -107,6 +180,6 @@ def test_memory_formats_survive(ranks):
 
 def reduced_channels_last(communicator: Communicator, like: torch.Tensor) -> tuple[tuple[int, ...], np.ndarray]:
     like = like.to(memory_format=torch.channels_last)
-    bucket = Bucket([like], communicator)
-    bucket.reduce([like], communicator.world_size)
+    bucket = Bucket([like], communicator, leaves=communicator.world_size)
+    bucket.reduce([[like]], communicator.world_size)
     return bucket.views[0].stride(), bucket.views[0].numpy()

@@ -43,16 +43,15 @@ class Trial:
 
 
 def parse_world_sizes(text: str, virtual_ranks: int) -> list[int]:
-    """Parses a list such as `1,2,4`. Raises `ConfigError` unless it is one of divisors of `virtual_ranks`."""
+    """Parses a list such as `1,2,3`. Raises `ConfigError` unless it is one of numbers up to `virtual_ranks`."""
     try:
         sizes = [int(word) for word in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--world-sizes: {text!r} is not a list of whole numbers; write e.g. 1,2,4") from None
+        raise ConfigError(f"--world-sizes: {text!r} is not a list of whole numbers; write e.g. 1,2,3") from None
     for size in sizes:
-        if size < 1 or virtual_ranks % size:
-            allowed = ", ".join(str(size) for size in range(1, virtual_ranks + 1) if virtual_ranks % size == 0)
+        if not 1 <= size <= virtual_ranks:
             raise ConfigError(
-                f"--world-sizes: {size} does not divide strategy.virtual_ranks={virtual_ranks}; allowed: {allowed}"
+                f"--world-sizes: {size} was given; strategy.virtual_ranks={virtual_ranks} allows 1 to {virtual_ranks}"
             )
         if sizes.count(size) > 1:
             raise ConfigError(f"--world-sizes: {size} is given twice; give it once")
@@ -152,14 +151,14 @@ def place_ranks(world_size: int, agents: Sequence[Agent]) -> list[Placement]:
 
 
 def default_world_sizes(virtual_ranks: int, agents: Sequence[Agent]) -> list[int]:
-    """Powers of two up to the number of agents, or 4 if that is more: those that the config and the GPUs allow."""
-    sizes = []
-    size = 1
-    while size <= max(len(agents), 4) and virtual_ranks % size == 0:
-        with suppress(LaunchError):
-            place_ranks(size, agents)
-            sizes.append(size)
-        size *= 2
+    """The number of agents, and powers of two up to it, or to 4 if that is more: those that the config and the GPUs
+    allow."""
+    most, sizes = max(len(agents), 4), []
+    for size in sorted({2**i for i in range(most.bit_length())} | {len(agents)}):
+        if size <= virtual_ranks:
+            with suppress(LaunchError):
+                place_ranks(size, agents)
+                sizes.append(size)
     return sizes
 
 
