@@ -128,14 +128,15 @@ class Side:
         )
         world_size = communicator.world_size
         slices = slice_count(config.batch, config.strategy, world_size=world_size)
-        plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=GLOBAL_BATCH)
+        size = {"rank": communicator.rank, "world_size": world_size, "train_size": GLOBAL_BATCH}
+        plan = plan_batches(config.batch, config.train, slices=slices, **size)
         module = build_model(config.model, num_classes=10, seed=0).train()
         self.strategy = build_strategy(module, config, communicator=communicator, plan=plan)
         generator = torch.Generator().manual_seed(communicator.rank)
         images = torch.randn(plan.per_rank_size, 3, 32, 32, generator=generator)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(10, (plan.per_rank_size,), generator=generator)
-        self._batch = list(zip(images.split(plan.micro_size), labels.split(plan.micro_size), strict=True))
+        self._batch = list(zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True))
 
     def step(self) -> dict[str, float]:
         """One step; seconds of its parts on this rank's main thread."""

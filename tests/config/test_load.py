@@ -72,7 +72,10 @@ def test_what_strategy_exact_cannot_keep_is_refused():
     exact = "strategy.name=exact"
     for overrides, message in (
         (["batch.per_rank_size=16"], "batch.per_rank_size: in strategy.name=exact nothing depends on the world size"),
-        (["strategy.virtual_ranks=6"], "strategy.virtual_ranks: must be a power of two, found 6"),
+        (
+            ["strategy.virtual_ranks=6"],
+            "batch.global_size: 128 samples cannot be shared equally by strategy.virtual_ranks=6",
+        ),
         (
             ["batch.global_size=36"],
             "batch.global_size: 36 samples cannot be shared equally by strategy.virtual_ranks=8",

@@ -21,8 +21,9 @@ from dist_cifar.errors import ConfigError
     ],
 )
 def test_plan(batch, world_size, expected):
-    plan = plan_batches(batch, TrainConfig(epochs=3), slices=world_size, world_size=world_size, train_size=1000)
-    assert (plan.global_size, plan.per_rank_size, plan.micro_batches, plan.micro_size) == expected
+    plan = plan_batches(batch, TrainConfig(epochs=3), slices=world_size, rank=0, world_size=world_size, train_size=1000)
+    assert (plan.global_size, plan.per_rank_size, plan.micro_batches, plan.micro_sizes[0]) == expected
+    assert set(plan.micro_sizes) == {expected[-1]} and set(plan.weights) == {1}
     assert plan.steps_per_epoch == 1000 // plan.global_size
     assert plan.total_steps == 3 * plan.steps_per_epoch
 
@@ -41,18 +42,47 @@ def test_plan(batch, world_size, expected):
 def test_micro_batches_of_a_virtual_rank_do_not_depend_on_the_world_size(limit, world_size, expected):
     """(samples of a rank, its passes, passes of a virtual rank, samples of a pass)"""
     batch = BatchConfig(global_size=128, max_micro_batch=limit)
-    plan = plan_batches(batch, TrainConfig(), slices=8, world_size=world_size, train_size=1000)
-    assert (plan.per_rank_size, plan.micro_batches, plan.passes, plan.micro_size) == expected
+    plan = plan_batches(batch, TrainConfig(), slices=8, rank=0, world_size=world_size, train_size=1000)
+    assert (plan.per_rank_size, plan.micro_batches, plan.passes, plan.micro_sizes[0]) == expected
+    assert set(plan.micro_sizes) == {expected[-1]} and set(plan.weights) == {1}
+
+
+@pytest.mark.parametrize("world_size", range(1, 9))
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("slices", [8, 0])
+def test_the_ranks_together_have_each_sample_once_and_in_order(world_size, limit, slices):
+    """8 virtual ranks, or a slice for each rank: of 120 samples, which 7 does not divide."""
+    batch = BatchConfig(global_size=120, max_micro_batch=limit)
+    plans = [
+        plan_batches(
+            batch, TrainConfig(), slices=slices or world_size, rank=rank, world_size=world_size, train_size=1000
+        )
+        for rank in range(world_size)
+    ]
+    assert [plan.start for plan in plans] == [sum(p.per_rank_size for p in plans[:rank]) for rank in range(world_size)]
+    assert sum(plan.per_rank_size for plan in plans) == 120
+    assert [i for plan in plans for i in plan.slices] == list(range(slices or world_size))
+    assert [plan.first_pass for plan in plans] == [sum(p.micro_batches for p in plans[:r]) for r in range(world_size)]
+    sizes = [size for plan in plans for size in plan.micro_sizes]
+    assert max(sizes) <= (limit or 120) and max(sizes) - min(sizes) <= 1
+    if slices:  # each pass has the same shape on every number of ranks
+        assert set(sizes) == {5 if limit else 15}
+    else:  # as many passes, since each of them is a collective
+        assert len({plan.micro_batches for plan in plans}) == 1
+    # The mean over all passes of weighted means is the mean over all samples.
+    weights = [weight for plan in plans for weight in plan.weights]
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    assert [w / len(weights) for w in weights] == pytest.approx([size / 120 for size in sizes])
 
 
 def test_a_batch_larger_than_the_split_is_an_error_that_names_both():
     with pytest.raises(ConfigError, match=r"one global batch is 128 samples, the training split has 100"):
-        plan_batches(BatchConfig(global_size=128), TrainConfig(), slices=2, world_size=2, train_size=100)
+        plan_batches(BatchConfig(global_size=128), TrainConfig(), slices=2, rank=0, world_size=2, train_size=100)
 
 
 def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
     batch, train = BatchConfig(global_size=10), TrainConfig(epochs=5, max_steps=43)
-    plan = plan_batches(batch, train, slices=1, world_size=1, train_size=100)
+    plan = plan_batches(batch, train, slices=1, rank=0, world_size=1, train_size=100)
     assert [step for step in range(1, 44) if evaluation_due(plan, 2, step)] == [20, 40, 43]
     assert [step for step in range(1, 44) if schedule_due(plan, 2, step)] == [20, 40]
 
@@ -61,6 +91,6 @@ def test_evaluations_are_due_every_so_many_epochs_and_at_the_end():
 def test_epochs_may_be_a_fraction_which_is_meant_in_decimal(epochs, steps):
     """0.07 x 100 is more than 7 in floating point."""
     train = TrainConfig(epochs=epochs)
-    plan = plan_batches(BatchConfig(global_size=10), train, slices=1, world_size=1, train_size=1000)
+    plan = plan_batches(BatchConfig(global_size=10), train, slices=1, rank=0, world_size=1, train_size=1000)
     assert plan.steps_per_epoch == 100 and plan.total_steps == steps
     assert evaluation_due(plan, 1, steps) and schedule_due(plan, 1, steps) is (steps % 100 == 0)

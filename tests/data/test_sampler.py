@@ -15,7 +15,7 @@ SIZE, GLOBAL_SIZE, SEED = 203, 16, 7
 
 def sampler(rank: int, world_size: int) -> GlobalBatchSampler:
     batch = BatchConfig(global_size=GLOBAL_SIZE)
-    plan = plan_batches(batch, TrainConfig(), slices=8, world_size=world_size, train_size=SIZE)
+    plan = plan_batches(batch, TrainConfig(), slices=8, rank=rank, world_size=world_size, train_size=SIZE)
     return GlobalBatchSampler(SIZE, plan, rank=rank, world_size=world_size, seed=SEED)
 
 
@@ -23,7 +23,7 @@ def global_batch(step: int, world_size: int) -> list[int]:
     return [index for rank in range(world_size) for index in sampler(rank, world_size).batch(step).tolist()]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
 @pytest.mark.parametrize("step", [0, 5, 11, 12, 30])
 def test_every_world_size_has_the_same_batches_in_the_same_order(world_size, step):
     assert global_batch(step, world_size) == global_batch(step, 1)

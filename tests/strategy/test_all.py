@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,7 +63,8 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch.float32) -> tuple[Strategy, BatchPlan]:
     world_size = communicator.world_size
     slices = slice_count(config.batch, config.strategy, world_size=world_size)
-    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=BATCH)
+    rank = communicator.rank
+    plan = plan_batches(config.batch, config.train, slices=slices, rank=rank, world_size=world_size, train_size=BATCH)
     model = build_model(config.model, num_classes=10, seed=1).to(dtype)
     return build_strategy(model, config, communicator=communicator, plan=plan), plan
 
@@ -71,12 +73,13 @@ def train_step(
     strategy: Strategy, plan: BatchPlan, communicator: Communicator, step: int, lr: float, poison: int | None = None
 ) -> tuple[float, float]:
     """The mean loss over the global batch, and the gradient's norm; the images of rank `poison` are NaN."""
-    images, labels = (part.chunk(communicator.world_size)[communicator.rank] for part in data(step))
+    images, labels = (part[plan.start :][: plan.per_rank_size] for part in data(step))
     if communicator.rank == poison:
         images = torch.full_like(images, float("nan"))
     losses = []
-    for inputs, targets in zip(images.split(plan.micro_size), labels.split(plan.micro_size), strict=True):
-        loss = torch.nn.functional.cross_entropy(strategy.forward(inputs), targets)
+    parts = images.split(plan.micro_sizes), labels.split(plan.micro_sizes), plan.weights
+    for inputs, targets, weight in zip(*parts, strict=True):
+        loss = torch.nn.functional.cross_entropy(strategy.forward(inputs), targets) * weight
         strategy.backward(loss)
         losses.append(loss.detach())
     norm = strategy.step(lr)
@@ -144,6 +147,26 @@ def test_passes_are_accumulated_and_clipping_can_be_off(ranks, strategy):
     expected = by_hand(max_grad_norm=None)
     for curve, _ in ranks.run(2, run, config(strategy, max_grad_norm=None, micro=2), 5):
         require_parity(curve, expected[:5])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_may_have_different_shares_of_a_batch(ranks, strategy):
+    """Of 8 samples 2, 3 and 3, and in two passes 1 and 1, 1 and 2, 1 and 2."""
+    expected = by_hand()
+    for micro in (None, 2):
+        for curve, _ in ranks.run(3, run, config(strategy, micro=micro), 5):
+            require_parity(curve, expected[:5])
+
+
+def unweighted(communicator: Communicator, config: Config) -> Curve:
+    """The mutant: each rank's mean counts as much as the others'."""
+    with mock.patch.object(BatchPlan, "weights", property(lambda plan: (1.0,) * plan.micro_batches)):
+        return run(communicator, config, 5)[0]
+
+
+def test_the_mean_of_means_is_another_gradient(ranks):
+    with pytest.raises(AssertionError):
+        require_parity(ranks.run(3, unweighted, config("ddp"))[0], by_hand()[:5])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -50,7 +50,7 @@ class Walk:
 @pytest.fixture
 def plan(tiny) -> BatchPlan:
     config = tiny("batch.global_size=20", "train.epochs=3.5")
-    plan = plan_batches(config.batch, config.train, train_size=80, slices=1, world_size=1)
+    plan = plan_batches(config.batch, config.train, train_size=80, slices=1, rank=0, world_size=1)
     assert (plan.steps_per_epoch, plan.total_steps) == (EPOCH, STEPS)
     return plan
 

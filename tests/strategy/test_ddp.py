@@ -30,9 +30,10 @@ def data(step: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def plan(world_size: int, micro_batches: int) -> BatchPlan:
     return BatchPlan(
         global_size=BATCH,
-        per_rank_size=BATCH // world_size,
+        start=0,
+        micro_sizes=(BATCH // world_size // micro_batches,) * micro_batches,
         virtual_ranks=world_size,
-        micro_batches=micro_batches,
+        slices=range(1),
         passes=micro_batches,
         steps_per_epoch=STEPS,
         total_steps=STEPS,

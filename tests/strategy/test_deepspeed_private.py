@@ -33,7 +33,9 @@ def build(communicator: Communicator, stage: int) -> DeepSpeedStrategy:
     strategy_config = StrategyConfig(name="deepspeed", zero_stage=stage)
     config = Config(model=MODEL, batch=BatchConfig(global_size=BATCH), strategy=strategy_config)
     world_size = communicator.world_size
-    plan = plan_batches(config.batch, config.train, slices=world_size, world_size=world_size, train_size=BATCH)
+    plan = plan_batches(
+        config.batch, config.train, slices=world_size, rank=communicator.rank, world_size=world_size, train_size=BATCH
+    )
     model = build_model(MODEL, num_classes=10, seed=0)
     strategy = build_strategy(model, config, communicator=communicator, plan=plan)
     assert isinstance(strategy, DeepSpeedStrategy)

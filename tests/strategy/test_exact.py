@@ -46,7 +46,8 @@ def data(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, t
 
 def build(communicator: Communicator, config: Config, dtype: torch.dtype = torch.float32) -> tuple[ExactStrategy, Any]:
     slices, world_size = config.strategy.virtual_ranks, communicator.world_size
-    plan = plan_batches(config.batch, config.train, slices=slices, world_size=world_size, train_size=BATCH)
+    rank = communicator.rank
+    plan = plan_batches(config.batch, config.train, slices=slices, rank=rank, world_size=world_size, train_size=BATCH)
     model = build_model(config.model, num_classes=10, seed=1).to(dtype)
     strategy = build_strategy(model, config, communicator=communicator, plan=plan)
     assert isinstance(strategy, ExactStrategy)
@@ -59,8 +60,8 @@ def train_step(strategy: ExactStrategy, plan: Any, communicator: Communicator, s
     images, labels = (part.to(parameter.device) for part in data(step, parameter.dtype))
     if poison >= 0:
         images.chunk(VIRTUAL)[poison].fill_(float("nan"))
-    images, labels = (part.chunk(communicator.world_size)[communicator.rank] for part in (images, labels))
-    for inputs, targets in zip(images.split(plan.micro_size), labels.split(plan.micro_size), strict=True):
+    images, labels = (part[plan.start :][: plan.per_rank_size] for part in (images, labels))
+    for inputs, targets in zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True):
         strategy.backward(torch.nn.functional.cross_entropy(strategy.forward(inputs), targets))
     return strategy.step(LR).item()
 
@@ -89,8 +90,17 @@ def trained(communicator: Communicator, config: Config, steps: int = STEPS) -> t
 def test_every_world_size_gives_the_same_bits_on_every_rank(ranks, changes):
     expected = ranks.run(1, trained, config(**changes))[0]
     assert expected[1][0] != expected[1][1]
-    for world_size in (2, 4):
+    for world_size in (2, 3, 4):
         for result in ranks.run(world_size, trained, config(**changes)):
+            assert result == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("virtual_ranks", [8, 16])
+def test_many_ranks_give_the_same_bits(ranks, virtual_ranks):
+    expected = ranks.run(1, trained, config(virtual_ranks=virtual_ranks), 1)[0]
+    for world_size in (5, 6, 7, 8):
+        for result in ranks.run(world_size, trained, config(virtual_ranks=virtual_ranks), 1):
             assert result == expected
 
 

@@ -233,7 +233,7 @@ def test_it_is_tested_and_then_submitted(sbatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--nodes", "3"], "strategy.virtual_ranks: 8 virtual ranks cannot be shared equally by 3 ranks"),
+        (["--nodes", "9"], "strategy.virtual_ranks: 9 ranks cannot share 8 virtual ranks"),
         (["--nodes", "0"], "argument --nodes: 0 is not a whole number, 1 or more"),
         (["--gpus-per-node", "-1"], "argument --gpus-per-node: -1 is not a whole number, 0 or more"),
         (["--nodes", "two"], "argument --nodes: two is not a whole number, 1 or more"),

@@ -14,11 +14,12 @@ import torch
 import dist_cifar
 from dist_cifar.config import Config, describe, load_config
 from dist_cifar.config.schema import SECTIONS
+from dist_cifar.data.batching import share
 from dist_cifar.errors import ConfigError
 from dist_cifar.run import training_sums
 from dist_cifar.run.provenance import numerics_fingerprint
 from dist_cifar.strategy import reduction_queue
-from dist_cifar.strategy.tree_reduce import TreeAccumulator
+from dist_cifar.strategy.tree_reduce import TreeAccumulator, nodes_of
 from tests import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -137,16 +138,18 @@ def test_the_sums_of_the_example_are_those_of_float32():
 def test_the_partial_sums_of_a_rank_are_as_many_as_the_page_says():
     most = []
     for leaves in (8, 4, 2, 1):
-        tree, kept = TreeAccumulator(), [0]
-        for _ in range(leaves - 1):
-            tree.add([torch.ones(1)])
+        tree, kept = TreeAccumulator(leaves), [0]
+        for leaf in range(leaves - 1):
+            tree.add((leaf, leaf + 1), [torch.ones(1)])
             kept.append(len(tree._sums))
         most.append(max(kept))
     assert "{}, {}, {} and {} for V = 8".format(*most) in EXACTNESS
 
 
 def test_constants_are_those_of_the_code():
-    assert Config().strategy.virtual_ranks == 8 and "(8 by default: 1, 2, 4 or 8 ranks)" in EXACTNESS
+    assert Config().strategy.virtual_ranks == 8 and "from 1 to `strategy.virtual_ranks` (8 by default)" in EXACTNESS
+    nodes = [nodes_of(share(rank, parts=3, count=8), leaves=8) for rank in range(3)]
+    assert nodes[1] == [(2, 4), (4, 5)] and "2, 3 and 4 of 8" in EXACTNESS
     assert f"at least {reduction_queue.BUCKET_BYTES // 2**20} MiB" in EXACTNESS
     assert training_sums._QUANTUM == 2.0**-24 and "2^-24" in EXACTNESS
     assert 2**53 * training_sums._QUANTUM > 500e6 and "more than 500 million" in EXACTNESS
