@@ -104,23 +104,24 @@ GOOD_SHARE = 0.9
 """The least share of a step that ranks may compute, on average, before another number of virtual ranks is proposed."""
 
 
-def waiting_line(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> str | None:
-    """Where ranks have different numbers of virtual ranks: how much of a step they compute, and if that is little, with
-    which `strategy.virtual_ranks` it would be more; None where all have as many."""
+def waiting(batch: BatchConfig, config: StrategyConfig, *, world_size: int) -> tuple[str, str] | None:
+    """Where ranks have different numbers of virtual ranks: how much of a step they compute, and if that is little, what
+    to do about it, else nothing. None where all have as many, and where there are too few."""
     count = config.virtual_ranks
-    if not properties(config).bitwise or batch.global_size is None or count % world_size == 0:
+    if not properties(config).bitwise or batch.global_size is None or count % world_size == 0 or count < world_size:
         return None
     computing = _computing(count, world_size)
-    line = (
+    found = (
         f"{world_size} ranks share {count} virtual ranks: each computes {computing:.0%} of a step on average, and waits"
         " for those that have one more"
     )
     divisors = [n for n in range(world_size, batch.global_size + 1) if batch.global_size % n == 0]
     better = [n for n in divisors if _computing(n, world_size) >= GOOD_SHARE]
     if computing >= GOOD_SHARE or not better:
-        return line
+        return found, ""
     best = min(better, key=lambda n: (max(n, count) / min(n, count), n))
-    return f"{line}; strategy.virtual_ranks={best} would make that {_computing(best, world_size):.0%}, in a new run"
+    share = f"{_computing(best, world_size):.0%}"
+    return found, f"strategy.virtual_ranks={best} would make that {share}, in a new run: it is part of the result"
 
 
 def _computing(virtual_ranks: int, world_size: int) -> float:

@@ -32,7 +32,7 @@ from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.summary import build_summary, result_rows
 from dist_cifar.state import Evaluation, TrainState
 from dist_cifar.stopping import first_received, stop_requested
-from dist_cifar.strategy import properties, waiting_line
+from dist_cifar.strategy import properties, waiting
 from dist_cifar.tracking.base import OpenTracker, Results, Tracker
 from dist_cifar.tracking.console import table
 from dist_cifar.tracking.registry import open_trackers
@@ -88,9 +88,9 @@ class RunRecords:
             logger.info(f"own files  {listed(own)}")
         steps = f"{counted(plan.steps_per_epoch, 'step')} an epoch, {plan.total_steps:,} in all"
         logger.info(f"batch      {self._division()}; {steps}")
-        waiting = waiting_line(config.batch, config.strategy, world_size=communicator.world_size)
-        if waiting is not None:
-            logger.info(f"waiting    {waiting}")
+        waits = waiting(config.batch, config.strategy, world_size=communicator.world_size)
+        if waits is not None:
+            logger.info(f"waiting    {'; '.join(filter(None, waits))}")
         logger.info(f"schedule   {schedule.describe()}")
         if config.average.name != "none":
             every = counted(config.average.every_steps, "step")

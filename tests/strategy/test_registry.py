@@ -10,7 +10,7 @@ import pytest
 
 from dist_cifar.config import BatchConfig, StrategyConfig, known_names
 from dist_cifar.errors import ConfigError
-from dist_cifar.strategy import STRATEGIES, bitwise_strategy, properties, slice_count, waiting_line
+from dist_cifar.strategy import STRATEGIES, bitwise_strategy, properties, slice_count, waiting
 
 
 def test_every_name_of_the_config_is_a_strategy():
@@ -55,12 +55,17 @@ def test_errors_name_what_would_work():
             "3 ranks share 8 virtual ranks: each computes 89% .*; strategy.virtual_ranks=32 would make that 97%",
         ),
         (8, 120, 7, "7 ranks share 8 virtual ranks: each computes 57% .*; strategy.virtual_ranks=20 .* 95%"),
-        (20, 120, 7, "7 ranks share 20 virtual ranks: each computes 95% of a step on average, and waits for .* more$"),
-        (7, 7, 6, "7 virtual ranks: each computes 58% .* one more$"),
+        (
+            20,
+            120,
+            7,
+            "7 ranks share 20 virtual ranks: each computes 95% of a step on average, and waits for .* more; $",
+        ),
+        (7, 7, 6, "7 virtual ranks: each computes 58% .* one more; $"),
     ],
 )
 def test_what_ranks_wait_is_said_and_which_number_would_be_better(virtual_ranks, batch, world_size, expected):
     strategy = StrategyConfig(name="exact", virtual_ranks=virtual_ranks)
-    line = waiting_line(BatchConfig(global_size=batch), strategy, world_size=world_size)
-    assert line is None if expected is None else re.search(expected, line), line
-    assert waiting_line(BatchConfig(global_size=batch), StrategyConfig(name="ddp"), world_size=world_size) is None
+    found = waiting(BatchConfig(global_size=batch), strategy, world_size=world_size)
+    assert found is None if expected is None else re.search(expected, "; ".join(found)), found
+    assert waiting(BatchConfig(global_size=batch), StrategyConfig(name="ddp"), world_size=world_size) is None

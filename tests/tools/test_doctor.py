@@ -21,7 +21,7 @@ from dist_cifar.data.sources.cifar import CifarArchive
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import DataError
 from dist_cifar.run.checkpoint import CheckpointStore
-from dist_cifar.tools.doctor import data, disk, exactness, machine, network
+from dist_cifar.tools.doctor import data, disk, exactness, machine, network, runner
 from dist_cifar.tools.doctor.findings import Finding, attempt, failed, graded, ok, worst
 from tests import PATIENCE_SECONDS, REPOSITORY
 from tests.data.sources.test_cifar import put
@@ -53,6 +53,16 @@ def examine(tmp_path: Path, *overrides: str, code: int) -> dict[str, dict]:
     result = json.loads(file.read_text())
     assert result["ok"] == (code == 0)
     return {finding["check"]: finding for finding in result["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "state", "hint"),
+    [(4, "ok", ""), (3, "warning", "strategy.virtual_ranks=32"), (9, "failed", "start at most 8 ranks")],
+)
+def test_ranks_that_wait_for_others_are_a_warning_and_too_many_a_fault(world_size, state, hint):
+    config, env = config_of(), DistEnv(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size)
+    found = attempt("ranks", lambda: runner.check_ranks(config, env))
+    assert found.state == state and hint in found.found + found.hint
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import EXIT_DONE, LaunchError
 from dist_cifar.run.atomic_io import write_output
 from dist_cifar.run.run_dir import RunDir
+from dist_cifar.strategy import slice_count, waiting
 from dist_cifar.tools.doctor import data, disk, exactness, machine, network
-from dist_cifar.tools.doctor.findings import Finding, attempt, failed, ok, table, worst
+from dist_cifar.tools.doctor.findings import Finding, attempt, failed, ok, table, warning, worst
 
 EXIT_FAILED = 1
 
@@ -43,6 +44,17 @@ def doctor(config: Config, env: DistEnv, device: torch.device, *, json_file: Pat
         examination.findings.append(failed("ranks", str(error), hint))
         return examination.end()
     return examination.with_ranks(communicator, own)
+
+
+def check_ranks(config: Config, env: DistEnv) -> Finding:
+    """How many ranks there are, and whether they can share a global batch without much waiting."""
+    found = f"{env.world_size} answer (launcher: {env.launcher})"
+    slice_count(config.batch, config.strategy, world_size=env.world_size)
+    waits = waiting(config.batch, config.strategy, world_size=env.world_size)
+    if waits is None:
+        return ok("ranks", found)
+    how_long, hint = waits
+    return warning("ranks", f"{found}; {how_long}", hint) if hint else ok("ranks", f"{found}; {how_long}")
 
 
 class _Examination:
@@ -71,7 +83,7 @@ class _Examination:
         watch = communicator.watch(end_without)
         try:
             findings += [worst(each) for each in zip(*communicator.all_gather_object(own), strict=True)]
-            findings.append(ok("ranks", f"{env.world_size} answer (launcher: {env.launcher})"))
+            findings.append(attempt("ranks", lambda: check_ranks(config, env)))
             findings.append(network.check_backend(communicator, env))
             findings.append(network.check_all_reduce(communicator, env))
             findings.append(network.check_clocks(communicator))
