@@ -1,7 +1,8 @@
-"""Draws the results of `augment.py` and `peers.py` as docs/performance.md and docs/configuration.md show them.
+"""Draws the results of `augment.py`, `peers.py` and `time_to_accuracy.py` as the pages show them.
 
     python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png
     python benchmarks/publish/plot.py benchmarks/results/peers.json docs/peers.png
+    python benchmarks/publish/plot.py benchmarks/results/time_to_accuracy.json docs/time_to_accuracy.png
 
 Contract: everything in the picture comes from the JSON file. Bars from zero on a linear axis: their lengths are the
 rates. A whisker runs from the slowest to the fastest round. The background is opaque, for light and dark pages.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,32 @@ def _pairs(axes: Any, rows: list[dict[str, Any]], programs: list[str]) -> None:
     _clean(axes)
 
 
+def draw_time_to_accuracy(result: dict[str, Any], path: Path) -> None:
+    """A point for each run, and a ring at the mean of each program; seconds from zero."""
+    programs = list(dict.fromkeys(row["program"] for row in result["runs"]))
+    shades = iter(["#c2410c", "#f59e0b", "#7c2d12"])
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained", facecolor="white")
+    for program in programs:
+        rows = [row for row in result["runs"] if row["program"] == program]
+        colour = OTHERS if program == programs[0] else next(shades)
+        seconds, accuracies = [row["seconds"] for row in rows], [100 * row["test_accuracy_tta"] for row in rows]
+        axes.scatter(seconds, accuracies, color=colour, s=22, zorder=3)
+        middle = statistics.fmean(seconds), statistics.fmean(accuracies)
+        axes.scatter(*middle, s=260, facecolors="none", edgecolors=colour, linewidths=1.5, zorder=3)
+        text = f"{program}\n{middle[1]:.2f} % in {middle[0]:.0f} s (n = {len(rows)})"
+        axes.annotate(text, middle, (14, 0), textcoords="offset points", va="center", color=colour)
+    axes.set_xlim(0, max(row["seconds"] for row in result["runs"]) * 1.4)
+    axes.set_xlabel("seconds of initialisation, training and test")
+    axes.set_ylabel("test accuracy with TTA, percent")
+    axes.margins(y=0.25)
+    _clean(axes)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
+    note = f"A dot is a run, a ring the mean. Images of {result['data']}; {result['hardware']}."
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
 def _clean(axes: Any) -> None:
     """Faint lines for the eye to follow, and nothing else."""
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -165,12 +193,12 @@ def _clean(axes: Any) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-DRAWINGS = {"augment": draw_augment, "peers": draw_peers}
+DRAWINGS = {"augment": draw_augment, "peers": draw_peers, "time_to_accuracy": draw_time_to_accuracy}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file that augment.py or peers.py wrote")
+    parser.add_argument("result", type=Path, help="JSON file of benchmarks/results")
     parser.add_argument("picture", type=Path, help="file to write; its ending names the format")
     arguments = parser.parse_args()
     result = json.loads(arguments.result.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ import numpy as np
 
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
+from dist_cifar.errors import counted
 from dist_cifar.run.provenance import hardware, versions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,6 +92,12 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def done(runs: Path) -> list[dict[str, Any]]:
+    """The rows of all runs that are done: the peer's first, and each program's by seed."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*-seed-*.json")]
+    return sorted(rows, key=lambda row: (row["program"] != PEERS_NAME, row["program"], row["seed"]))
+
+
 def main() -> None:
     """Runs what is not done yet, seed by seed, and writes the JSON after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,24 +113,30 @@ def main() -> None:
     images = runs / "images"
     if not (images / "statistics.json").exists():
         write_images(data, images)
-    rows: list[dict[str, Any]] = []
     for seed in options.seeds:
-        for program in (PEERS_NAME, *(f"{options.config}, {ranks} ranks" for ranks in options.ranks)):
-            done = runs / f"{program.replace(', ', '-').replace(' ', '-')}-{seed}.json"
-            if not done.exists():
-                load = os.getloadavg()[0]
-                if program == PEERS_NAME:
-                    row = run_peer(images, seed, runs / "peer.json")
-                else:
-                    ranks = int(program.split()[-2])
-                    threads = [f"run.threads_per_rank={os.cpu_count()}"] if ranks == 1 else []
-                    row = run_ours(options.config, ranks, data, seed, runs / done.stem, threads)
-                row = {"program": program, **row, "load_average_before": round(load, 2)}
-                done.write_text(json.dumps(row) + "\n", encoding="utf-8")
-            rows.append(json.loads(done.read_text(encoding="utf-8")))
-            result = {"hardware": hardware(), "data": data.name, "versions": versions(), "comparisons": compared(rows)}
-            RESULT.write_text(json.dumps(result | {"runs": rows}, indent=1) + "\n", encoding="utf-8")
-            print(rows[-1], flush=True)
+        for ranks in (0, *options.ranks):
+            program = f"{options.config}, {counted(ranks, 'rank')}" if ranks else PEERS_NAME
+            path = runs / f"{program.replace(', ', '-').replace(' ', '-')}-seed-{seed}.json"
+            if path.exists():
+                continue
+            load = os.getloadavg()[0]
+            if ranks == 0:
+                row = run_peer(images, seed, runs / "peer.json")
+            else:
+                threads = [f"run.threads_per_rank={os.cpu_count()}"] if ranks == 1 else []
+                row = run_ours(options.config, ranks, data, seed, runs / path.stem, threads)
+            row = {"program": program, **row, "load_average_before": round(load, 2)}
+            path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            print(row, flush=True)
+            rows = done(runs)
+            result = {
+                "benchmark": "time_to_accuracy",
+                "hardware": hardware(),
+                "data": data.name,
+                "versions": versions(),
+            }
+            result |= {"comparisons": compared(rows), "runs": rows}
+            RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

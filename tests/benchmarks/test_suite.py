@@ -274,10 +274,10 @@ def test_a_recipe_is_compared_with_the_peer_of_its_seed(script):
         {"program": program, "seed": seed, "seconds": seconds, "test_accuracy_tta": accuracy}
         for program, seed, seconds, accuracy in (
             ("airbench94", 0, 100.0, 0.91),
-            ("fast, 1 ranks", 0, 50.0, 0.912),
+            ("fast, 1 rank", 0, 50.0, 0.912),
             ("airbench94", 1, 200.0, 0.90),
-            ("fast, 1 ranks", 1, 120.0, 0.90),
-            ("fast, 1 ranks", 2, 1.0, 0.99),
+            ("fast, 1 rank", 1, 120.0, 0.90),
+            ("fast, 1 rank", 2, 1.0, 0.99),
         )
     ]
     (row,) = script("time_to_accuracy").compared(rows)
