@@ -126,8 +126,8 @@ def time_to_accuracy(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "Accuracy: mean and standard deviation over n seeds. Seconds of initialisation, training and test: median (and"
-            f" range), in turns on an {result['hardware']}; the ratio within a seed. Images of {result['data']}.",
+            "Accuracy: mean and standard deviation over n seeds. Seconds of initialisation, training and test: median"
+            f" (and range), in turns on an {result['hardware']}; the ratio within a seed. Images of {result['data']}.",
         ]
     )
 
