@@ -176,11 +176,20 @@ def test_a_step_is_that_of_a_hand_written_loop(ranks, world_size, max_micro_batc
 # --- mutants -----------------------------------------------------------------------------------------------------
 
 
-def left_fold(self: tree_reduce.TreeAccumulator, leaf: list[torch.Tensor]) -> None:
-    self._sums = [(0, [a + b for a, b in zip(self._sums[0][1], leaf, strict=True)] if self._sums else leaf)]
+class AllNeighbours(dict):
+    """In the place of the tree: whatever stands side by side is added up."""
+
+    def __missing__(self, pair: tuple[tree_reduce.Node, tree_reduce.Node]) -> tree_reduce.Node:
+        return pair[0][0], pair[1][1]
+
+    def get(self, pair: Any, default: Any = None) -> Any:
+        return self[pair]
+
+    def __contains__(self, pair: Any) -> bool:
+        return True
 
 
-def rows_in_order(rows: torch.Tensor) -> torch.Tensor:
+def rows_in_order(rows: torch.Tensor, nodes: Any, *, leaves: int) -> torch.Tensor:
     total = rows[0]
     for row in rows[1:]:
         total = total + row
@@ -196,18 +205,20 @@ def statistics_of_each_rank(self: ExactStrategy, lr: float) -> torch.Tensor:
 
 
 def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
-    self._statistics.counts += self._local_passes - 1
+    self._statistics.counts += len(self._nodes) - 1
     return _STEP(self, lr)
 
 
 def one_slice_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
     _INIT(self, *arguments, **keywords)
-    self._slice_passes = self._local_passes
+    self._last_node = self._nodes[0][0][0], self._nodes[-1][0][1]
+    count = len(self._nodes)
+    self._nodes = [(self._last_node, i == 0, i == count - 1) for i in range(count)]
 
 
 _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
-    "a left fold of the local leaves": (tree_reduce.TreeAccumulator, "add", left_fold),
+    "a left fold of the local leaves": (tree_reduce, "_parents", lambda leaves: AllNeighbours()),
     "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_slice_a_rank),
     "a left fold over the ranks": (tree_reduce, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
