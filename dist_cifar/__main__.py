@@ -11,7 +11,7 @@ def run() -> int:
 
 
 def _main() -> int:
-    from dist_cifar.cli.main import main
+    from dist_cifar.cli import main
 
     return main()
 

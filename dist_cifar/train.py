@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     def run() -> int:
         """Runs the command; signals are heeded before anything else is imported."""
-        from dist_cifar.cli.main import main
+        from dist_cifar.cli import main
 
         return main(["train", *sys.argv[1:]])
 

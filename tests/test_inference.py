@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.data import dataset, ood_test_sets
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import DataError

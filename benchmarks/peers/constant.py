@@ -5,7 +5,7 @@ The difference between its speed and that of the real command is what preparing 
 
 import sys
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.data.batching import TrainingBatches
 
 _make = TrainingBatches.make

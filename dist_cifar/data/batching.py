@@ -38,7 +38,7 @@ class BatchPlan:
     virtual_ranks: int
     """Slices of the global batch, each computed by itself: a fixed number of equal ones, or one on each rank."""
     slices: range
-    """Those of this rank."""
+    """This rank's."""
     passes: int
     """Forward and backward passes of one virtual rank."""
     steps_per_epoch: int

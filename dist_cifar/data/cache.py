@@ -73,7 +73,7 @@ def load_or_build(cache_dir: Path, name: str, key: str, build: Callable[[], Arra
     entry = _read_trusted(directory, key)
     if entry is not None:
         return entry
-    with only_writer(directory.with_suffix(".lock"), key="data.cache_dir", doing="decoding the images"):
+    with only_writer(directory.with_suffix(".lock"), key="data.cache_dir", doing="reading the images"):
         entry = _read_trusted(directory, key)
         if entry is None:
             arrays = build()

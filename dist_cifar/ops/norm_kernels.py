@@ -178,7 +178,7 @@ IMAGES_PER_CHUNK = 4
 """Images whose sums are one row of the sums that the caller adds up: threads may share the chunks as they like."""
 _HALF_SQRT2 = np.float32(0.7071067811865476)
 _DENSITY_AT_0 = np.float32(0.3989422804014327)
-"""1 / sqrt(2 pi)."""
+"""The density of the standard normal distribution at 0."""
 _A = np.array([0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429], np.float32)
 _P = np.float32(0.3275911)
 _LOG2_E = np.float32(1.4426950408889634)
@@ -188,13 +188,13 @@ _EXP = np.array([1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1, 1], np.float32)
 _MAGIC = np.float32(1.5 * 2**23)
 """Added to a number below 2^22, it leaves in the last bits that number, rounded."""
 _LEAST = np.float32(-87)
-"""e to the power of less is no normal number."""
+"""The least power of e that is a normal number, nearly."""
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 
 
 @intrinsic
 def _divide(_: Any, value: Any, divisor: Any) -> Any:
-    """value / divisor, without Python's check of the divisor: with it a loop is not vectorised."""
+    """Divides without Python's check of the divisor, with which a loop is not vectorised."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fdiv(*arguments)
@@ -204,7 +204,7 @@ def _divide(_: Any, value: Any, divisor: Any) -> Any:
 
 @intrinsic
 def _power_of_two(_: Any, magic: Any) -> Any:
-    """2^n from n + `_MAGIC`, |n| <= 126."""
+    """Computes 2^n from n + `_MAGIC`, |n| <= 126."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = context.get_value_type(types.int32)
@@ -216,7 +216,7 @@ def _power_of_two(_: Any, magic: Any) -> Any:
 
 @intrinsic
 def _exceeds(_: Any, value: Any, other: Any) -> Any:
-    """Whether a float32 is larger than the other or is NaN."""
+    """Tells whether a float32 is larger than the other or is NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, other = arguments
@@ -228,7 +228,7 @@ def _exceeds(_: Any, value: Any, other: Any) -> Any:
 
 @intrinsic
 def _choose(_: Any, condition: Any, value: Any, other: Any) -> Any:
-    """`value` where the condition holds, else `other`."""
+    """Selects `value` where the condition holds, else `other`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.select(*arguments)

@@ -34,7 +34,8 @@ from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
-from dist_cifar.strategy.tree_reduce import Bucket, Node, TreeAccumulator
+from dist_cifar.strategy.tree_nodes import passes_of_nodes
+from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
 
 
 class ExactStrategy:
@@ -163,24 +164,6 @@ class ExactStrategy:
 
     def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
         bucket.reduce(self._gradients.finish(self._last_node, gradients, place), self._all_passes)
-
-
-def passes_of_nodes(slices: range, passes: int) -> list[tuple[Node, bool, bool]]:
-    """For each pass of a rank that holds `slices`: the node of the tree to which it belongs, and whether it is the
-    first and the last pass of that.
-
-    The passes of a node are added up by autograd, in their order, while a gradient is still in the cache: those of one
-    virtual rank, and where these have one pass each, those of two that are the lowest level of the tree.
-    """
-    nodes = [(leaf, leaf + 1) for leaf in slices]
-    if passes == 1:
-        pairs = {leaf - leaf % 2 for leaf in slices if leaf % 2 and leaf - 1 in slices}
-        nodes = [(leaf, leaf + 2) if leaf in pairs else (leaf, leaf + 1) for leaf in slices if leaf - 1 not in pairs]
-    found = []
-    for first, end in nodes:
-        count = (end - first) * passes
-        found += [((first, end), i == 0, i == count - 1) for i in range(count)]
-    return found
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:

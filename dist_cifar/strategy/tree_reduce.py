@@ -14,39 +14,12 @@ them up in the order of the tree, and sends the result to all (all-gather). Wher
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
-
-Node = tuple[int, int]
-"""The first leaf of a node, and the one after its last."""
-
-
-@cache
-def _parents(leaves: int) -> dict[tuple[Node, Node], Node]:
-    """The node that is the sum of two others, for all nodes of the tree but its leaves."""
-    parents, nodes = {}, [(0, leaves)]
-    while nodes:
-        first, end = node = nodes.pop()
-        if end - first > 1:
-            middle = first + 2 ** ((end - first - 1).bit_length() - 1)
-            halves = (first, middle), (middle, end)
-            parents[halves] = node
-            nodes += halves
-    return parents
-
-
-def nodes_of(held: range, *, leaves: int) -> list[Node]:
-    """The largest nodes of the tree that consist of leaves in `held`, from left to right."""
-    nodes: list[Node] = []
-    for leaf in held:
-        nodes.append((leaf, leaf + 1))
-        while len(nodes) > 1 and (parent := _parents(leaves).get((nodes[-2], nodes[-1]))):
-            nodes[-2:] = [parent]
-    return nodes
+from dist_cifar.strategy.tree_nodes import Node, nodes_of, parents_in
 
 
 class TreeAccumulator:
@@ -54,7 +27,7 @@ class TreeAccumulator:
 
     def __init__(self, leaves: int) -> None:
         """`leaves` are those of the whole tree."""
-        self._parents = _parents(leaves)
+        self._parents = parents_in(leaves)
         self._nodes: list[Node] = []
         self._sums: list[list[torch.Tensor]] = []
 
@@ -89,7 +62,7 @@ class TreeAccumulator:
 
 def tree_sum(rows: torch.Tensor, nodes: Sequence[Node], *, leaves: int) -> torch.Tensor:
     """Sums the rows of [n, m], which are these nodes of the tree from left to right, to [m]; rows are overwritten."""
-    parents = _parents(leaves)
+    parents = parents_in(leaves)
     level = list(zip(nodes, rows, strict=True))
     while len(level) > 1:  # all pairs that are there by now at once, as the levels of a balanced tree
         pairs = [i for i in range(len(level) - 1) if (level[i][0], level[i + 1][0]) in parents]

@@ -14,7 +14,7 @@ from dist_cifar import stopping
 from dist_cifar.augment import backend, cpu
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.augment.params import sample_params
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import AugmentConfig
 from dist_cifar.errors import ConfigError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_cifar.cli import main
 from dist_cifar.cli.arguments import new_file, new_folder, path
-from dist_cifar.cli.main import main
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.data.sources import SOURCES, CifarArchive
@@ -67,6 +67,6 @@ def test_errors_of_data_are_one_line(tmp_path, capsys, extra, code, message):
 
 
 def test_data_imports_no_torch(tmp_path):
-    code = "import sys; from dist_cifar.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dist_cifar.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "data", *SMALL, *arguments(tmp_path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_cifar.cli import init
-from dist_cifar.cli.main import main
+from dist_cifar.cli import init, main
 from tests import REPOSITORY
 
 

@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from dist_cifar import stopping
-from dist_cifar.cli import export
-from dist_cifar.cli.main import main
+from dist_cifar.cli import export, main
 from dist_cifar.config import load_config
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 
@@ -18,7 +17,7 @@ ROOT_LOGGER = logging.getLogger("dist_cifar")
 
 
 def test_the_help_imports_nothing_slow():
-    code = "import sys; from dist_cifar.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from dist_cifar.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print({'torch', 'numpy', 'yaml', 'tqdm', 'multiprocessing'} & sys.modules.keys())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "75 stopped and saved" in " ".join(out.split()) and out.splitlines()[-1] == "set()"

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli import parser
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main, parser
 from dist_cifar.cli.parser import COMMANDS, parse
 from dist_cifar.config import describe
 from dist_cifar.errors import ConfigError

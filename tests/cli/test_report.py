@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import load_config
 from dist_cifar.run.run_dir import RunDir
 

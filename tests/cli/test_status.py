@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.run.run_dir import RunDir
 
 

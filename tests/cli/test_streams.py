@@ -21,7 +21,7 @@ def run(options):
     for _ in range(3): print("again", flush=True)
     return EXIT_DONE if numbers > 2 else 1
 status.run = run
-sys.exit(stopping.run_stoppable(lambda: main.main(["status", "run", *sys.argv[1:]])))
+sys.exit(stopping.run_stoppable(lambda: main(["status", "run", *sys.argv[1:]])))
 """
 LOST = "dist_cifar: warning: standard output is lost ({}); the run continues and writes its records\n"
 

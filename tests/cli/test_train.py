@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import describe
 from tests import PATIENCE_SECONDS
 from tests.cli.small import SMALL
@@ -43,7 +43,7 @@ def test_a_config_that_is_refused_has_no_run_directory(capsys):
 
 
 def test_printing_it_imports_no_torch():
-    code = "import sys; from dist_cifar.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dist_cifar.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "train", "--print-run-dir"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -57,7 +57,7 @@ def test_the_help_has_every_field(capsys):
 
 TRAIN_AND_LIST = """
 import sys
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import describe
 code = main(["train", *sys.argv[1:]])
 print(code, *{name.partition(".")[0] for name in sys.modules}, "torch._dynamo" in sys.modules)
@@ -77,7 +77,7 @@ def test_one_rank_imports_no_slow_package(tmp_path, strategy):
 
 STOPPED_IN_THE_FINAL_TEST = """
 import os, signal, sys, time
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.evaluate import Evaluator
 def interrupted(self, model):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_cifar import __version__
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from tests import PATIENCE_SECONDS, REPOSITORY
 from tests.small_runs import VALUES
 

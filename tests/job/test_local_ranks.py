@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.job import local_ranks
 from dist_cifar.job.local_ranks import outcome, run_ranks

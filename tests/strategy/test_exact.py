@@ -17,7 +17,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.models import build_model
 from dist_cifar.run.provenance import make_deterministic
-from dist_cifar.strategy import build_strategy, exact, reduction_queue, tree_reduce
+from dist_cifar.strategy import build_strategy, exact, reduction_queue, tree_nodes, tree_reduce
 from dist_cifar.strategy.exact import ExactStrategy
 
 BATCH, VIRTUAL, LR, STEPS = 16, 4, 3e-4, 3
@@ -179,7 +179,7 @@ def test_a_step_is_that_of_a_hand_written_loop(ranks, world_size, max_micro_batc
 class AllNeighbours(dict):
     """In the place of the tree: whatever stands side by side is added up."""
 
-    def __missing__(self, pair: tuple[tree_reduce.Node, tree_reduce.Node]) -> tree_reduce.Node:
+    def __missing__(self, pair: tuple[tree_nodes.Node, tree_nodes.Node]) -> tree_nodes.Node:
         return pair[0][0], pair[1][1]
 
     def get(self, pair: Any, default: Any = None) -> Any:
@@ -218,7 +218,7 @@ def one_slice_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> N
 
 _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
-    "a left fold of the local leaves": (tree_reduce, "_parents", lambda leaves: AllNeighbours()),
+    "a left fold of the local leaves": (tree_reduce, "parents_in", lambda leaves: AllNeighbours()),
     "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_slice_a_rank),
     "a left fold over the ranks": (tree_reduce, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),

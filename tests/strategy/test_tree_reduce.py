@@ -8,8 +8,9 @@ import torch
 
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.strategy import tree_reduce
-from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator, nodes_of, tree_sum
+from dist_cifar.strategy import tree_nodes, tree_reduce
+from dist_cifar.strategy.tree_nodes import nodes_of
+from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator, tree_sum
 
 SHAPES = [(3,), (5, 2, 3, 3), (1,), (7, 4)]  # 126 numbers: no multiple of 4 or 8
 LEAVES = 8
@@ -142,8 +143,9 @@ def test_a_border_that_is_off_by_one_is_found(monkeypatch):
         found = original(leaves)
         return {**found, ((5, 6), (6, 7)): (5, 7), ((5, 7), (7, 8)): (5, 8), ((4, 5), (5, 8)): (4, 8)}
 
-    original = tree_reduce._parents
-    monkeypatch.setattr(tree_reduce, "_parents", parents)
+    original = tree_nodes.parents_in
+    for module in (tree_nodes, tree_reduce):
+        monkeypatch.setattr(module, "parents_in", parents)
     assert local_means(8, 3).tobytes() != by_definition(0, 8)[1].flatten().tobytes()
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND, augment_report, bench_augment
 from tests import PATIENCE_SECONDS, REPOSITORY
 
@@ -49,7 +49,7 @@ def test_augment_report_says_the_median_and_names_the_assumption():
 def test_help_imports_no_torch(arguments):
     code = f"""
 import sys
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 try:
     main({arguments})
 finally:

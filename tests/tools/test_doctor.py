@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import load_config
 from dist_cifar.data.sources import SOURCES
 from dist_cifar.data.sources.cifar import CifarArchive
@@ -316,7 +316,7 @@ def test_a_rank_that_does_not_answer_is_named(tmp_path):
 def test_a_rank_that_stops_in_the_middle_is_named(tmp_path):
     port = closed_port()
     hangs = (
-        "import sys, os, signal; from dist_cifar.tools.doctor import network; from dist_cifar.cli.main import main;"
+        "import sys, os, signal; from dist_cifar.tools.doctor import network; from dist_cifar.cli import main;"
         "network.check_backend = lambda *_: os.kill(os.getpid(), signal.SIGSTOP); main(sys.argv[1:])"
     )
     command, environ = command_of_rank(1, port, tmp_path, timeout_seconds=30)
@@ -385,7 +385,7 @@ def test_a_slow_link_fails(tmp_path):
                 command, environ = command_of_rank(rank, port, tmp_path, address="10.99.7.1")
                 hook = "from dist_cifar.tools.doctor import exactness, findings;"
                 hook += "exactness.check_exactness = lambda config: findings.ok('exactness', '');"
-                hook += "import sys; from dist_cifar.cli.main import main; sys.exit(main(sys.argv[1:]))"
+                hook += "import sys; from dist_cifar.cli import main; sys.exit(main(sys.argv[1:]))"
                 words = ["ip", "netns", "exec", name, sys.executable, "-c", hook, *command[3:]]
                 running.append(subprocess.Popen(words, cwd=REPOSITORY, env=environ, stdout=subprocess.DEVNULL))
             codes = [process.wait(timeout=PATIENCE_SECONDS) for process in running]

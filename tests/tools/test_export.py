@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
 from dist_cifar.errors import CheckpointError

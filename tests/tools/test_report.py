@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.data.sources.synthetic import synthetic_split
 from dist_cifar.run import predictions
 from dist_cifar.run.predictions import collect, wilson_interval

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.errors import ConfigError
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.tools.slurm import Request, job_environment, render, sweep_lines, template

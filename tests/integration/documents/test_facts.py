@@ -19,7 +19,8 @@ from dist_cifar.errors import ConfigError
 from dist_cifar.run import training_sums
 from dist_cifar.run.provenance import numerics_fingerprint
 from dist_cifar.strategy import reduction_queue
-from dist_cifar.strategy.tree_reduce import TreeAccumulator, nodes_of
+from dist_cifar.strategy.tree_nodes import nodes_of
+from dist_cifar.strategy.tree_reduce import TreeAccumulator
 from tests import REPOSITORY
 
 DOCS = REPOSITORY / "docs"

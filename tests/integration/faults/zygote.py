@@ -27,7 +27,7 @@ import torch.distributed.tensor
 
 from dist_cifar import stopping, trainer  # noqa: F401
 from dist_cifar.augment import cpu
-from dist_cifar.cli.main import main as run_command
+from dist_cifar.cli import main as run_command
 from dist_cifar.ops import numba_jit
 
 INJECTIONS = "tests.integration.faults.injections"

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dist_cifar.cli.main import main
+from dist_cifar.cli import main
 from dist_cifar.config import Config, to_yaml
 from dist_cifar.run.run_dir import RunDir
 from tests import PATIENCE_SECONDS, REPOSITORY

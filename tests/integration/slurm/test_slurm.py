@@ -230,7 +230,7 @@ def test_the_data_are_staged_once_on_each_node(cluster, submit, golden):
 def test_array_of_four_with_two_at_a_time(cluster, tmp_path):
     sweep = [f"run.seed={seed} train.epochs=2" for seed in range(1, 5)]
     commands = [arguments(tmp_path / f"golden-{task}", *line.split()) for task, line in enumerate(sweep, start=1)]
-    program = f"from dist_cifar.cli.main import main\nassert not any(main(['train', *c]) for c in {commands!r})"
+    program = f"from dist_cifar.cli import main\nassert not any(main(['train', *c]) for c in {commands!r})"
     subprocess.run([sys.executable, "-c", program], env=environment(tmp_path), check=True, stdout=subprocess.DEVNULL)
 
     shared = [value for value in arguments(tmp_path) if not value.startswith(("run.dir=", "train.epochs="))]

@@ -1,0 +1,54 @@
+"""The binary tree of `dist_cifar.strategy.tree_reduce`: which nodes it has, and which of them a rank holds.
+
+Contract: pure functions of whole numbers. A node of n leaves has as its halves the first k and the other n - k of
+them, k the largest power of two below n. So 2^i leaves that begin with a multiple of 2^i are a node, where they exist.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+Node = tuple[int, int]
+"""The first leaf of a node, and the one after its last."""
+
+
+@cache
+def parents_in(leaves: int) -> dict[tuple[Node, Node], Node]:
+    """The node that is the sum of two others, for all nodes of the tree but its leaves."""
+    parents, nodes = {}, [(0, leaves)]
+    while nodes:
+        first, end = node = nodes.pop()
+        if end - first > 1:
+            middle = first + 2 ** ((end - first - 1).bit_length() - 1)
+            halves = (first, middle), (middle, end)
+            parents[halves] = node
+            nodes += halves
+    return parents
+
+
+def nodes_of(held: range, *, leaves: int) -> list[Node]:
+    """The largest nodes of the tree that consist of leaves in `held`, from left to right."""
+    nodes: list[Node] = []
+    for leaf in held:
+        nodes.append((leaf, leaf + 1))
+        while len(nodes) > 1 and (parent := parents_in(leaves).get((nodes[-2], nodes[-1]))):
+            nodes[-2:] = [parent]
+    return nodes
+
+
+def passes_of_nodes(slices: range, passes: int) -> list[tuple[Node, bool, bool]]:
+    """For each pass of a rank that holds `slices`: the node of the tree to which it belongs, and whether it is the
+    first and the last pass of that.
+
+    The passes of a node are added up by autograd, in their order, while a gradient is still in the cache: those of one
+    virtual rank, and where these have one pass each, those of two that are the lowest level of the tree.
+    """
+    nodes = [(leaf, leaf + 1) for leaf in slices]
+    if passes == 1:
+        pairs = {leaf - leaf % 2 for leaf in slices if leaf % 2 and leaf - 1 in slices}
+        nodes = [(leaf, leaf + 2) if leaf in pairs else (leaf, leaf + 1) for leaf in slices if leaf - 1 not in pairs]
+    found = []
+    for first, end in nodes:
+        count = (end - first) * passes
+        found += [((first, end), i == 0, i == count - 1) for i in range(count)]
+    return found
