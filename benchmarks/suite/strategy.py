@@ -234,7 +234,7 @@ def spread(name: str, values: Sequence[float], digits: int) -> dict[str, float]:
 
 PIECES = (
     (tree_reduce.TreeAccumulator, "add", "tree_adds"),
-    (tree_reduce.TreeAccumulator, "root", "tree_adds"),
+    (tree_reduce.TreeAccumulator, "finish", "tree_adds"),
     (tree_reduce.Bucket, "reduce", "reduce"),
     (tree_reduce, "tree_sum", "sum_over_ranks"),
     (Communicator, "all_to_all", "all_to_all"),
@@ -250,10 +250,10 @@ def _instrumented(totals: dict[str, float]) -> Iterator[None]:
     """Adds up seconds, in whichever thread, and under `<name>_cpu` seconds of that thread's processor."""
 
     def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             start, start_cpu = time.perf_counter(), time.thread_time()
             try:
-                return function(*arguments)
+                return function(*arguments, **keywords)
             finally:
                 totals[name] += time.perf_counter() - start
                 totals[f"{name}_cpu"] += time.thread_time() - start_cpu
@@ -289,7 +289,7 @@ def collectives_alone(count: int, communicator: Communicator, barrier: Callable[
     shard = flat[: count // communicator.world_size].clone()
     candidates = {
         "all_reduce": lambda: communicator.all_reduce_sum(flat),
-        "all_to_all": lambda: communicator.all_to_all(received, flat),
+        "all_to_all": lambda: communicator.all_to_all(received, flat, [len(shard)] * communicator.world_size),
         "all_gather": lambda: communicator.all_gather(flat, shard),
     }
     best = dict.fromkeys(candidates, math.inf)

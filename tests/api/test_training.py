@@ -224,10 +224,12 @@ def test_ranks_are_a_whole_number(tiny, ranks, message):
 
 def test_ranks_that_cannot_share_the_batch_are_refused_before_any_is_started(tiny, monkeypatch):
     monkeypatch.setattr(launching, "exit_codes", None)
-    with pytest.raises(ConfigError, match="8 virtual ranks cannot be shared equally by 3 ranks"):
-        dist_cifar.launch(tiny("strategy.name=exact"), ranks=3)
+    with pytest.raises(ConfigError, match="9 ranks cannot share 8 virtual ranks"):
+        dist_cifar.launch(tiny("strategy.name=exact"), ranks=9)
+    with pytest.raises(ConfigError, match="17 ranks cannot share a global batch of 16"):
+        dist_cifar.launch(tiny(), ranks=17)
     with pytest.raises(ConfigError, match="16 samples cannot be shared equally by 3 ranks"):
-        dist_cifar.launch(tiny(), ranks=3)
+        dist_cifar.launch(tiny("strategy.name=deepspeed"), ranks=3)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "29500")

@@ -74,7 +74,7 @@ def test_what_strategy_exact_cannot_keep_is_refused():
         (["batch.per_rank_size=16"], "batch.per_rank_size: in strategy.name=exact nothing depends on the world size"),
         (
             ["strategy.virtual_ranks=6"],
-            "batch.global_size: 128 samples cannot be shared equally by strategy.virtual_ranks=6",
+            "batch.global_size: 1024 samples cannot be shared equally by strategy.virtual_ranks=6",
         ),
         (
             ["batch.global_size=36"],

@@ -84,9 +84,9 @@ def test_a_network_of_another_function_is_caught(monkeypatch):
     """The mutant: the first activation is added one GELU too late."""
 
     def late(group, hidden):
-        hidden = first = group.gelu(group.norm1(group.pool(group.conv1(hidden))))
+        hidden = first = group.gelu1(group.norm1(group.pool(group.conv1(hidden))))
         for number in (2, 3):
-            hidden = group.gelu(getattr(group, f"norm{number}")(getattr(group, f"conv{number}")(hidden)))
+            hidden = group.gelu1(getattr(group, f"norm{number}")(getattr(group, f"conv{number}")(hidden)))
         return hidden + first
 
     monkeypatch.setattr(speednet.Group, "forward", late)

@@ -427,7 +427,7 @@ def test_bad_input_is_one_line(arguments, code, message, config, tmp_path):
     ("overrides", "message"),
     [
         ("run.dri=x", r"run\.dri: unknown key"),
-        ("strategy.name=ddp batch.global_size=15", r"15 samples cannot be shared equally by 2 ranks"),
+        ("strategy.name=deepspeed batch.global_size=15", r"15 samples cannot be shared equally by 2 ranks"),
     ],
 )
 def test_bad_input_is_said_by_one_rank(overrides, message, config, tmp_path):
