@@ -57,6 +57,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, clean_environment: None) -> 
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """With more of them torch's own kernels are kept, or a sum is rounded otherwise."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def said() -> Iterator[list[str]]:
     """The lines that the package logs for the person in front of it, as they come."""
     lines: list[str] = []

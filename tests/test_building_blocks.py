@@ -205,14 +205,6 @@ def test_a_run_ends_early_when_it_no_longer_gets_better(tiny, tmp_path, monkeypa
     assert summary(parts)["weights_sha256"] == found["weights_sha256"] and summary(parts)["steps"] == 25
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("model", ["resnet8", "resnet18"])
 def test_every_size_trains_in_the_fused_layers_as_in_torchs(tiny, one_thread, model):
     """On one thread, where convolutions and BatchNorm are this package's own."""

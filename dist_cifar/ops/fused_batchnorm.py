@@ -43,7 +43,7 @@ def fuse_batchnorm_relu(module: nn.Module) -> None:
             norm, relu = getattr(owner, norm_name), getattr(owner, relu_name)
             if _may_be_fused(norm):
                 fuse_layer(norm)
-                relu.forward = _identity
+                relu.forward = identity
 
 
 def _may_be_fused(layer: nn.Module) -> bool:
@@ -77,7 +77,8 @@ def _residual_forward(block: Any, layers: list[tuple[nn.Conv2d, nn.BatchNorm2d]]
     return norm(convolution(hidden), shortcut)
 
 
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
+def identity(hidden: torch.Tensor) -> torch.Tensor:
+    """What a layer computes whose work another one does."""
     return hidden
 
 
@@ -147,7 +148,13 @@ class _Fused(torch.autograd.Function):
 
 
 def _rows(images: torch.Tensor) -> npt.NDArray[Any]:
-    """Views [n, c, h, w] in channels-last as rows of pixels [n h, w c]: float32, or uint16 for the bits of bfloat16."""
+    """As `rows_of_images`, but [n h, w c]."""
+    rows = rows_of_images(images)
+    return rows.reshape(-1, rows.shape[2])
+
+
+def rows_of_images(images: torch.Tensor) -> npt.NDArray[Any]:
+    """Views [n, c, h, w] in channels-last as [n, h, w c]: its own numbers, or uint16 for the bits of bfloat16."""
     count, channels, height, width = images.shape
-    rows = images.detach().permute(0, 2, 3, 1).view(count * height, width * channels)
+    rows = images.detach().permute(0, 2, 3, 1).view(count, height, width * channels)
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()

@@ -11,9 +11,8 @@ The module knows nothing of this. It is recognised by what its classes state of 
 - `pool_norm_gelu`: triples of names of a 2x2 max-pool or None, of a norm and of the GELU, which follow each other;
 - `conv_gelu`: pairs of names of a convolution with a bias and of the GELU to which alone its output goes.
 
-torch computes each of the steps by itself, and remembers each maximum by eight bytes: in `speednet` they take nearly as
-long as the convolutions. Source of the formulas: Hendrycks and Gimpel, "Gaussian error linear units", 2016, and Ioffe
-and Szegedy, "Batch normalization", 2015.
+torch computes each of the steps by itself, and remembers each maximum by eight bytes. Source of the formulas: Hendrycks
+and Gimpel, "Gaussian error linear units", 2016, and Ioffe and Szegedy, "Batch normalization", 2015.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from dist_cifar.ops.fused_batchnorm import identity, rows_of_images
 from dist_cifar.ops.norm_kernels import (
     IMAGES_PER_CHUNK,
     apply_gelu,
@@ -96,12 +96,8 @@ def _is_exact_gelu(layer: nn.Module) -> bool:
 def _follow_one_another(layers: list[nn.Module], forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Makes the first of `layers` compute what all of them do, and the others hand it on."""
     for layer in layers:
-        layer.forward = _identity  # of this layer alone
+        layer.forward = identity  # of this layer alone
     layers[0].forward = forward
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden
 
 
 def _fits(images: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -157,9 +153,17 @@ class _NormGELU(torch.autograd.Function):
         size = (count, channels, height // 2, width // 2) if is_pooled else images.shape
         values = _empty(images, size) if is_pooled else images
         places = _empty(images, size if is_pooled else (0, channels, 1, 1), torch.uint8)
-        sums = _sums(count, channels)
-        _in_threads(pool_and_sum, len(sums), _rows(images), _rows(values), _rows(places), sums)
-        origin = values[0, :, 0, 0].double().numpy()
+        sums, side = _sums(count, channels), 2 if is_pooled else 1
+        origin = images[0, :, :side, :side].float().amax((1, 2)).numpy()  # the first pixel that is normalised
+        _in_threads(
+            pool_and_sum,
+            len(sums),
+            rows_of_images(images),
+            origin,
+            rows_of_images(values),
+            rows_of_images(places),
+            sums,
+        )
         pixels = values.numel() // channels
         with np.errstate(invalid="ignore"):  # what is not finite is seen by the strategy
             distance, square = sums.sum(0) / pixels
@@ -173,7 +177,7 @@ class _NormGELU(torch.autograd.Function):
         ctx.constants = tuple(values.astype(np.float32) for values in (inverse, offset, mean))
         out = _empty(images, size)
         scale, offset, _ = ctx.constants
-        _in_threads(apply_gelu, len(sums), _rows(values), scale, offset, _rows(out))
+        _in_threads(apply_gelu, len(sums), rows_of_images(values), scale, offset, rows_of_images(out))
         ctx.size = images.shape
         ctx.save_for_backward(values, places)
         return out
@@ -186,13 +190,30 @@ class _NormGELU(torch.autograd.Function):
         sums, of_y = _sums(len(values), len(scale)), torch.empty_like(values)
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         _in_threads(
-            differentiate_gelu, len(sums), _rows(gradient), _rows(values), scale, offset, mean, _rows(of_y), sums
+            differentiate_gelu,
+            len(sums),
+            rows_of_images(gradient),
+            rows_of_images(values),
+            scale,
+            offset,
+            mean,
+            rows_of_images(of_y),
+            sums,
         )
         of_bias, products = sums.sum(0)
         share = scale.astype(np.float64) * len(scale) / values.numel()
         slope, shift = (share * scale**2 * products).astype(np.float32), (share * of_bias).astype(np.float32)
         of_images = _empty(values, ctx.size) if len(places) else of_y
-        arrays = _rows(of_y), _rows(values), scale, slope, shift, mean, _rows(places), _rows(of_images)
+        arrays = (
+            rows_of_images(of_y),
+            rows_of_images(values),
+            scale,
+            slope,
+            shift,
+            mean,
+            rows_of_images(places),
+            rows_of_images(of_images),
+        )
         _in_threads(differentiate_norm, len(sums), *arrays)
         return of_images, torch.from_numpy(of_bias).float(), None, None, None, None, None
 
@@ -205,7 +226,7 @@ class _BiasGELU(torch.autograd.Function):
         out = torch.empty_like(images)
         ctx.bias = bias.detach().clone().numpy()  # a copy: FSDP frees its memory, which it cannot once numpy has it
         ones = np.ones_like(ctx.bias)
-        _in_threads(apply_gelu, _chunks(len(images)), _rows(images), ones, ctx.bias, _rows(out))
+        _in_threads(apply_gelu, _chunks(len(images)), rows_of_images(images), ones, ctx.bias, rows_of_images(out))
         ctx.save_for_backward(images)
         return out
 
@@ -216,20 +237,21 @@ class _BiasGELU(torch.autograd.Function):
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_images, sums = torch.empty_like(images), _sums(*images.shape[:2])
         ones, zeros = np.ones_like(ctx.bias), np.zeros_like(ctx.bias)
-        arrays = _rows(gradient), _rows(images), ones, ctx.bias, zeros, _rows(of_images), sums
+        arrays = (
+            rows_of_images(gradient),
+            rows_of_images(images),
+            ones,
+            ctx.bias,
+            zeros,
+            rows_of_images(of_images),
+            sums,
+        )
         _in_threads(differentiate_gelu, len(sums), *arrays)
         return of_images if ctx.needs_input_grad[0] else None, torch.from_numpy(sums[:, 0].sum(0)).float()
 
 
 def _empty(like: torch.Tensor, size: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.empty(size, dtype=dtype or like.dtype, memory_format=torch.channels_last)
-
-
-def _rows(images: torch.Tensor) -> Array:
-    """Views [n, c, h, w] in channels-last as [n, h, w c]: its own numbers, or uint16 for the bits of bfloat16."""
-    count, channels, height, width = images.shape
-    rows = images.detach().permute(0, 2, 3, 1).view(count, height, width * channels)
-    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
 def _chunks(count: int) -> int:

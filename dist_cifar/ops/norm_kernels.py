@@ -293,16 +293,11 @@ def _pool(x, values, places, channels):
 
 
 @compiled
-def pool_and_sum(x, values, places, sums, first, last):
+def pool_and_sum(x, origin, values, places, sums, first, last):
     """Writes the maxima of `x` and their places where `places` is not empty (else `values` are the arguments), and into
     `sums` [chunks, 2, channels], for the chunks first to last - 1, the sums of the values and of their squares, both
-    with the values of the first pixel subtracted: a small variance would drown in a large mean."""
+    with `origin` subtracted, which is near the mean: else a small variance would drown in a large one."""
     channels = sums.shape[2]
-    origin = np.empty(channels, np.float32)
-    if len(places):
-        _pool(x[0], values[0], places[0], channels)
-    for c in range(channels):
-        origin[c] = _widen(values[0, 0, c])
     origins = _repeated(origin, values.shape[2])
     of_chunk, squares = np.empty(values.shape[2], np.float32), np.empty(values.shape[2], np.float32)
     for chunk in range(first, last):

@@ -55,7 +55,6 @@ class ExactStrategy:
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._all_passes = plan.virtual_ranks * plan.passes
         self._nodes = passes_of_nodes(plan.slices, plan.passes)
-        self._last_node = self._nodes[-1][0]
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
@@ -163,7 +162,7 @@ class ExactStrategy:
             self._next_bucket += 1
 
     def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
-        bucket.reduce(self._gradients.finish(self._last_node, gradients, place), self._all_passes)
+        bucket.reduce(self._gradients.finish(self._nodes[-1][0], gradients, place), self._all_passes)
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:

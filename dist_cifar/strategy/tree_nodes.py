@@ -36,6 +36,19 @@ def nodes_of(held: range, *, leaves: int) -> list[Node]:
     return nodes
 
 
+@cache
+def additions(nodes: tuple[Node, ...], *, leaves: int) -> list[tuple[list[int], list[int]]]:
+    """How all of `nodes`, from left to right, are added up to the root: the places of the sums to which, in each round,
+    those at the other places are added."""
+    parents, level, rounds = parents_in(leaves), list(enumerate(nodes)), []
+    while len(level) > 1:  # all pairs that are there by now, as the levels of a balanced tree
+        pairs = [i for i in range(len(level) - 1) if (level[i][1], level[i + 1][1]) in parents]
+        rounds.append(([level[i][0] for i in pairs], [level[i + 1][0] for i in pairs]))
+        for i in reversed(pairs):
+            level[i : i + 2] = [(level[i][0], parents[level[i][1], level[i + 1][1]])]
+    return rounds
+
+
 def passes_of_nodes(slices: range, passes: int) -> list[tuple[Node, bool, bool]]:
     """For each pass of a rank that holds `slices`: the node of the tree to which it belongs, and whether it is the
     first and the last pass of that.

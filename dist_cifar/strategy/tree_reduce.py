@@ -19,7 +19,7 @@ import torch
 
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.strategy.tree_nodes import Node, nodes_of, parents_in
+from dist_cifar.strategy.tree_nodes import Node, additions, nodes_of, parents_in
 
 
 class TreeAccumulator:
@@ -60,16 +60,11 @@ class TreeAccumulator:
         self._sums.clear()
 
 
-def tree_sum(rows: torch.Tensor, nodes: Sequence[Node], *, leaves: int) -> torch.Tensor:
+def tree_sum(rows: torch.Tensor, nodes: tuple[Node, ...], *, leaves: int) -> torch.Tensor:
     """Sums the rows of [n, m], which are these nodes of the tree from left to right, to [m]; rows are overwritten."""
-    parents = parents_in(leaves)
-    level = list(zip(nodes, rows, strict=True))
-    while len(level) > 1:  # all pairs that are there by now at once, as the levels of a balanced tree
-        pairs = [i for i in range(len(level) - 1) if (level[i][0], level[i + 1][0]) in parents]
-        torch._foreach_add_([level[i][1] for i in pairs], [level[i + 1][1] for i in pairs])
-        for i in reversed(pairs):
-            level[i : i + 2] = [(parents[level[i][0], level[i + 1][0]], level[i][1])]
-    return level[0][1]
+    for targets, others in additions(nodes, leaves=leaves):
+        torch._foreach_add_([rows[i] for i in targets], [rows[i] for i in others])
+    return rows[0]
 
 
 class Bucket:
@@ -80,7 +75,7 @@ class Bucket:
         self._communicator, self._leaves = communicator, leaves
         world_size = communicator.world_size
         nodes = [nodes_of(share(rank, parts=world_size, count=leaves), leaves=leaves) for rank in range(world_size)]
-        self._nodes = [node for of_rank in nodes for node in of_rank]
+        self._nodes = tuple(node for of_rank in nodes for node in of_rank)
         count = sum(tensor.numel() for tensor in like)
         shard = -(-count // world_size)
         own = len(nodes[communicator.rank])

@@ -102,7 +102,7 @@ class RunRecords:
         is_bitwise = properties(self._config.strategy).bitwise
         virtual = f" ({counted(plan.virtual_ranks, 'virtual rank')})" if is_bitwise else ""
         passes = counted(plan.micro_batches, "micro-batch", "micro-batches")
-        if plan.virtual_ranks % ranks == 0 and len(set(plan.micro_sizes)) == 1 and plan.weights[0] == 1:
+        if plan.per_rank_size * ranks == plan.global_size and len(set(plan.micro_sizes)) == 1:
             return f"{plan.global_size} = {counted(ranks, 'rank')} x {passes} x {plan.micro_sizes[0]}{virtual}"
         return f"{plan.global_size}, of which the first of {ranks} ranks has {plan.per_rank_size} in {passes}{virtual}"
 

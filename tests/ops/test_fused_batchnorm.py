@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from itertools import product
-from typing import Any
 
 import numba
 import numpy as np
@@ -16,21 +14,16 @@ from torch import nn
 
 from dist_cifar.config import ModelConfig
 from dist_cifar.models import build_model
-from dist_cifar.ops import fused_batchnorm, norm_kernels, numba_jit
+from dist_cifar.ops import fused_batchnorm, norm_kernels
 from dist_cifar.ops.fused_batchnorm import fuse_batchnorm_relu, fuse_layer
+from tests.ops.kernels import draw, error, mutate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(33, 16, 8, 8), (6, 64, 4, 4), (3, 5, 7, 2), (4, 3, 1, 1), (1, 2, 3, 130)]
 NAMES = ["out", "images", "shortcut", "weight", "bias", "running_mean", "running_var"]
 """Of what a layer computes: the output, four gradients, two buffers."""
 CASES = [*product(SHAPES, (True, False))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -92,11 +85,6 @@ def make_layer(channels: int) -> TorchNormReLU:
     return layer
 
 
-def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> torch.Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
-    return drawn.to(dtype).to(memory_format=torch.channels_last)
-
-
 def passes(layer: nn.Module, images: torch.Tensor, shortcut: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """By `NAMES`."""
     images = images.clone().requires_grad_()
@@ -108,10 +96,6 @@ def passes(layer: nn.Module, images: torch.Tensor, shortcut: torch.Tensor | None
     tensors = [out.detach(), images.grad, shortcut if shortcut is None else shortcut.grad, layer.weight.grad]
     tensors += [layer.bias.grad, layer.running_mean, layer.running_var]
     return {name: tensor for name, tensor in zip(NAMES, tensors, strict=True) if tensor is not None}
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 def three(images: torch.Tensor, shortcut: torch.Tensor | None):
@@ -322,14 +306,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_comparison_catches_a_mutant(monkeypatch, name):
-    original, changed = MUTANTS[name]
-    source = inspect.getsource(norm_kernels)
-    assert original in source
-    monkeypatch.setattr(numba_jit, "compiled", numba_jit.inlined)
-    namespace: dict[str, Any] = {"__name__": "mutant"}
-    exec(compile(source.replace(original, changed), "mutant", "exec"), namespace)
-    for kernel in ("normalize", "differentiate"):
-        monkeypatch.setattr(fused_batchnorm, kernel, namespace[kernel])
+    mutate(monkeypatch, fused_batchnorm, ("normalize", "differentiate"), MUTANTS[name])
     worst = 0.0
     for dtype, bound in ((torch.float32, 2e-6), (torch.bfloat16, 3e-3)):
         images, shortcut = (draw((33, 16, 8, 8), seed, dtype, mean) for seed, mean in ((1, 3), (2, 0)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from itertools import product
 from typing import Any
@@ -16,21 +15,16 @@ from torch import nn
 from dist_cifar.config import ModelConfig
 from dist_cifar.models import build_model
 from dist_cifar.models.speednet import UnscaledBatchNorm2d
-from dist_cifar.ops import fused_gelu, norm_kernels, numba_jit
+from dist_cifar.ops import fused_gelu
 from dist_cifar.ops.fused_gelu import fuse_gelu
+from tests.ops.kernels import draw, error, mutate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES = [(33, 16, 8, 8), (5, 64, 7, 5), (3, 5, 2, 31), (9, 24, 3, 2), (4, 3, 1, 1)]
 POOLED = [shape for shape in SHAPES if shape[2] > 1]
 CASES = [*((shape, False) for shape in SHAPES), *((shape, True) for shape in POOLED)]
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -98,11 +92,6 @@ def make_module(channels: int, is_pooled: bool) -> nn.Module:
     return (PoolNormGELU if is_pooled else NormGELU)(make_norm(channels))
 
 
-def draw(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32, mean: float = 0.0) -> torch.Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
-    return drawn.to(dtype).to(memory_format=torch.channels_last)
-
-
 def passes(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The output, the gradients and the buffers, by name."""
     images = images.clone().requires_grad_()
@@ -111,10 +100,6 @@ def passes(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {"out": out.detach(), "images": images.grad}
     found |= {name: parameter.grad for name, parameter in module.named_parameters()}
     return found | {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
 
 
 def three(module: nn.Module, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], ...]:
@@ -320,20 +305,14 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_comparison_catches_a_mutant(monkeypatch, name):
-    original, changed = MUTANTS[name]
-    source = inspect.getsource(norm_kernels)
-    assert original in source
-    monkeypatch.setattr(numba_jit, "compiled", numba_jit.inlined)
-    namespace: dict[str, Any] = {"__name__": "mutant"}
-    exec(compile(source.replace(original, changed), "mutant", "exec"), namespace)
-    for kernel in ("pool_and_sum", "apply_gelu", "differentiate_gelu", "differentiate_norm"):
-        monkeypatch.setattr(fused_gelu, kernel, namespace[kernel])
+    kernels = ("pool_and_sum", "apply_gelu", "differentiate_gelu", "differentiate_norm")
+    mutate(monkeypatch, fused_gelu, kernels, MUTANTS[name])
     monkeypatch.setattr(fused_gelu, "_empty", lambda like, size, dtype=None: filled(like, size, dtype))
     worst = 0.0
     for images in (draw((33, 16, 7, 7), 1, mean=3), draw((9, 8, 8, 8), 1).round()):
         exact, _, found = three(make_module(images.shape[1], True), images)
         worst = max(worst, *(error(found[key], exact[key]) / 2e-6 for key in exact))
-    images[0, 0, 1, 1] = math.nan
+    images[1, 0, 1, 1] = math.nan  # where only the pool sees it
     _, torchs, found = three(make_module(images.shape[1], True), images)
     sees_nan = np.array_equal(found["out"].isnan(), torchs["out"].isnan())
     assert not worst <= 1 or not sees_nan

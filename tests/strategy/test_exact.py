@@ -211,9 +211,8 @@ def a_batch_for_each_pass(self: ExactStrategy, lr: float) -> torch.Tensor:
 
 def one_slice_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
     _INIT(self, *arguments, **keywords)
-    self._last_node = self._nodes[0][0][0], self._nodes[-1][0][1]
-    count = len(self._nodes)
-    self._nodes = [(self._last_node, i == 0, i == count - 1) for i in range(count)]
+    whole, count = (self._nodes[0][0][0], self._nodes[-1][0][1]), len(self._nodes)
+    self._nodes = [(whole, i == 0, i == count - 1) for i in range(count)]
 
 
 _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__

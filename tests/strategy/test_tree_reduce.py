@@ -126,7 +126,7 @@ def local_means(leaves: int, world_size: int) -> np.ndarray:
         assert [i for first, end in found for i in range(first, end)] == list(held)
         nodes += found
         rows += [row.flatten() for (row,) in sums]
-    return tree_sum(torch.stack(rows), nodes, leaves=leaves).numpy()
+    return tree_sum(torch.stack(rows), tuple(nodes), leaves=leaves).numpy()
 
 
 @pytest.mark.parametrize("leaves", range(1, 17))
