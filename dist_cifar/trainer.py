@@ -92,6 +92,8 @@ class Trainer:
     deadline: Deadline
     timed_until: float  # `state.wall_seconds` counts up to this time of `time.perf_counter`
     state: TrainState = dataclasses.field(default_factory=TrainState)
+    newest: tuple[int, Evaluation] | None = None
+    """The newest evaluation since the start, and its step."""
 
     @classmethod
     def build(
@@ -230,6 +232,7 @@ class Trainer:
                 self.records.lr_reduced(state, change, lr=self.schedule.lr(state.step))
         if state.best_accuracy is None or result.accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = result.accuracy, state.step
+        self.newest = (state.step, result)
         return result
 
     def save(self, *, best: bool = False) -> None:
@@ -285,10 +288,14 @@ class Trainer:
         state = self.state
         model = self.strategy.model_state_dict()
         final_sha256 = weights_sha256(model)
-        if self.config.eval.select == "best" and state.best_step != state.step:
-            model = self.checkpoints.load_best(state.best_step)
+        chosen_step = state.best_step if self.config.eval.select == "best" else state.step
+        if chosen_step != state.step:
+            model = self.checkpoints.load_best(chosen_step)
+        known = None
+        if self.evaluator.selects_on_test and self.newest is not None and self.newest[0] == chosen_step:
+            known = self.newest[1]
         with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
-            test = final_evaluation(self.evaluator, model, self.config.eval)
+            test = final_evaluation(self.evaluator, model, self.config.eval, plain=known)
         self.log.evaluation("test", self._timed_state(), test)
         self.records.finished(
             state,

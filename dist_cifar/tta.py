@@ -54,11 +54,15 @@ class ViewAverage(nn.Module):
         return logits
 
 
-def final_evaluation(evaluator: Evaluator, weights: Mapping[str, torch.Tensor], config: EvalConfig) -> Evaluation:
-    """The result of `weights` on the test split; its `tta` is that with the views of `eval.tta`. A collective."""
-    plain = evaluator.test(weights)
+def final_evaluation(
+    evaluator: Evaluator, weights: Mapping[str, torch.Tensor], config: EvalConfig, *, plain: Evaluation | None = None
+) -> Evaluation:
+    """The result of `weights` on the test split, `plain` if that is known; its `tta` is that with the views of
+    `eval.tta`. A collective."""
+    plain = evaluator.test(weights) if plain is None else plain
     if config.tta == "none":
         return plain
+    evaluator.model.load_state_dict(weights)
     split, classes = evaluator.dataset.test, evaluator.dataset.classes
     chosen, logits = least_certain(plain.logits, config.tta_share), plain.logits.copy()
     if len(chosen):

@@ -39,10 +39,12 @@ CUTMIX = ("mix.name=cutmix", "mix.off_last_epochs=0.4", "train.label_smoothing=0
 SIZES = "augment.resolution=[{until: 0.5, size: 20}, {until: 0.8, size: 24}]"
 """Of six steps, the first three have 20 pixels and the next two 24."""
 PIXELS = ("augment.crop_padding=2", "augment.flip=alternating", "augment.cutout_size=12", SIZES)
+LENGTHS = "optimizer.groups=[{match: head.*, lr_scale: 2.0}, {match: whiten.bias, epochs: 0.6}]"
+"""The bias of the first layer is frozen after three steps."""
 RUNS = {
     "sgd": (*SGD, *LOOKAHEAD, *CUTMIX),
     "adamw": (*ADAMW, *EMA, *PIXELS, *WIDE),
-    "muon": (*MUON, *SPEEDNET[:2], "optimizer.groups=[{match: head.*, lr_scale: 2.0}]", "mix.name=mixup"),
+    "muon": (*MUON, *SPEEDNET[:2], LENGTHS, "mix.name=mixup"),
 }
 """Every part is in one of these."""
 
@@ -52,6 +54,8 @@ def test_exact_gives_the_same_bits_on_every_world_size_and_through_a_kill(ranks,
     config = tiny(*parts, *EXACT, "optimizer.warmup_epochs=0.4", "checkpoint.every_steps=2")
     resumed = same_bits_everywhere(ranks, config, tmp_path, stopped_at=2)
     assert summary(resumed)["steps"] == 6
+    note = next(note for label, _, note in headline_cards(read_run(Path(resumed.run.dir))) if label == "test accuracy")
+    assert ("average of the weights: " + config.average.name in note) is (config.average.name != "none")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])

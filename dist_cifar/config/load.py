@@ -338,6 +338,11 @@ def _check_optimizer(config: Config) -> None:
             f"average.name: {config.average.name} needs whole weights on every rank and strategy.name={strategy.name}"
             " shards them; choose strategy.name=exact or ddp"
         )
+    if any(rule.epochs is not None for rule in optimizer.groups) and strategy.name in ("deepspeed", "fsdp"):
+        raise ConfigError(
+            f"optimizer.groups: epochs of a group need whole weights on every rank and strategy.name={strategy.name}"
+            " shards them; choose strategy.name=exact or ddp"
+        )
     milestones = list(config.schedule.milestone_epochs)
     if config.schedule.name == "multistep" and milestones != sorted(milestones):
         raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(milestones)}")

@@ -31,6 +31,9 @@ class GroupRule:
     """Factor on the learning rate of these parameters."""
     decay_scale: Annotated[float, Range(minimum=0, maximum=10_000)] = 1.0
     """Factor on their weight decay."""
+    epochs: Annotated[float, Range(above=0, maximum=MANY)] | None = None
+    """So long they are trained: their learning rate is multiplied by what falls linearly from 1 to 0 meanwhile, and
+    then they are frozen, and their gradient costs nothing. null: for the whole run. Strategies `exact` and `ddp`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Tunes glibc malloc to retain freed blocks: the next step of a training takes the same amount of memory again.
 
-Contract: after `keep_freed_memory`, blocks below 32 MiB that are freed stay with the process. By default the larger of
-them go back to the kernel, which clears each page anew when it is touched again. Without glibc nothing happens.
+Contract: after `keep_freed_memory`, blocks that are freed stay with the process. By default the larger of them go back
+to the kernel, which clears each page anew when it is touched again. Without glibc nothing happens.
 
 Source: mallopt(3).
 """
@@ -11,11 +11,9 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """The numbers of two parameters in glibc's <malloc.h>."""
-_MMAP_THRESHOLD_BYTES = 32 * 2**20
-"""The largest value that glibc takes."""
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> None:
@@ -23,5 +21,5 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:  # musl has none
-            mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+            mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, _NEVER)

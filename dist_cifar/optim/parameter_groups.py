@@ -1,4 +1,4 @@
-"""The parameters of a network in groups, each with its factors on the learning rate and on the weight decay.
+"""The parameters of a network in groups, each with its factors on the learning rate and the weight decay, and its length.
 
 Contract: a pure function of names, dimensions and the config; the order of the parameters is kept within a group.
 """
@@ -28,12 +28,13 @@ def group_parameters(parameters: Iterable[tuple[str, torch.Tensor]], config: Opt
         if not any(fnmatchcase(name, rule.match) for name, _ in named):
             names = listed([name for name, _ in named], most=5)
             raise ConfigError(f"optimizer.groups: {rule.match} matches no parameter; there are {names}")
-    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    groups: dict[tuple[float, float, float | None], list[torch.Tensor]] = {}
     for name, parameter in named:
         rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), _OTHERS)
         decays = config.decay_norms_and_biases or parameter.dim() > 1
-        groups.setdefault((rule.lr_scale, rule.decay_scale if decays else 0.0), []).append(parameter)
+        factors = (rule.lr_scale, rule.decay_scale if decays else 0.0, rule.epochs)
+        groups.setdefault(factors, []).append(parameter)
     return [
-        {"params": members, "lr_scale": lr_scale, "decay_scale": decay_scale}
-        for (lr_scale, decay_scale), members in groups.items()
+        {"params": members, "lr_scale": lr_scale, "decay_scale": decay_scale, "epochs": epochs}
+        for (lr_scale, decay_scale, epochs), members in groups.items()
     ]

@@ -133,6 +133,7 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
     """The strategy that `strategy.name` names, around `module`. The modules of the others are not imported."""
     from dist_cifar.optim import optimizer_factory
     from dist_cifar.strategy.averaging import averaged
+    from dist_cifar.strategy.freezing import GroupLengths
 
     make_strategy: Callable[..., Strategy]
     if config.strategy.name in STRATEGIES:
@@ -140,6 +141,7 @@ def build_strategy(module: nn.Module, config: Config, *, communicator: Communica
         make_strategy = getattr(importlib.import_module(module_name), class_name)
     else:
         make_strategy = _own(config.strategy)
-    make_optimizer = optimizer_factory(config)
+    lengths = GroupLengths(plan)
+    make_optimizer = lengths.noted(optimizer_factory(config))
     strategy = make_strategy(module, config, communicator=communicator, plan=plan, make_optimizer=make_optimizer)
-    return averaged(strategy, config.average, plan)
+    return averaged(lengths.kept(strategy), config.average, plan)

@@ -15,6 +15,7 @@ import torch
 from dist_cifar.config import AverageConfig
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.strategy.base import Strategy, Tensors
+from dist_cifar.strategy.wrapping import WrappedStrategy
 
 
 def averaged(strategy: Strategy, config: AverageConfig, plan: BatchPlan) -> Strategy:
@@ -26,49 +27,32 @@ def averaged(strategy: Strategy, config: AverageConfig, plan: BatchPlan) -> Stra
     return strategy
 
 
-class _AveragingStrategy(ABC):
-    """See `dist_cifar.strategy.base.Strategy`. A subclass says what is averaged when, and where the average is used."""
+class _AveragingStrategy(WrappedStrategy, ABC):
+    """A subclass says what is averaged when, and where the average is used."""
 
+    _name = "average"
     _entry: str
     """Name of the entry of each tensor in the optimizer's state."""
 
     def __init__(self, inner: Strategy, config: AverageConfig, plan: BatchPlan) -> None:
-        self.module: Any = inner.module
-        self._inner, self._every_steps = inner, config.every_steps
-        self._step = 0
+        super().__init__(inner)
+        self._every_steps = config.every_steps
         self._average: Tensors = {}
         """By name; empty before the average has begun."""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._inner.forward(images)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self._inner.backward(loss)
-
     def step(self, lr: float) -> torch.Tensor:
-        norm = self._inner.step(lr)
-        self._step += 1
+        norm = super().step(lr)
         self._update()
         return norm
 
-    def model_state_dict(self) -> Tensors:
-        return self._inner.model_state_dict()
-
-    def per_rank_state(self) -> Tensors:
-        return self._inner.per_rank_state()
-
     def optimizer_state_dict(self) -> Tensors:
         own = {f"{name}.{self._entry}": tensor for name, tensor in self._saved().items()}
-        return self._inner.optimizer_state_dict() | own | {_STEP: torch.tensor(self._step)}
-
-    def load_model(self, model: Tensors) -> None:
-        self._inner.load_model(model)
+        return super().optimizer_state_dict() | own
 
     def load(self, model: Tensors, optimizer: Tensors, ranks: Tensors) -> None:
         ending = f".{self._entry}"
         saved = {name.removesuffix(ending): value for name, value in optimizer.items() if name.endswith(ending)}
-        self._step = int(optimizer[_STEP]) if _STEP in optimizer else self._step
-        self._inner.load(self._restore(model, saved), optimizer, ranks)
+        super().load(self._restore(model, saved), optimizer, ranks)
 
     @abstractmethod
     def _update(self) -> None:
@@ -87,9 +71,6 @@ class _AveragingStrategy(ABC):
         """Moves the average by `share` of its distance to `weights`."""
         averages, new = list(self._average.values()), [weights[name] for name in self._average]
         torch._foreach_lerp_(averages, new, share)
-
-
-_STEP = "average.step"
 
 
 class EmaStrategy(_AveragingStrategy):

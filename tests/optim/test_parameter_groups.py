@@ -45,6 +45,12 @@ def test_the_first_rule_that_matches_holds():
     ]
 
 
+def test_groups_of_different_lengths_are_apart():
+    rules = (GroupRule(match="fc.bias", epochs=0.5), GroupRule(match="*.bias"))
+    groups = group_parameters(NAMED.items(), OptimizerConfig(groups=rules))
+    assert [group["epochs"] for group in groups] == [None, 0.5]
+
+
 def test_a_rule_that_matches_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"groups: head\.\* matches no parameter; there are conv\.weight, "):
         found(groups=(GroupRule(match="head.*"),))
@@ -56,7 +62,7 @@ def test_rules_are_typed_in_yaml_and_read_back(tmp_path):
         GroupRule(match="fc.*", lr_scale=2.0),
         GroupRule(match="*.bias", decay_scale=0.0),
     )
-    assert flatten(config)["optimizer.groups"][0] == {"match": "fc.*", "lr_scale": 2.0, "decay_scale": 1.0}
+    assert flatten(config)["optimizer.groups"][0] == {"match": "fc.*", "lr_scale": 2.0, "decay_scale": 1.0, "epochs": None}
     path = tmp_path / "cifar10_resnet18.yaml"
     path.write_text(to_yaml(config))
     assert load_config(path) == config
@@ -65,7 +71,7 @@ def test_rules_are_typed_in_yaml_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[a]", r"must be \{match, lr_scale, decay_scale\}, found a; write \{match: a, lr_scale: 2\.0\}"),
+        ("[a]", r"must be \{match, lr_scale, decay_scale, epochs\}, found a; write \{match: a, lr_scale: 2\.0\}"),
         ("[{mach: a}]", r"has no mach; did you mean match\?"),
         ("[{lr_scale: 1}]", r"match is missing in \{lr_scale: 1\}"),
         ("[{match: a, lr_scale: -1}]", r"lr_scale: must be >= 0 and <= 10000, found -1"),

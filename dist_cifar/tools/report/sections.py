@@ -69,8 +69,10 @@ def _result_cards(run: Run) -> list[Card]:
         chosen = f"{summary['best_val_accuracy']:.2%} on the {summary['best_chosen_on']} split"
         if test_step(summary) != summary["best_step"]:
             chosen += "; the last one was tested"
+        average = run.config.average.name
+        averaged = "" if average == "none" else f"; average of the weights: {average}"
         cards = [
-            ("test accuracy", f"{summary['test_accuracy']:.2%}", f"95% interval {run.accuracy_interval}"),
+            ("test accuracy", f"{summary['test_accuracy']:.2%}", f"95% interval {run.accuracy_interval}{averaged}"),
             ("best epoch", f"{epoch:g} of {summary['epochs']:g}", chosen),
         ]
         if summary.get("test_accuracy_tta") is not None:
