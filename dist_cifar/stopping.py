@@ -257,13 +257,14 @@ class Deadline:
         self._end = None if seconds is None else self._asked + seconds
         self._longest = 0.0
 
-    def is_near(self, write_seconds: float) -> bool:
-        """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit.
+    def is_near(self, write_seconds: float, *, delay: int) -> bool:
+        """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit if the
+        ranks hear of it `delay` steps later.
 
         A step is assumed to take the longest interval between two calls so far, with all that happened in it.
         """
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)
         self._asked = now
-        margin = _INTERVALS * self._longest + _WRITES * write_seconds + _RESERVE_SECONDS
+        margin = (_INTERVALS + delay) * self._longest + _WRITES * write_seconds + _RESERVE_SECONDS
         return self._end is not None and now + margin >= self._end

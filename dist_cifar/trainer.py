@@ -156,7 +156,9 @@ class Trainer:
         ):
             while not is_over(config, plan, state):
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
-                stops = stop_requested() or self.deadline.is_near(self.checkpoints.store.write_seconds)
+                stops = stop_requested() or self.deadline.is_near(
+                    self.checkpoints.store.write_seconds, delay=vote.delay
+                )
                 vote.start(state.step + 1, stops, self.checkpoints.store.failed)
                 step_started = time.perf_counter()
                 self.log.compute_timer.start()

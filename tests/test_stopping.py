@@ -55,15 +55,15 @@ def check_intervals(clock):
     clock.now = 0.0
     end = Deadline(100.0)
     clock.now = 1.0
-    assert not end.is_near(0.0)
+    assert not end.is_near(0.0, delay=0)
     clock.now = 21.0  # an evaluation: 20 seconds
-    assert not end.is_near(0.0)
+    assert not end.is_near(0.0, delay=0)
     clock.now = 40.0
-    assert not end.is_near(0.0)
+    assert not end.is_near(0.0, delay=0)
     clock.now = 44.9
-    assert not end.is_near(0.0)
+    assert not end.is_near(0.0, delay=0)
     clock.now = 45.1  # 54.9 left, 2 x 20 and the reserve of 15 do not fit
-    assert end.is_near(0.0)
+    assert end.is_near(0.0, delay=0)
 
 
 def check_writes(clock):
@@ -72,16 +72,17 @@ def check_writes(clock):
     end = Deadline(200.0)
     for _ in range(10):
         clock.now += 1.0
-        assert not end.is_near(5.0)
+        assert not end.is_near(5.0, delay=0)
     clock.now = 11.0
-    assert not end.is_near(55.0)  # 189 left; 2 x 1, 3 x 55 and 15 are 182
-    assert end.is_near(58.0)  # 191
-    assert not end.is_near(1.0)  # that it was slow once does not count for ever
+    assert not end.is_near(55.0, delay=0)  # 189 left; 2 x 1, 3 x 55 and 15 are 182
+    assert end.is_near(58.0, delay=0)  # 191
+    assert not end.is_near(1.0, delay=0)  # that it was slow once does not count for ever
     for now in range(12, 168):
         clock.now = float(now)
-        assert not end.is_near(5.0)
+        assert not end.is_near(5.0, delay=0)
+    assert end.is_near(5.0, delay=1)  # 33 left, and ranks that hear of it a step later
     clock.now = 168.0  # 32 left; 2 x 1, 3 x 5 and 15 fill them
-    assert end.is_near(5.0)
+    assert end.is_near(5.0, delay=0)
 
 
 def test_twice_the_longest_interval_is_kept_in_reserve(clock):
@@ -105,7 +106,7 @@ def test_a_smaller_margin_is_caught(clock, monkeypatch, name, value, check):
 def test_no_end_is_never_near(clock):
     end = Deadline(None)
     clock.now = 1e9
-    assert not end.is_near(0.0)
+    assert not end.is_near(0.0, delay=0)
 
 
 # --- signals -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +38,22 @@ from dist_cifar.distributed.rendezvous import open_store
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError, UserError
+
+
+_SHIFT_TAG = 1
+"""Keeps messages of `start_shift` from others between the same ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some ranks that exchange tensors, seen from one of them."""
+
+    ranks: list[int]
+    """In the order in which they exchange."""
+    place: int
+    """Where this rank is in it."""
+    handle: dist.ProcessGroup | None
+    """None for all ranks."""
 
 
 class Communicator:
@@ -59,26 +77,28 @@ class Communicator:
         self.identities = [own_identity()]
         self._position = Position()
         self._control: dist.ProcessGroup | None = None
-        self._background: dist.Work | None = None
+        self._background: Future[Any] | None = None
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="shift")
         self._clock: WaitClock | None = None
         self._env, self._timeouts = env, Timeouts(run_seconds=timeout_seconds)
         if env.world_size == 1:
             return
         os.environ.update(env.variables())  # Accelerate reads them
-        control_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
+        control_timeout = self._group_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
+        if device.type == "cuda":
+            self._group_timeout = datetime.timedelta(seconds=self._timeouts.nccl_seconds)
         try:
             if store is None:
                 store = open_store(env, self._timeouts, setting="run.timeout_seconds")
                 store.set_timeout(control_timeout)
-            on_gpu = device.type == "cuda"
             self._compare_start(store, facts or {})
             dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
+                "nccl" if device.type == "cuda" else "gloo",
                 store=store,
                 rank=env.rank,
                 world_size=env.world_size,
-                timeout=datetime.timedelta(seconds=self._timeouts.nccl_seconds) if on_gpu else control_timeout,
-                device_id=device if on_gpu else None,
+                timeout=self._group_timeout,
+                device_id=device if device.type == "cuda" else None,
             )
             control = dist.new_group(backend="gloo", timeout=control_timeout)
             assert isinstance(control, dist.ProcessGroup)
@@ -122,10 +142,11 @@ class Communicator:
             return None
         if self.device.type == "cpu":  # NCCL's watchdog counts all time, and gloo has to give up before it
             self._clock = WaitClock(threading.get_ident(), tick_seconds=2 * self._timeouts.poll_seconds)
+            self._group_timeout = datetime.timedelta(seconds=self._timeouts.longest_pause_seconds)
             for group in (self._control, dist.group.WORLD):
                 backend: Any = group._get_backend(self.device)  # type: ignore[union-attr]
                 backend = getattr(backend, "wrapped_pg", backend)  # with TORCH_DISTRIBUTED_DEBUG=DETAIL
-                backend._set_default_timeout(datetime.timedelta(seconds=self._timeouts.longest_pause_seconds))
+                backend._set_default_timeout(self._group_timeout)
         return FailureDetector(
             self._failure_store,
             rank=self.rank,
@@ -140,10 +161,9 @@ class Communicator:
         """The message of a collective that has waited too long, or that has failed in the background while the main
         thread was busy, or stuck in one of the GPU's. When the roll is called, one that just waits has failed too."""
         work = self._background
-        if work is not None and work.is_completed():
-            try:
-                work.wait()
-            except RuntimeError as error:
+        if work is not None and work.done():
+            error = work.exception()
+            if error is not None:
                 return describe_error(error)
             work = None
         if self._clock is None:
@@ -181,17 +201,28 @@ class Communicator:
             dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
         return tensor
 
-    def start_all_reduce_sum(self, tensor: torch.Tensor, name: str, *, step: int) -> dist.Work | None:
-        """Begins to sum the ranks' CPU tensors in place, in the background; None if this rank is the only one.
+    def start_shift(self, received: torch.Tensor, sent: torch.Tensor, distance: int, name: str, *, step: int) -> None:
+        """Begins to send a CPU tensor to the rank that is `distance` places further on, and to receive one from the rank
+        as far back, in the background; `wait_for_shift` ends it.
 
-        It is the collective `name` of `step`. One at a time: wait for its end before the next one. While the main
-        thread is busy, the failure detector looks at whether it has failed.
+        It is the collective `name` of `step`. While the main thread is busy, the failure detector looks at whether it
+        has failed.
         """
         self._enter(name, step)
         if self._control is None:
-            return None
-        self._background = dist.all_reduce(tensor, group=self._control, async_op=True)
-        return self._background
+            return
+        to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+        works = [
+            dist.isend(sent, to, group=self._control, tag=_SHIFT_TAG),
+            dist.irecv(received, source, group=self._control, tag=_SHIFT_TAG),
+        ]
+        # Of a message gloo learns that it has failed when somebody waits for it.
+        self._background = self._waiter.submit(lambda: [work.wait() for work in works if work is not None])
+
+    def wait_for_shift(self) -> None:
+        """Waits for the end of what `start_shift` has begun. Raises what went wrong."""
+        if self._background is not None:
+            self._background.result()
 
     def time_all_reduces(self, size_bytes: int, repeats: int) -> list[float]:
         """The seconds that each of `repeats` all-reduces of a tensor of `size_bytes` takes this rank."""
@@ -206,24 +237,37 @@ class Communicator:
             seconds.append(time.perf_counter() - started)
         return seconds[1:]  # the first one opens connections
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, counts: list[int]) -> None:
-        """Sends part r of `sent` to rank r, and receives part r of `received` from it. Both are flat; every part that
-        rank r sends has `counts[r]` elements."""
-        dist.all_to_all_single(received, sent, counts, [counts[self.rank]] * self.world_size)
+    def group(self, groups: Sequence[Sequence[int]]) -> Group:
+        """Makes groups of ranks, of which every rank is in one, and returns this rank's."""
+        self._enter("group")
+        own = next(list(ranks) for ranks in groups if self.rank in ranks)
+        handle = None
+        if len(groups) > 1 and self._control is not None:
+            for ranks in groups:  # all ranks make all groups
+                made = dist.new_group(list(ranks), timeout=self._group_timeout)
+                if self.rank in ranks:
+                    handle = made
+        return Group(ranks=own, place=own.index(self.rank), handle=handle)
 
-    def all_gather(self, gathered: torch.Tensor, part: torch.Tensor) -> None:
-        """Gathers every rank's flat `part`, in the order of the ranks, into the flat `gathered`."""
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, counts: list[int], group: Group) -> None:
+        """Sends part i of `sent` to the rank at place i of the group, and receives part i of `received` from it. Both
+        are flat; every part that it sends has `counts[i]` elements."""
+        own = [counts[group.place]] * len(group.ranks)
+        dist.all_to_all_single(received, sent, counts, own, group=group.handle)
+
+    def all_gather(self, gathered: torch.Tensor, part: torch.Tensor, group: Group) -> None:
+        """Gathers the flat `part` of every rank of the group, in their order, into the flat `gathered`."""
         if gathered.device.type != "cpu":
-            dist.all_gather_into_tensor(gathered, part)
+            dist.all_gather_into_tensor(gathered, part, group=group.handle)
             return
         # gloo's own all-gather gathers into new memory and copies that: messages take a third of its processor time.
-        parts, messages = gathered.chunk(self.world_size), []
-        for distance in range(1, self.world_size):
-            target, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
-            messages.append(dist.P2POp(dist.isend, part, target))
-            messages.append(dist.P2POp(dist.irecv, parts[source], source))
+        parts, messages, size = gathered.chunk(len(group.ranks)), [], len(group.ranks)
+        for distance in range(1, size):
+            target, source = (group.place + distance) % size, (group.place - distance) % size
+            messages.append(dist.P2POp(dist.isend, part, group.ranks[target], group.handle))
+            messages.append(dist.P2POp(dist.irecv, parts[source], group.ranks[source], group.handle))
         works = dist.batch_isend_irecv(messages)
-        parts[self.rank].copy_(part)
+        parts[group.place].copy_(part)
         for work in works:
             work.wait()
 
@@ -322,6 +366,7 @@ class Communicator:
 
     def close(self) -> None:
         """Ends the process group."""
+        self._waiter.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -329,22 +374,32 @@ class Communicator:
 class AsyncAnyReduce:
     """An any-reduce in the background, by which ranks agree on yes-or-no questions.
 
-    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation.
+    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation, and the
+    answers that a result is about are those of the step `delay` steps before. In each step a rank sends one message: all
+    that it knows of the answers of the last few steps. The next rank to hear of it is twice as far away as that of the
+    step before, so that each knows the answers of all after log2(ranks) steps.
+
+    Source: Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988 (dissemination).
     """
 
     def __init__(self, communicator: Communicator, questions: int) -> None:
         """`questions` is how many are answered at once."""
         self._communicator = communicator
-        self._flags = torch.zeros(questions)
-        self._work: dist.Work | None = None
+        rounds = max(1, (communicator.world_size - 1).bit_length())
+        self.delay = rounds - 1
+        self._known = torch.zeros(rounds, questions, dtype=torch.uint8)
+        """Row i: whether a rank that this one has heard of answered yes, i steps ago."""
+        self._received = torch.zeros_like(self._known)
 
     def start(self, step: int, *answers: bool) -> None:
         """Sends this rank's answers; `step` is the one that begins, counted from 1."""
-        self._flags.copy_(torch.tensor(answers))
-        self._work = self._communicator.start_all_reduce_sum(self._flags, "any-reduce", step=step)
+        newest = torch.tensor([answers], dtype=torch.uint8)
+        self._known = torch.cat([newest, self._known[:-1]])
+        distance = 2 ** (step % len(self._known))
+        self._communicator.start_shift(self._received, self._known, distance, "any-reduce", step=step)
 
     def result(self) -> list[bool]:
-        """Whether any rank has answered yes, for each question; the same on every rank. Waits for all ranks."""
-        if self._work is not None:
-            self._work.wait()
-        return (self._flags > 0).tolist()
+        """Whether any rank answered yes `delay` steps ago, for each question; the same on every rank."""
+        self._communicator.wait_for_shift()
+        self._known = self._known | self._received
+        return self._known[-1].bool().tolist()

@@ -35,7 +35,7 @@ from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
 from dist_cifar.strategy.tree_nodes import passes_of_nodes
-from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator
+from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator
 
 
 class ExactStrategy:
@@ -69,12 +69,13 @@ class ExactStrategy:
         self._stats_sum = self._statistics.values
         """The sum of the running statistics after each pass of the current node."""
         self._pass = 0
-        self._statistics_bucket = Bucket([self._statistics.values], communicator, leaves=leaves)
+        exchange = Exchange(communicator, leaves=leaves, flat=config.strategy.exchange == "flat")
+        self._statistics_bucket = Bucket([self._statistics.values], exchange)
         self._buckets: list[Bucket] = []
         self._bucket_slices: list[slice] = []
         """The range of each bucket's tensors in `_parameters`."""
         for place in partition(self._parameters):
-            self._buckets.append(Bucket(self._parameters[place], communicator, leaves=leaves))
+            self._buckets.append(Bucket(self._parameters[place], exchange))
             self._bucket_slices.append(place)
             for parameter in self._parameters[place]:
                 parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))

@@ -8,7 +8,8 @@ has the same bits for every W from 1 to V.
 
 Across ranks a tensor moves as in a ring all-reduce: each rank gets its shard of every rank's nodes (all-to-all), adds
 them up in the order of the tree, and sends the result to all (all-gather). Where each rank has one node, it sends
-2 (W-1)/W times the bytes of the tensor, padded to a multiple of W elements.
+2 (W-1)/W times the bytes of the tensor, padded to a multiple of W elements. Where `dist_cifar.strategy.exchange` finds
+two levels, the ranks of a host do so with the tensor, and then those with the same place on their hosts with the shard.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.strategy.tree_nodes import Node, additions, nodes_of, parents_in
+from dist_cifar.strategy.exchange import plan_levels
+from dist_cifar.strategy.tree_nodes import Node, additions, parents_in
 
 
 class TreeAccumulator:
@@ -67,23 +68,36 @@ def tree_sum(rows: torch.Tensor, nodes: tuple[Node, ...], *, leaves: int) -> tor
     return rows[0]
 
 
+class Exchange:
+    """The levels on which ranks exchange the sums of their nodes, with the groups of the ranks."""
+
+    def __init__(self, communicator: Communicator, *, leaves: int, flat: bool = False) -> None:
+        """A collective. `flat`: in one level, wherever the ranks are."""
+        self.communicator, self.leaves = communicator, leaves
+        hosts = [""] * communicator.world_size if flat else [identity.host for identity in communicator.identities]
+        levels, self.why_flat = plan_levels(hosts, communicator.rank, leaves=leaves)
+        """Why there is one level, though hosts hold several ranks each; None where that needs no reason."""
+        self.levels = [(level.nodes, communicator.group(level.groups)) for level in levels]
+        """Of each level: the nodes that each rank of this rank's group brings, and the group."""
+
+
 class Bucket:
     """Tensors that are reduced over the ranks together, in one flat tensor."""
 
-    def __init__(self, like: Sequence[torch.Tensor], communicator: Communicator, *, leaves: int) -> None:
+    def __init__(self, like: Sequence[torch.Tensor], exchange: Exchange) -> None:
         """`like` gives the shapes, memory formats and the one dtype; every tensor is dense."""
-        self._communicator, self._leaves = communicator, leaves
-        world_size = communicator.world_size
-        nodes = [nodes_of(share(rank, parts=world_size, count=leaves), leaves=leaves) for rank in range(world_size)]
-        self._nodes = tuple(node for of_rank in nodes for node in of_rank)
-        count = sum(tensor.numel() for tensor in like)
-        shard = -(-count // world_size)
-        own = len(nodes[communicator.rank])
-        self._sent = torch.zeros(own, shard * world_size, dtype=like[0].dtype, device=like[0].device)
-        self._received = self._sent.new_empty(len(self._nodes), shard) if world_size > 1 else self._sent
-        self._counts = [len(of_rank) * shard for of_rank in nodes]
-        """The elements that each rank sends to each."""
-        self._views = [_views(row, like) for row in self._sent]
+        self._exchange = exchange
+        world_size = exchange.communicator.world_size
+        size = -(-sum(tensor.numel() for tensor in like) // world_size) * world_size
+        first, group = exchange.levels[0]
+        sent = torch.zeros(len(first[group.place]), size, dtype=like[0].dtype, device=like[0].device)
+        self._rows = [sent]
+        """The sums of nodes, a row for each: this rank's own, and then what it has received on each level, of which the
+        first row becomes the sum of all."""
+        for nodes, group in exchange.levels if world_size > 1 else []:
+            size //= len(group.ranks)
+            self._rows.append(sent.new_empty(sum(map(len, nodes)), size))
+        self._views = [_views(row, like) for row in sent]
         self.views = self._views[0]
         """The tensors, as views of the flat one."""
 
@@ -92,14 +106,17 @@ class Bucket:
         collective."""
         for views, tensors in zip(self._views, sums, strict=True):
             torch._foreach_copy_(views, tensors)
-        flat, world_size = self._sent[0], self._communicator.world_size
-        if world_size == 1:
-            flat.div_(divisor)
-            return
-        by_rank = self._sent.view(len(self._sent), world_size, -1).transpose(0, 1)
-        self._communicator.all_to_all(self._received.flatten(), by_rank.flatten(), self._counts)
-        shard = tree_sum(self._received, self._nodes, leaves=self._leaves).div_(divisor)
-        self._communicator.all_gather(flat, shard)
+        communicator, leaves = self._exchange.communicator, self._exchange.leaves
+        levels = list(zip(self._exchange.levels, self._rows, self._rows[1:], strict=False))
+        for (nodes, group), rows, received in levels:
+            own = rows[: len(nodes[group.place])]
+            by_rank = own.view(len(own), len(group.ranks), -1).transpose(0, 1)
+            counts = [len(of_rank) * received.shape[1] for of_rank in nodes]
+            communicator.all_to_all(received.flatten(), by_rank.flatten(), counts, group)
+            tree_sum(received, tuple(node for of_rank in nodes for node in of_rank), leaves=leaves)
+        self._rows[-1][0].div_(divisor)
+        for (_, group), rows, received in reversed(levels):
+            communicator.all_gather(rows[0], received[0], group)
 
 
 def _views(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

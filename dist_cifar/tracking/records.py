@@ -33,6 +33,7 @@ from dist_cifar.run.summary import build_summary, result_rows
 from dist_cifar.state import Evaluation, TrainState
 from dist_cifar.stopping import first_received, stop_requested
 from dist_cifar.strategy import properties, waiting
+from dist_cifar.strategy.exchange import describe_levels
 from dist_cifar.tracking.base import OpenTracker, Results, Tracker
 from dist_cifar.tracking.console import table
 from dist_cifar.tracking.registry import open_trackers
@@ -91,6 +92,11 @@ class RunRecords:
         waits = waiting(config.batch, config.strategy, world_size=communicator.world_size)
         if waits is not None:
             logger.info(f"waiting    {'; '.join(filter(None, waits))}")
+        if properties(config.strategy).bitwise and config.strategy.exchange == "auto":
+            hosts = [identity.host for identity in communicator.identities]
+            levels = describe_levels(hosts, leaves=plan.virtual_ranks)
+            if levels is not None:
+                logger.info(f"exchange   {levels}")
         logger.info(f"schedule   {schedule.describe()}")
         if config.average.name != "none":
             every = counted(config.average.every_steps, "step")

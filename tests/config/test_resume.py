@@ -111,6 +111,7 @@ RULES = {
     "train.label_smoothing": "decides",
     "strategy.name": "rounding",
     "strategy.virtual_ranks": "rounding",
+    "strategy.exchange": "free",
     "strategy.grad_compression": "rounding",
     "strategy.zero_stage": "rounding",
     "compute.precision": "decides",

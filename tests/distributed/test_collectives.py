@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.errors import LaunchError, TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
 
@@ -75,3 +78,47 @@ def require_same(communicator: Communicator, values: list[str]) -> str:
 def test_facts_are_compared_between_ranks(ranks):
     messages = ranks.run(3, require_same, ["a", "a", "b"])
     assert len(set(messages)) == 1 and 'it is "b" on rank 2 and "a" on most' in messages[0]
+
+
+def votes(communicator: Communicator, steps: int, yes: dict[int, list[int]]) -> tuple[int, list[bool], int]:
+    """The delay; the result of each step, where the ranks of `yes` answer yes in some steps; the messages sent."""
+    vote, sent, isend = AsyncAnyReduce(communicator, 2), 0, dist.isend
+
+    def counted(*arguments, **keywords):
+        nonlocal sent
+        sent += 1
+        return isend(*arguments, **keywords)
+
+    results = []
+    with mock.patch.object(dist, "isend", counted):
+        for step in range(7, 7 + steps):
+            vote.start(step, False, communicator.rank in yes.get(step - 7, []))
+            first, second = vote.result()
+            assert not first
+            results.append(second)
+    return vote.delay, results, sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 8])
+def test_a_vote_is_known_to_all_a_few_steps_later_by_one_message_a_step(ranks, world_size):
+    delay = {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 8: 2}[world_size]
+    cast = {rank + 12 * (rank % 2): [rank] for rank in range(world_size)} | {30: list(range(world_size))}
+    expected = [step - delay in cast for step in range(36)]
+    for found in ranks.run(world_size, votes, 36, cast):
+        assert found == (delay, expected, 36 if world_size > 1 else 0)
+
+
+def votes_by_one_distance(communicator: Communicator, steps: int, yes: dict[int, list[int]]) -> list[bool]:
+    """A mutant: the messages go to the next rank in every step."""
+    shift = Communicator.start_shift
+    with mock.patch.object(
+        Communicator,
+        "start_shift",
+        lambda self, received, sent, distance, name, *, step: shift(self, received, sent, 1, name, step=step),
+    ):
+        return votes(communicator, steps, yes)[1]
+
+
+def test_ranks_that_are_not_told_are_caught(ranks):
+    found = ranks.run(4, votes_by_one_distance, 6, {2: [0]})
+    assert len({tuple(results) for results in found}) > 1

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.strategy import tree_nodes, tree_reduce
+from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import nodes_of
-from dist_cifar.strategy.tree_reduce import Bucket, TreeAccumulator, tree_sum
+from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator, tree_sum
 
 SHAPES = [(3,), (5, 2, 3, 3), (1,), (7, 4)]  # 126 numbers: no multiple of 4 or 8
 LEAVES = 8
@@ -46,14 +51,26 @@ def equal(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
 
 
-def mean(communicator: Communicator, leaves: int) -> list[np.ndarray]:
-    """The mean of all leaves, this rank having its share of them."""
+def mean(communicator: Communicator, leaves: int, hosts: str | None = None) -> list[np.ndarray]:
+    """The mean of all leaves, this rank having its share of them; `hosts` has a letter for the host of each rank."""
+    exchange = exchange_between(communicator, leaves, hosts)
     tree, held = TreeAccumulator(leaves), share(communicator.rank, parts=communicator.world_size, count=leaves)
     for index in held[:-1]:
         tree.add((index, index + 1), leaf(index))
-    bucket = Bucket([torch.empty(shape) for shape in SHAPES], communicator, leaves=leaves)
+    bucket = Bucket([torch.empty(shape) for shape in SHAPES], exchange)
     bucket.reduce(tree.finish((held[-1], held[-1] + 1), leaf(held[-1])), leaves)
     return [view.numpy().copy() for view in bucket.views]
+
+
+def exchange_between(communicator: Communicator, leaves: int, hosts: str | None) -> Exchange:
+    if hosts is None:
+        return Exchange(communicator, leaves=leaves)
+    placed = [
+        dataclasses.replace(identity, host=host)
+        for identity, host in zip(communicator.identities, hosts, strict=True)
+    ]
+    with mock.patch.object(communicator, "identities", placed):
+        return Exchange(communicator, leaves=leaves)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +174,83 @@ def test_where_it_can_be_a_rank_has_one_node(ranks_of):
     assert counts == [1] * world_size or ranks_of == (3, 6)
 
 
+TWO_LEVELS = [("aabb", 4), ("aabb", 8), ("aabb", 16), ("aabbcc", 6), ("aaaabbbb", 8), ("aabbccdd", 8)]
+
+
+@pytest.mark.parametrize(("hosts", "leaves"), TWO_LEVELS)
+def test_two_levels_have_the_bits_of_one_and_send_a_part_between_hosts(ranks, hosts, leaves):
+    flat = ranks.run(len(hosts), sent_between_hosts, leaves, None, hosts)
+    levels = ranks.run(len(hosts), sent_between_hosts, leaves, hosts, hosts)
+    expected = [value / np.float32(leaves) for value in by_definition(0, leaves)]
+    for (result, _), (same, _) in zip(flat, levels, strict=True):
+        assert equal(result, expected) and equal(same, expected)
+    ranks_of_host = hosts.count("a")
+    elements = -(-126 // len(hosts)) * len(hosts)
+    hosts_count = len(set(hosts))
+    for (_, all_bytes), (_, some_bytes) in zip(flat, levels, strict=True):
+        assert some_bytes == 2 * 4 * elements // ranks_of_host * (hosts_count - 1) // hosts_count
+        assert some_bytes * ranks_of_host == all_bytes
+
+
+def sent_between_hosts(
+    communicator: Communicator, leaves: int, seen: str | None, hosts: str
+) -> tuple[list[np.ndarray], int]:
+    """The mean, by an exchange that sees the hosts `seen`; and the bytes that this rank sends to ranks on others."""
+    sent, own, all_to_all, point_to_point = 0, hosts[communicator.rank], dist.all_to_all_single, dist.P2POp
+
+    def count_parts(received, tensor, counts, own_counts, group):
+        nonlocal sent
+        members = dist.get_process_group_ranks(group or dist.group.WORLD)
+        sent += sum(count * 4 for member, count in zip(members, own_counts, strict=True) if hosts[member] != own)
+        return all_to_all(received, tensor, counts, own_counts, group=group)
+
+    def count_message(kind, tensor, peer, group):
+        nonlocal sent
+        sent += tensor.nbytes if kind is dist.isend and hosts[peer] != own else 0
+        return point_to_point(kind, tensor, peer, group)
+
+    with mock.patch.object(dist, "all_to_all_single", count_parts), mock.patch.object(dist, "P2POp", count_message):
+        return mean(communicator, leaves, seen), sent
+
+
+PLACES = [
+    ("aaaa", 8, 1, None),
+    ("abcd", 8, 1, None),
+    ("aabb", 8, 2, None),
+    ("abab", 8, 1, "the ranks of a host are not neighbours"),
+    ("aaab", 8, 1, "hosts have different numbers of ranks"),
+    ("aabb", 6, 1, "the virtual ranks of a host are no subtree of 6"),
+    ("aaabbb", 6, 1, "the virtual ranks of a host are no subtree of 6"),
+]
+
+
+@pytest.mark.parametrize(("hosts", "leaves", "count", "reason"), PLACES)
+def test_the_levels_follow_the_places_of_the_ranks(hosts, leaves, count, reason):
+    for rank in range(len(hosts)):
+        levels, why_flat = plan_levels(hosts, rank, leaves=leaves)
+        assert (len(levels), why_flat) == (count, reason)
+        for level in levels:
+            assert sorted(member for group in level.groups for member in group) == list(range(len(hosts)))
+
+
+def test_hosts_whose_sums_are_taken_in_another_order_are_caught(ranks):
+    with pytest.raises(AssertionError):
+        found = ranks.run(4, hosts_swapped, 8)
+        assert equal(found[0], [value / np.float32(8) for value in by_definition(0, 8)])
+
+
+def hosts_swapped(communicator: Communicator, leaves: int) -> list[np.ndarray]:
+    """A mutant: the ranks of each host are those of every second place."""
+
+    def crossed(hosts, rank, *, leaves):
+        levels, _ = plan_levels(hosts, rank, leaves=leaves)
+        inner, outer = (dataclasses.replace(level, groups=other.groups) for level, other in (levels, levels[::-1]))
+        return [inner, outer], None
+
+    with mock.patch.object(tree_reduce, "plan_levels", crossed):
+        return mean(communicator, leaves, "aabb")
+
+
 def test_the_local_tree_keeps_few_sums():
     tree = TreeAccumulator(16)
     for index in range(15):
@@ -182,6 +276,6 @@ def test_memory_formats_survive(ranks):
 
 def reduced_channels_last(communicator: Communicator, like: torch.Tensor) -> tuple[tuple[int, ...], np.ndarray]:
     like = like.to(memory_format=torch.channels_last)
-    bucket = Bucket([like], communicator, leaves=communicator.world_size)
+    bucket = Bucket([like], Exchange(communicator, leaves=communicator.world_size))
     bucket.reduce([[like]], communicator.world_size)
     return bucket.views[0].stride(), bucket.views[0].numpy()
