@@ -29,7 +29,7 @@ from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.optim.schedules import build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.checkpointing import RunCheckpoints, unfit
-from dist_cifar.run.provenance import make_deterministic, numerics_fingerprint
+from dist_cifar.run.provenance import let_kernels_be_chosen, make_deterministic, numerics_fingerprint
 from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.run.training_sums import TrainingSums
@@ -113,6 +113,8 @@ class Trainer:
         if spec.bitwise:
             make_deterministic(device)
             communicator.assert_equal_across_ranks("the numerics", numerics_fingerprint(device))
+        else:
+            let_kernels_be_chosen(device)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_initial_model(config, data, communicator)
@@ -245,7 +247,9 @@ class Trainer:
         phase("checkpoint")
         if self.checkpoints.saved_step == self.state.step:
             return
-        ranks = self.communicator.all_gather_object(self.sums.totals())
+        with self.communicator.reading():
+            own = self.sums.totals()
+        ranks = self.communicator.all_gather_object(own)
         require_finite(self.state.step, ranks)
         tensors = {
             "model": self.strategy.model_state_dict(),

@@ -77,6 +77,7 @@ def _torch_put_back() -> Iterator[None]:
     import torch
 
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only, fills = torch.is_deterministic_algorithms_warn_only_enabled(), torch.utils.deterministic
     fill = fills.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property
@@ -85,5 +86,6 @@ def _torch_put_back() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         fills.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

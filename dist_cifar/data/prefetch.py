@@ -56,6 +56,8 @@ def prefetch(make: Callable[[int], Batch], steps: range, device: torch.device = 
         # wait, those of the loop too (`benchmarks/suite/settings.py` measures what that costs).
         torch.set_num_threads(1)
         try:
+            if device.type == "cuda":  # or its GPU is number 0 whenever it leaves a stream, where it takes memory
+                torch.cuda.set_device(device)
             for step in steps:
                 if stop.is_set():
                     return
@@ -82,7 +84,7 @@ def _on_side_stream(make: Callable[[int], Batch], device: torch.device) -> Calla
     stream = torch.cuda.Stream(device)
 
     def make_there(step: int) -> Batch:
-        with torch.cuda.stream(stream):  # also makes the device the thread's current one
+        with torch.cuda.stream(stream):
             batch = make(step)
             inputs, labels = upload(batch.inputs, device), upload(batch.labels, device)
             return Batch(inputs=inputs, labels=labels, filled=stream.record_event())

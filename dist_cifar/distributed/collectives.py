@@ -16,8 +16,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,9 @@ class Communicator:
         timeout_seconds: float,
         facts: Facts | None = None,
         store: dist.Store | None = None,
+        met: Callable[[], None] = lambda: None,
     ) -> None:
-        """Without `store` the ranks connect to one that rank 0 hosts (`rendezvous`).
+        """Without `store` the ranks connect to one that rank 0 hosts (`rendezvous`), and `met` is called when all have.
 
         `timeout_seconds` is `run.timeout_seconds`. `facts` must be the same on all ranks. Raises `LaunchError` if not
         all ranks connect, or if they are not to run the same thing.
@@ -80,10 +82,13 @@ class Communicator:
         self._background: Future[Any] | None = None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="shift")
         self._clock: WaitClock | None = None
+        self._reads: WaitClock | None = None
+        self._read: object = None
+        """Stands for the read of the device that is under way; None where none is."""
         self._env, self._timeouts = env, Timeouts(run_seconds=timeout_seconds)
         if env.world_size == 1:
             return
-        os.environ.update(env.variables())  # Accelerate reads them
+        os.environ.update(env.variables(gpu=device.index))  # Accelerate reads them
         control_timeout = self._group_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
         if device.type == "cuda":
             self._group_timeout = datetime.timedelta(seconds=self._timeouts.nccl_seconds)
@@ -91,6 +96,7 @@ class Communicator:
             if store is None:
                 store = open_store(env, self._timeouts, setting="run.timeout_seconds")
                 store.set_timeout(control_timeout)
+                met()
             self._compare_start(store, facts or {})
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -140,8 +146,10 @@ class Communicator:
         """
         if self._control is None:
             return None
+        tick_seconds = 2 * self._timeouts.poll_seconds
+        self._reads = WaitClock(threading.get_ident(), tick_seconds=tick_seconds)
         if self.device.type == "cpu":  # NCCL's watchdog counts all time, and gloo has to give up before it
-            self._clock = WaitClock(threading.get_ident(), tick_seconds=2 * self._timeouts.poll_seconds)
+            self._clock = WaitClock(threading.get_ident(), tick_seconds=tick_seconds)
             self._group_timeout = datetime.timedelta(seconds=self._timeouts.longest_pause_seconds)
             for group in (self._control, dist.group.WORLD):
                 backend: Any = group._get_backend(self.device)  # type: ignore[union-attr]
@@ -157,6 +165,15 @@ class Communicator:
             timeouts=self._timeouts,
         )
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A `with` block that waits for what the device computes: if that never ends, the failure detector says so."""
+        self._read = object()
+        try:
+            yield
+        finally:
+            self._read = None
+
     def _broken(self, is_roll_call: bool) -> str | None:
         """The message of a collective that has waited too long, or that has failed in the background while the main
         thread was busy, or stuck in one of the GPU's. When the roll is called, one that just waits has failed too."""
@@ -166,6 +183,9 @@ class Communicator:
             if error is not None:
                 return describe_error(error)
             work = None
+        read = self._reads.look(None, self._read)[1] if self._reads is not None else 0.0
+        if read > self._timeouts.control_seconds:
+            return f"it has waited {read:.3g} s for what its device computes in step {self.step}"
         if self._clock is None:
             return None
         # A barrier has its own timeout.
@@ -360,7 +380,7 @@ class Communicator:
     def require_process_group(self) -> None:
         """Makes a process group of this rank alone, which some libraries need, unless there is one."""
         if not dist.is_initialized():
-            os.environ.update(self._env.variables())
+            os.environ.update(self._env.variables(gpu=self.device.index))
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

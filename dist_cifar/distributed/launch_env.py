@@ -61,9 +61,14 @@ class DistEnv:
         """Whether some ranks are on other nodes than this one."""
         return self.local_world_size < self.world_size
 
-    def variables(self) -> dict[str, str]:
-        """The same as torchrun's variables, for the libraries that read them."""
-        values = self.rank, self.world_size, self.local_rank, self.local_world_size, self.master_addr, self.master_port
+    def variables(self, *, gpu: int | None = None) -> dict[str, str]:
+        """The same as torchrun's variables, for the libraries that read them.
+
+        Accelerate and DeepSpeed take LOCAL_RANK for the number of this rank's GPU, which it is not where each rank is
+        shown one alone; so with `gpu` it is that number.
+        """
+        local_rank = self.local_rank if gpu is None else gpu
+        values = self.rank, self.world_size, local_rank, self.local_world_size, self.master_addr, self.master_port
         return dict(zip(_TORCHRUN, map(str, values), strict=True))
 
 

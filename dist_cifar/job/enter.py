@@ -56,14 +56,32 @@ def connect(env: DistEnv, device: torch.device, timeout_seconds: float, facts: C
         f" (run.timeout_seconds) for all ranks to connect at {env.master_addr}; look for one that failed, or set more"
         " if they start slowly"
     )
-    clock = threading.Timer(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, _end, [message, LaunchError.exit_code])
-    clock.daemon = True
     known = facts() if env.world_size > 1 else {}
-    clock.start()
+    clock = _Clock(timeout_seconds + _RENDEZVOUS_GRACE_SECONDS, message)
     try:
-        return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=known)
+        # What the backend needs to start, NCCL some seconds a node, is not the time of ranks that come late.
+        return Communicator(env, device=device, timeout_seconds=timeout_seconds, facts=known, met=clock.restart)
     finally:
-        clock.cancel()  # before the report, which waits some seconds for rank 0
+        clock.stop()  # before the report, which waits some seconds for rank 0
+
+
+class _Clock:
+    """Ends the process with a message after some time, unless it is stopped."""
+
+    def __init__(self, seconds: float, message: str) -> None:
+        self._seconds, self._message = seconds, message
+        self._timer: threading.Timer | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.stop()
+        self._timer = threading.Timer(self._seconds, _end, [self._message, LaunchError.exit_code])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 def connect_or_leave(

@@ -85,6 +85,7 @@ def run_rank(
             trackers=[ReportTracker],
         )
         outcome = ended(communicator, is_done)
+        communicator.barrier()  # watched: rank 0 may take long over what it writes at the end, or fail
     except stopping.Stopped as stop:
         stopping.report(stop)
         return failed(failure_exit, StoppedError(str(stop)), detector)

@@ -25,6 +25,14 @@ from dist_cifar.distributed.cores import available_cores
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
 """Environment variables that choose the instructions of CPU kernels."""
 
+_GPU_SWITCHES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "TORCH_CUDNN_V8_API_DISABLED",
+)
+"""Those that choose the kernels of a GPU."""
+
 _EXTENSIONS = ("avx", "amx", "fma", "sve", "asimd")
 """Vector extensions, by which kernel libraries choose."""
 
@@ -42,6 +50,12 @@ def make_deterministic(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False  # it would choose by the clock
 
 
+def let_kernels_be_chosen(device: torch.device) -> None:
+    """Lets cuDNN time its kernels and take the fastest, where no bits are promised."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def numerics_fingerprint(device: torch.device) -> dict[str, str | int]:
     """Everything that decides how `device` rounds in this process, as JSON: name to value."""
     facts: dict[str, str | int] = {
@@ -57,6 +71,8 @@ def numerics_fingerprint(device: torch.device) -> dict[str, str | int]:
             "cudnn": torch.backends.cudnn.version() or 0,
             "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""),
             "tf32": f"{torch.backends.cuda.matmul.allow_tf32} {torch.backends.cudnn.allow_tf32}",
+            "triton": installed_version("triton") or "",
+            **{name: os.environ.get(name, "") for name in _GPU_SWITCHES},
         }
     return facts | {
         "device": "cpu",

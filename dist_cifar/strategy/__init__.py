@@ -37,15 +37,16 @@ class StrategyProperties:
     """A rank has one CPU thread by default, since the number of threads changes how sums are rounded."""
     equal_shares: bool = False
     """Every rank must have as many samples of a global batch as the others."""
-    auto_compile: bool = True
-    """Whether `compute.compile=auto` may compile the module."""
+    auto_compile: bool = False
+    """Whether `compute.compile=auto` may compile the module: not where it would change a promise, nor where no GPU has
+    seen what the strategy wraps around a compiled module."""
 
 
 STRATEGIES = {
     "exact": StrategyProperties(
-        class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, auto_compile=False
+        class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True
     ),
-    "ddp": StrategyProperties(class_path="dist_cifar.strategy.ddp:DdpStrategy"),
+    "ddp": StrategyProperties(class_path="dist_cifar.strategy.ddp:DdpStrategy", auto_compile=True),
     "deepspeed": StrategyProperties(class_path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy", equal_shares=True),
     "fsdp": StrategyProperties(class_path="dist_cifar.strategy.fsdp:FsdpStrategy"),
 }

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
@@ -77,12 +78,20 @@ class ExactStrategy:
         for place in partition(self._parameters):
             self._buckets.append(Bucket(self._parameters[place], exchange))
             self._bucket_slices.append(place)
-            for parameter in self._parameters[place]:
-                parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, len(self._buckets) - 1))
+        self._is_alone = communicator.world_size == 1
+        self._hooks: list[RemovableHandle] = []
+        """Of the last pass, in which they see the gradients as they become complete."""
         self._pending: list[int] = []
         """The number of gradients of the last pass that each bucket still waits for."""
         self._next_bucket = 0
         self._reductions = ReductionQueue(communicator)
+        if not self._is_alone:
+            for bucket in [self._statistics_bucket, *self._buckets]:
+                self._reductions.submit(bucket.warm_up)
+            self._reductions.wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # NCCL connects on the first use, and a module that loads then may wait for it
+            communicator.barrier()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics
@@ -92,8 +101,9 @@ class ExactStrategy:
         node, is_first, is_last = self._nodes[self._pass]
         self._stats_sum = seen if is_first else self._stats_sum.add_(seen)
         if self._is_last_pass:
-            self._pending = [len(bucket.views) for bucket in self._buckets]
             self._next_bucket = 0
+            if not self._is_alone:  # else there is nothing to wait for, so nothing to hide
+                self._watch_gradients()
             if statistics.names:
                 sums = self._statistics_tree.finish(node, [self._stats_sum])
                 self._reductions.submit(partial(self._statistics_bucket.reduce, sums, self._all_passes))
@@ -107,12 +117,18 @@ class ExactStrategy:
         if is_last and not self._is_last_pass:
             self._gradients.add(node, _gradients(self._parameters))
             self._optimizer.zero_grad()
+        elif is_last and self._is_alone:
+            while self._next_bucket < len(self._buckets):
+                self._reduce_next()
         self._pass += 1
 
     def step(self, lr: float) -> torch.Tensor:
         assert self._pass == len(self._nodes) and self._next_bucket == len(self._buckets)
         phase("reduction")
         self._reductions.wait()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         phase("optimizer")
         for bucket, place in zip(self._buckets, self._bucket_slices, strict=True):
             for parameter, view in zip(self._parameters[place], bucket.views, strict=True):
@@ -151,16 +167,24 @@ class ExactStrategy:
     def _is_last_pass(self) -> bool:
         return self._pass == len(self._nodes) - 1
 
+    def _watch_gradients(self) -> None:
+        """Has the buckets reduced, one after the other, when the backward pass that follows has their gradients."""
+        self._pending = [len(bucket.views) for bucket in self._buckets]
+        for index, place in enumerate(self._bucket_slices):
+            for parameter in self._parameters[place]:
+                ready = partial(self._on_grad_ready, index)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(ready))
+
     def _on_grad_ready(self, index: int, _: torch.Tensor) -> None:
-        """Notes that a gradient of a bucket is complete; in the last pass, reduces the buckets that are now due."""
-        if not self._is_last_pass:
-            return
         self._pending[index] -= 1
         while self._next_bucket < len(self._buckets) and self._pending[self._next_bucket] == 0:
-            bucket, place = self._buckets[self._next_bucket], self._bucket_slices[self._next_bucket]
-            gradients = _gradients(self._parameters[place])
-            self._reductions.submit(partial(self._reduce, bucket, gradients, place))
-            self._next_bucket += 1
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        bucket, place = self._buckets[self._next_bucket], self._bucket_slices[self._next_bucket]
+        gradients = _gradients(self._parameters[place])
+        self._reductions.submit(partial(self._reduce, bucket, gradients, place))
+        self._next_bucket += 1
 
     def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
         bucket.reduce(self._gradients.finish(self._nodes[-1][0], gradients, place), self._all_passes)

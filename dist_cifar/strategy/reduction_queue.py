@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -18,15 +19,15 @@ class ReductionQueue:
     """Runs what is submitted, in order, while the computation that submits it continues."""
 
     def __init__(self, communicator: Communicator) -> None:
-        self._stream = torch.cuda.Stream(communicator.device) if communicator.device.type == "cuda" else None
         # With one rank there is nothing to wait for, so nothing to hide.
-        threads = self._stream is None and communicator.world_size > 1
+        hides, on_gpu = communicator.world_size > 1, communicator.device.type == "cuda"
+        self._stream = torch.cuda.Stream(communicator.device, priority=-1) if hides and on_gpu else None
         # No OpenMP workers of its own, for the reason given in `dist_cifar.data.prefetch`.
         single = partial(torch.set_num_threads, 1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if threads else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if hides and not on_gpu else None
         self._futures: list[Future[None]] = []
 
-    def submit(self, function: partial[None]) -> None:
+    def submit(self, function: Callable[[], None]) -> None:
         """Runs `function` once everything that the current stream holds by now is done."""
         if self._thread is not None:
             self._futures.append(self._thread.submit(function))

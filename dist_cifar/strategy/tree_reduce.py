@@ -8,7 +8,7 @@ has the same bits for every W from 1 to V.
 
 Across ranks a tensor moves as in a ring all-reduce: each rank gets its shard of every rank's nodes (all-to-all), adds
 them up in the order of the tree, and sends the result to all (all-gather). Where each rank has one node, it sends
-2 (W-1)/W times the bytes of the tensor, padded to a multiple of W elements. Where `dist_cifar.strategy.exchange` finds
+2 (W-1)/W times the bytes of the tensor, padded to a multiple of W `ALIGNMENT` elements. Where `dist_cifar.strategy.exchange` finds
 two levels, the ranks of a host do so with the tensor, and then those with the same place on their hosts with the shard.
 """
 
@@ -21,6 +21,11 @@ import torch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import Node, additions, parents_in
+
+
+ALIGNMENT = 32
+"""Each tensor of a bucket, and each rank's part of it, begins at a multiple of so many elements, which are 128 bytes of
+float32: CUDA sums in another order what begins at an odd place, and moves it more slowly."""
 
 
 class TreeAccumulator:
@@ -88,7 +93,7 @@ class Bucket:
         """`like` gives the shapes, memory formats and the one dtype; every tensor is dense."""
         self._exchange = exchange
         world_size = exchange.communicator.world_size
-        size = -(-sum(tensor.numel() for tensor in like) // world_size) * world_size
+        size = round_up(sum(round_up(tensor.numel(), ALIGNMENT) for tensor in like), world_size * ALIGNMENT)
         first, group = exchange.levels[0]
         sent = torch.zeros(len(first[group.place]), size, dtype=like[0].dtype, device=like[0].device)
         self._rows = [sent]
@@ -100,6 +105,10 @@ class Bucket:
         self._views = [_views(row, like) for row in sent]
         self.views = self._views[0]
         """The tensors, as views of the flat one."""
+
+    def warm_up(self) -> None:
+        """Reduces zeros, which opens the connections that the first step would otherwise wait for. A collective."""
+        self.reduce([[torch.zeros_like(view) for view in views] for views in self._views], 1)
 
     def reduce(self, sums: list[list[torch.Tensor]], divisor: int) -> None:
         """Puts into `views` the sum over all leaves divided by `divisor`; `sums` are those of this rank's nodes. A
@@ -119,10 +128,15 @@ class Bucket:
             communicator.all_gather(rows[0], received[0], group)
 
 
+def round_up(count: int, multiple: int) -> int:
+    """The least multiple that is not below `count`."""
+    return -(-count // multiple) * multiple
+
+
 def _views(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of `flat` [n] with the shapes and strides of `like`, one behind the other."""
+    """Views of `flat` [n] with the shapes and strides of `like`, one behind the other, each begun aligned."""
     views, start = [], flat.storage_offset()
     for tensor in like:
         views.append(flat.as_strided(tensor.shape, tensor.stride(), start))
-        start += tensor.numel()
+        start += round_up(tensor.numel(), ALIGNMENT)
     return views

@@ -80,7 +80,9 @@ class TrainingLog:
 
     def take_totals(self, sums: TrainingSums) -> list[StepTotals]:
         """Every rank's totals since the last log, for `steps`; `sums` starts again. Waits for the device."""
-        return self._communicator.all_gather_object(sums.take())
+        with self._communicator.reading():
+            own = sums.take()
+        return self._communicator.all_gather_object(own)
 
     def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:
         """The row of the steps since the last one, of which `ranks` holds every rank's totals.

@@ -60,6 +60,7 @@ def state_of_the_process() -> dict[str, object]:
         "logging": (logger.handlers[:], logger.level, logger.propagate),
         "gc": (gc.isenabled(), gc.get_freeze_count()),
         "own hook": sys.unraisablehook.__module__.startswith("dist_cifar"),  # pytest has one for each phase of a test
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
 from unittest import mock
 
 import pytest
@@ -9,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.distributed.timeouts import Timeouts
+from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError
 from dist_cifar.run.checkpoint import weights_sha256
+from tests import PATIENCE_SECONDS
 
 
 def compare(communicator: Communicator, values: list[int]) -> tuple[str, int | None]:
@@ -122,3 +128,27 @@ def votes_by_one_distance(communicator: Communicator, steps: int, yes: dict[int,
 def test_ranks_that_are_not_told_are_caught(ranks):
     found = ranks.run(4, votes_by_one_distance, 6, {2: [0]})
     assert len({tuple(results) for results in found}) > 1
+
+
+def stuck_in_a_read(communicator: Communicator) -> tuple[str | None, str | None, str | None]:
+    """What the failure detector would be told while a read of the device ends, does not end, and has ended."""
+    with (
+        mock.patch.object(communicator, "_timeouts", Timeouts(run_seconds=1.0)),
+        mock.patch.object(communicator, "_reads", WaitClock(threading.get_ident(), tick_seconds=0.2)),
+    ):
+        with communicator.reading():
+            short = communicator._broken(False)
+        deadline, found = time.monotonic() + PATIENCE_SECONDS, None
+        with communicator.reading():
+            while found is None and time.monotonic() < deadline:
+                found = communicator._broken(False)
+                time.sleep(0.05)
+        return short, found, communicator._broken(False)
+
+
+def test_a_rank_that_waits_for_ever_for_its_device_says_so(ranks):
+    for short, found, after in ranks.run(2, stuck_in_a_read):
+        assert short is None and after is None
+        assert found is not None and re.fullmatch(
+            r"it has waited \S+ s for what its device computes in step (None|\d+)", found
+        )

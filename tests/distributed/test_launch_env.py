@@ -251,6 +251,12 @@ def test_the_rank_that_reports_needs_no_sound_environment():
     assert launcher_rank({"RANK": "", "SLURM_PROCID": "3"}) == "3"
 
 
+def test_libraries_are_told_the_number_of_the_gpu_that_the_rank_is_shown():
+    env = DistEnv(rank=7, world_size=8, local_rank=3, local_world_size=4)
+    assert env.variables()["LOCAL_RANK"] == "3" and env.variables(gpu=3) == env.variables()
+    assert env.variables(gpu=0) == env.variables() | {"LOCAL_RANK": "0"}
+
+
 def test_one_package_knows_the_launchers_variables():
     """`SLURM_JOB_END_TIME` and `SLURM_TMPDIR` are about time and disks, `SLURM_CONF` and `_JWT` about the cluster."""
     known = re.compile(

@@ -11,7 +11,7 @@ import torch
 
 from dist_cifar.config import ComputeConfig, Config, ModelConfig
 from dist_cifar.models import build_model
-from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward, resolve_precision
+from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward, resolve_precision, set_precision
 
 CPU = torch.device("cpu")
 
@@ -105,3 +105,12 @@ def test_a_compiled_module_gives_the_same_gradients():
         assert list(module.state_dict()) == names
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     assert not torch.equal(gradients[0], torch.zeros_like(gradients[0]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_nothing_is_computed_in_tf32(monkeypatch, precision):
+    """torch's default for convolutions is TF32."""
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", True)
+    set_precision(torch.nn.Linear(2, 2), precision, torch.device("cuda", 0))
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)

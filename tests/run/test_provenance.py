@@ -1,11 +1,19 @@
-"""Which revision of the source made a result."""
+"""Which revision of the source made a result, and which kernels."""
 
 from __future__ import annotations
 
 import subprocess
 
+import pytest
+import torch
+
 import dist_cifar
-from dist_cifar.run.provenance import git_revision
+from dist_cifar.run.provenance import (
+    git_revision,
+    let_kernels_be_chosen,
+    make_deterministic,
+    numerics_fingerprint,
+)
 
 
 def test_the_history_of_a_project_around_the_package_is_not_its_own(tmp_path, monkeypatch):
@@ -21,3 +29,23 @@ def test_the_history_of_a_project_around_the_package_is_not_its_own(tmp_path, mo
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert git_revision() == head
+
+
+def test_cudnn_chooses_by_the_clock_only_where_no_bits_are_promised(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    let_kernels_be_chosen(torch.device("cpu"))
+    assert not torch.backends.cudnn.benchmark
+    let_kernels_be_chosen(torch.device("cuda", 0))
+    assert torch.backends.cudnn.benchmark
+    make_deterministic(torch.device("cuda", 0))
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("name", ["NVIDIA_TF32_OVERRIDE", "CUBLASLT_WORKSPACE_SIZE"])
+def test_what_changes_a_gpus_kernels_is_in_its_numerics(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    before = numerics_fingerprint(torch.device("cuda", 0))
+    monkeypatch.setenv(name, "1")
+    assert numerics_fingerprint(torch.device("cuda", 0)) == before | {name: "1"} != before

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,6 +124,28 @@ def test_buckets_do_not_change_the_bits(ranks):
     expected = ranks.run(1, trained, config())[0]
     assert ranks.run(1, small_buckets, config())[0] == expected
     assert ranks.run(4, small_buckets, config())[0] == expected
+
+
+def hooks_called(communicator: Communicator, config: Config) -> tuple[int, int]:
+    """How often a hook is called in three steps, and how many parameters there are."""
+    calls, called = 0, ExactStrategy._on_grad_ready
+
+    def count(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        called(*arguments)
+
+    with mock.patch.object(ExactStrategy, "_on_grad_ready", count):
+        strategy, plan = build(communicator, config)
+        for step in range(3):
+            train_step(strategy, plan, communicator, step)
+    return calls, len(list(strategy.module.parameters()))
+
+
+def test_gradients_are_watched_in_the_last_pass_of_a_step_where_there_is_something_to_hide(ranks):
+    (calls, count), *_ = ranks.run(2, hooks_called, config())
+    assert calls == 3 * count
+    assert ranks.run(1, hooks_called, config()) == [(0, count)]
 
 
 # --- against a hand-written loop ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.strategy import tree_nodes, tree_reduce
 from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import nodes_of
-from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator, tree_sum
+from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator, round_up, tree_sum
 
 SHAPES = [(3,), (5, 2, 3, 3), (1,), (7, 4)]  # 126 numbers: no multiple of 4 or 8
 LEAVES = 8
@@ -185,7 +185,7 @@ def test_two_levels_have_the_bits_of_one_and_send_a_part_between_hosts(ranks, ho
     for (result, _), (same, _) in zip(flat, levels, strict=True):
         assert equal(result, expected) and equal(same, expected)
     ranks_of_host = hosts.count("a")
-    elements = -(-126 // len(hosts)) * len(hosts)
+    elements = round_up(32 + 96 + 32 + 32, 32 * len(hosts))  # of `SHAPES`, aligned
     hosts_count = len(set(hosts))
     for (_, all_bytes), (_, some_bytes) in zip(flat, levels, strict=True):
         assert some_bytes == 2 * 4 * elements // ranks_of_host * (hosts_count - 1) // hosts_count
@@ -266,6 +266,19 @@ def test_a_part_of_the_last_leaf_can_be_summed_by_itself():
     parts = [tree.finish((3, 4), leaf(3)[place], place) for place in (slice(0, 1), slice(1, 4))]
     (expected,) = whole.finish((3, 4), leaf(3))
     assert all(torch.equal(a, b) for a, b in zip(parts[0][0] + parts[1][0], expected, strict=True))
+
+
+def test_tensors_and_the_parts_of_ranks_are_aligned(ranks):
+    for world_size in (1, 2, 3):
+        for starts, parts in ranks.run(world_size, places, 8):
+            assert not any(start % 32 for start in starts) and not any(part % 32 for part in parts)
+            assert len(starts) == len(SHAPES)
+
+
+def places(communicator: Communicator, leaves: int) -> tuple[list[int], list[int]]:
+    """Where the tensors of a bucket begin in each of its rows, and the sizes of the rows."""
+    bucket = Bucket([torch.empty(shape) for shape in SHAPES], Exchange(communicator, leaves=leaves))
+    return [view.storage_offset() for view in bucket.views], [rows.shape[1] for rows in bucket._rows]
 
 
 def test_memory_formats_survive(ranks):

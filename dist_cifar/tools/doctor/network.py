@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import statistics
+import subprocess
 import time
 from pathlib import Path
+
+import torch
 
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.interfaces import interface_towards
 from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.errors import counted
 from dist_cifar.tools.doctor.findings import Finding, graded, ok, severity, warning
 
 _SKEW_SECONDS = 1.0
 """How far clocks may be apart."""
 _ONE_NODE_BYTES_PER_SECOND = 0.2e9
 """What ranks of one host exchange at least: through its memory, even with gloo on a small machine."""
+_NVLINK_BYTES_PER_SECOND, _PCIE_BYTES_PER_SECOND, _NO_PEERS_BYTES_PER_SECOND = 200e9, 20e9, 5e9
+"""What an all-reduce of GPUs of one host should carry: the least of the generations in use, by their makers' figures."""
 _SHARE_OF_LINK = 0.5, 0.1
 """Bandwidth, as a share of what the link should carry: less is a warning, less still a failure."""
 _LATENCY_SECONDS = 0.01, 0.2
@@ -48,18 +55,58 @@ def check_clocks(communicator: Communicator) -> Finding:
     return warning("clocks", text, hint) if skew > _SKEW_SECONDS else ok("clocks", text)
 
 
-def expected_bytes_per_second(env: DistEnv) -> tuple[float, str]:
-    """How much the link between ranks should carry, and the source of that figure."""
+def expected_bytes_per_second(env: DistEnv, device: torch.device, system: Path = Path("/sys/class")) -> tuple[float, str]:
+    """How much the link between ranks should carry, and the source of that figure. `system` is where Linux tells of
+    interfaces and ports."""
     if not env.has_several_nodes:
-        return _ONE_NODE_BYTES_PER_SECOND, "one host"
+        return _within_host(device)
+    ports = infiniband_ports(system / "infiniband") if device.type == "cuda" else []
+    if ports:  # a ring leaves a host through all of them
+        within, between = _within_host(device)[0], sum(ports) * 1e9 / 8
+        rates = ", ".join(f"{rate:g}" for rate in ports)
+        return min(within, between), f"{counted(len(ports), 'InfiniBand port')} of {rates} Gbit/s"
     interface = interface_towards(env.master_addr)
     try:
-        megabits = int(Path(f"/sys/class/net/{interface}/speed").read_text())
+        megabits = int((system / f"net/{interface}/speed").read_text())
     except (OSError, ValueError):
         megabits = -1
     if megabits <= 0:
         return 125e6, f"{interface}, of unknown speed: 1 Gbit/s"
     return megabits * 1e6 / 8, f"{interface} of {megabits / 1000:g} Gbit/s"
+
+
+def _within_host(device: torch.device) -> tuple[float, str]:
+    if device.type != "cuda":
+        return _ONE_NODE_BYTES_PER_SECOND, "one host"
+    count = torch.cuda.device_count()
+    if not all(torch.cuda.can_device_access_peer(i, j) for i in range(count) for j in range(count) if i != j):
+        return _NO_PEERS_BYTES_PER_SECOND, "one host, whose GPUs do not reach each other's memory"
+    if has_nvlink():
+        return _NVLINK_BYTES_PER_SECOND, "NVLink"
+    return _PCIE_BYTES_PER_SECOND, "PCI Express"
+
+
+def has_nvlink() -> bool:
+    """Whether nvidia-smi shows NVLink between GPUs of this host."""
+    try:
+        shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    return any(re.fullmatch(r"NV\d+", cell) for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) for cell in row[1:])
+
+
+def infiniband_ports(folder: Path) -> list[float]:
+    """The rates of the active InfiniBand ports, in Gbit/s, as `folder` (/sys/class/infiniband) has them."""
+    rates = []
+    for port in sorted(folder.glob("*/ports/*")):
+        try:
+            state, rate = ((port / name).read_text() for name in ("state", "rate"))
+        except OSError:
+            continue
+        if "ACTIVE" in state and (found := re.match(r"[\d.]+", rate)):
+            rates.append(float(found[0]))
+    return rates
 
 
 def check_all_reduce(communicator: Communicator, env: DistEnv) -> Finding:
@@ -75,7 +122,7 @@ def check_all_reduce(communicator: Communicator, env: DistEnv) -> Finding:
             break
         nbytes *= 4
     rate = 2 * (size - 1) / size * nbytes / slowest
-    expected, source = min(communicator.all_gather_object(expected_bytes_per_second(env)))
+    expected, source = min(communicator.all_gather_object(expected_bytes_per_second(env, communicator.device)))
     text = (
         f"4 bytes in {1e6 * latency:,.0f} us, {1e6 * _LATENCY_SECONDS[0]:,.0f} us or less wanted; {nbytes // 2**20} MiB"
         f" in {1000 * slowest:.1f} ms, {rate / 1e9:.3g} GB/s on the wire, {_SHARE_OF_LINK[0] * expected / 1e9:.3g} GB/s"
