@@ -46,9 +46,14 @@ def write_images(data: Path, folder: Path) -> None:
     )
 
 
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Makes glibc keep memory that is freed, as this package does for itself: the peer is a tenth faster with it."""
+
+
 def run_peer(images: Path, seed: int, out: Path) -> dict[str, Any]:
     """One run of the peer."""
-    subprocess.run([sys.executable, PEER, images, "--seed", str(seed), "--out", out], check=True)
+    command = [sys.executable, PEER, images, "--seed", str(seed), "--out", out]
+    subprocess.run(command, check=True, env=os.environ | KEPT_MEMORY)
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return result
 
