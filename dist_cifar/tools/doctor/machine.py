@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 
 from dist_cifar.config import Config
+from dist_cifar.distributed.cores import available_cores
+from dist_cifar.distributed.launch_env import DistEnv
+from dist_cifar.errors import counted
 from dist_cifar.run.provenance import installed_version
 from dist_cifar.tools.doctor.findings import GIB, Finding, failed, graded, ok, size, warning
 
@@ -27,6 +30,10 @@ _SHM_BYTES = GIB // 2, 64 * 2**20 + 1
 """Size of /dev/shm: less is a warning, less still a failure. NCCL needs some for each pair of GPUs, and 64 MiB is what
 a container gets by default."""
 _OPEN_FILES = 1024
+_CORES_OF_GPU = 4, 1
+"""Cores of a rank that computes on a GPU: less is a warning, less still a failure."""
+_OTHERS_BYTES = GIB
+"""Memory of a GPU that others may use before it is a warning."""
 
 
 def needed_extras(config: Config) -> list[str]:
@@ -67,9 +74,26 @@ def check_gpus(device: torch.device) -> Finding:
     names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(count)))
     lonely = [f"{i}-{j}" for i in range(count) for j in range(i) if not torch.cuda.can_device_access_peer(i, j)]
     text = f"{count} x {names}"
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if total - free - torch.cuda.memory_reserved(device) > _OTHERS_BYTES:
+            used = f"{size(total - free)} of {size(total)} of number {device.index} are in use before the start"
+            return warning("GPUs", f"{text}; {used}", "see nvidia-smi for who else computes there")
     if lonely:
         return warning("GPUs", f"{text}; no peer access between {', '.join(lonely)}", "see nvidia-smi topo -m")
     return ok("GPUs", f"{text}, each reaches the memory of the others" if count > 1 else text)
+
+
+def check_cores(device: torch.device, env: DistEnv) -> Finding:
+    """Checks how many cores each rank of a GPU has: its loop, the backward pass, the batches and what NCCL runs are
+    threads of one process, and a step is as fast as they start kernels."""
+    cores = available_cores()
+    each = cores / env.local_world_size
+    text = f"{cores} for {counted(env.local_world_size, 'rank')} of this host"
+    if device.type != "cuda":
+        return ok("cores", text)
+    hint = f"ask for more, e.g. sbatch --cpus-per-task={8 * env.local_world_size} of one torchrun a node"
+    return graded("cores", f"{text}, {_CORES_OF_GPU[0]} a GPU wanted", hint, each, *_CORES_OF_GPU)
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Finding:

@@ -32,6 +32,7 @@ def doctor(config: Config, env: DistEnv, device: torch.device, *, json_file: Pat
     own = [
         attempt("versions", lambda: machine.check_versions(machine.needed_extras(config))),
         attempt("GPUs", lambda: machine.check_gpus(device)),
+        attempt("cores", lambda: machine.check_cores(device, env)),
         attempt("shared memory", machine.check_shared_memory),
         attempt("open files", machine.check_open_files),
         attempt("signals", machine.check_signals),

@@ -1,4 +1,4 @@
-"""What GPUs should exchange, as the doctor sees it from what their driver and Linux tell of them."""
+"""What the doctor says of GPUs that are not there: their links, their memory, the cores of their ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_cifar.distributed.launch_env import DistEnv
-from dist_cifar.tools.doctor import network
+from dist_cifar.tools.doctor import machine, network
 
 GPU = torch.device("cuda", 0)
 ONE_HOST = DistEnv(rank=0, world_size=2, local_rank=0, local_world_size=2)
@@ -81,3 +81,20 @@ def test_without_infiniband_the_interface_counts(host):
     assert network.expected_bytes_per_second(TWO_HOSTS, GPU, system) == (25e9 / 8, "lo of 25 Gbit/s")
     add_port(system, "mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)")
     assert network.expected_bytes_per_second(TWO_HOSTS, torch.device("cpu"), system) == (25e9 / 8, "lo of 25 Gbit/s")
+
+
+@pytest.mark.parametrize(("cores", "state"), [(16, "ok"), (8, "ok"), (7, "warning"), (1, "failed")])
+def test_a_rank_of_a_gpu_needs_cores(monkeypatch, cores, state):
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
+    assert machine.check_cores(GPU, ONE_HOST).state == state
+    assert machine.check_cores(torch.device("cpu"), ONE_HOST).state == "ok"
+
+
+@pytest.mark.parametrize(("free", "state"), [(79, "ok"), (60, "warning")])
+def test_memory_that_others_use_is_a_warning(host, monkeypatch, free, state):
+    host(NVLINK)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    found = machine.check_gpus(GPU)
+    assert found.state == state and ("20.0 GiB of 80.0 GiB" in found.found) == (state == "warning"), found
