@@ -19,6 +19,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,11 +193,8 @@ def test_the_comparison_catches_a_mutant(interpreted, name):
 # --- what the GPU will execute -----------------------------------------------------------------------------------
 
 
-def float_instructions(capability: int, fusion: bool, size: int) -> set[str]:
-    """The kinds of float instructions of the kernel, compiled for a GPU that need not be there.
-
-    Comparisons are left out: they round nothing, and compilers word them differently.
-    """
+def compiled_for(capability: int, fusion: bool, size: int, **options: int) -> dict[str, Any]:
+    """What the kernel becomes for a GPU that need not be there: `ptx` and `cubin` among others."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -204,13 +202,33 @@ def float_instructions(capability: int, fusion: bool, size: int) -> set[str]:
     constants = {"SIZE": size, "UNITS": areas.units(size), "TAPS": areas.taps(size)}
     signature = {"images": "*u8", "packed": "*i32", "table": "*fp32", "out": "*fp32"}
     signature |= dict.fromkeys(constants, "constexpr")
-    compiled = compile(
+    return compile(
         ASTSource(fn=triton_gpu._augment_images, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 4, "enable_fp_fusion": fusion},
-    )
-    found = re.findall(r"^\s*(?:@\S+ )?(\w[\w.]*\.f\d\w+(?:\.\w+)*)\s", compiled.asm["ptx"], re.MULTILINE)
+        options={"num_warps": 4, "enable_fp_fusion": fusion, **options},
+    ).asm
+
+
+def float_instructions(capability: int, fusion: bool, size: int) -> set[str]:
+    """The kinds of float instructions of the kernel in PTX.
+
+    Comparisons are left out: they round nothing, and compilers word them differently.
+    """
+    ptx = compiled_for(capability, fusion, size)["ptx"]
+    found = re.findall(r"^\s*(?:@\S+ )?(\w[\w.]*\.f\d\w+(?:\.\w+)*)\s", ptx, re.MULTILINE)
     return {instruction for instruction in found if not instruction.startswith("setp.")}
+
+
+def machine_instructions(folder: Path, capability: int, fusion: bool, size: int, **options: int) -> set[str]:
+    """The names of the instructions that a GPU executes, which NVIDIA's assembler makes of PTX, and its disassembler
+    reads; both come with Triton."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled_for(capability, fusion, size, **options)["cubin"])
+    disassembler = Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin/nvdisasm"
+    listing = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\S+ )?([A-Z][A-Z0-9_]*)", listing, re.MULTILINE)
+    assert len(found) > 200
+    return set(found)
 
 
 @pytest.mark.parametrize("size", [32, 20])
@@ -221,6 +239,19 @@ def test_a_gpu_rounds_product_and_sum(capability, size, monkeypatch, tmp_path):
     exact = {"cvt.rn.f32.s32", "mul.rn.f32", "add.rn.f32", "max.f32", "min.f32", "cvt.rzi.s32.f32"}
     assert float_instructions(capability, fusion=False, size=size) == exact
     assert "fma.rn.f32" in float_instructions(capability, fusion=True, size=size)
+
+
+FUSED, SPILLED = {"FFMA", "FFMA2"}, {"LDL", "STL"}
+
+
+@pytest.mark.parametrize("size", [32, 20])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_assembler_merges_nothing_and_all_fits_into_registers(capability, size, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = machine_instructions(tmp_path, capability, fusion=False, size=size)
+    assert {"FMUL", "FADD"} <= found and not found & (FUSED | SPILLED)
+    assert machine_instructions(tmp_path, capability, fusion=True, size=size) & FUSED
+    assert machine_instructions(tmp_path, capability, fusion=False, size=size, maxnreg=24) >= SPILLED
 
 
 def test_the_launch_forbids_fusion(monkeypatch):
