@@ -101,9 +101,6 @@ class ExactStrategy:
         node, is_first, is_last = self._nodes[self._pass]
         self._stats_sum = seen if is_first else self._stats_sum.add_(seen)
         if self._is_last_pass:
-            self._next_bucket = 0
-            if not self._is_alone:  # else there is nothing to wait for, so nothing to hide
-                self._watch_gradients()
             if statistics.names:
                 sums = self._statistics_tree.finish(node, [self._stats_sum])
                 self._reductions.submit(partial(self._statistics_bucket.reduce, sums, self._all_passes))
@@ -112,12 +109,16 @@ class ExactStrategy:
         return logits
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self._is_last_pass:
+            self._next_bucket = 0
+            if not self._is_alone:  # else there is nothing to wait for, so nothing to hide
+                self._watch_gradients()
         loss.backward()
         node, _, is_last = self._nodes[self._pass]
         if is_last and not self._is_last_pass:
             self._gradients.add(node, _gradients(self._parameters))
             self._optimizer.zero_grad()
-        elif is_last and self._is_alone:
+        elif self._is_last_pass and self._is_alone:
             while self._next_bucket < len(self._buckets):
                 self._reduce_next()
         self._pass += 1
