@@ -258,8 +258,8 @@ class Deadline:
         self._longest = 0.0
 
     def is_near(self, write_seconds: float, *, delay: int) -> bool:
-        """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit if the
-        ranks hear of it `delay` steps later.
+        """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit, if
+        the ranks hear of it `delay` steps later.
 
         A step is assumed to take the longest interval between two calls so far, with all that happened in it.
         """

@@ -1,9 +1,9 @@
 """Streams of a GPU that is not there: what runs in which, and whether one touches what another may still use.
 
-`with watched() as races:` replaces torch's streams and events by ones that only keep vector clocks: each stream knows up
-to which of their operations it has waited for the others. Every operator that torch dispatches belongs to the stream
-that is current in its thread. Where it reads or overwrites memory that another stream has written, or overwrites what another
-has read, without having waited for that, there is a race. What an allocator does with memory that is freed is not seen.
+`with watched() as streams:` replaces torch's streams and events by ones that only keep vector clocks: each stream knows
+up to which of their operations it has waited for the others. Every operator that torch dispatches belongs to the stream
+that is current in its thread. Where it reads or overwrites what another stream has written, or overwrites what another
+has read, without having waited for that, there is a race. What an allocator does with freed memory is not seen.
 Source: Lamport, "Time, clocks, and the ordering of events in a distributed system", 1978.
 """
 
@@ -105,9 +105,7 @@ class Streams:
         finally:
             self._current.stream = before
 
-    def note(
-        self, name: str, read: list[torch.Tensor], written: list[torch.Tensor], made: list[torch.Tensor]
-    ) -> None:
+    def note(self, name: str, read: list[torch.Tensor], written: list[torch.Tensor], made: list[torch.Tensor]) -> None:
         """An operator of the current stream has used these tensors; of what it has made nothing is known before."""
         with self._lock:
             stream = self.current()

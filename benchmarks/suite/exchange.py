@@ -64,7 +64,9 @@ def worker(leaves: int) -> None:
         for _ in range(REDUCTIONS):
             bucket.warm_up()
         communicator.barrier()
-        by_host = dict(communicator.all_gather_object((communicator.identities[communicator.rank].host, sent_bytes() - before)))
+        by_host = dict(
+            communicator.all_gather_object((communicator.identities[communicator.rank].host, sent_bytes() - before))
+        )
         digests = communicator.all_gather_object(digest)
         assert len(set(digests)) == 1, digests
         per_rank = sum(by_host.values()) / communicator.world_size / REDUCTIONS

@@ -1,4 +1,7 @@
-"""Hosts on one machine: network namespaces with names of their own, joined by a bridge. Needs root, `ip` and `unshare`."""
+"""Hosts on one machine: network namespaces with names of their own, joined by a bridge.
+
+Needs root, `ip` and `unshare`.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +56,25 @@ def start_ranks(
             "MASTER_ADDR": f"{_NETWORK}.1",
             "MASTER_PORT": 29400,
         }
-        named = ["ip", "netns", "exec", names[host], "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', names[host]]
+        named = [
+            "ip",
+            "netns",
+            "exec",
+            names[host],
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            'hostname "$0" && exec "$@"',
+            names[host],
+        ]
         variables = {**environ, **{name: str(value) for name, value in place.items()}}
         started.append(subprocess.Popen([*named, *command], env=variables, text=True, **options))
     return started
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[str]:
-    """What each process has printed on a pipe, if it has one; raises `RuntimeError` where one fails, and ends them all."""
+    """What each process has printed on a pipe, if it has one. Raises `RuntimeError` where one fails; ends them all."""
     try:
         outputs = [process.communicate(timeout=seconds)[0] or "" for process in processes]
     finally:

@@ -40,7 +40,6 @@ from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError, UserError
 
-
 _SHIFT_TAG = 1
 """Keeps messages of `start_shift` from others between the same ranks."""
 
@@ -222,8 +221,8 @@ class Communicator:
         return tensor
 
     def start_shift(self, received: torch.Tensor, sent: torch.Tensor, distance: int, name: str, *, step: int) -> None:
-        """Begins to send a CPU tensor to the rank that is `distance` places further on, and to receive one from the rank
-        as far back, in the background; `wait_for_shift` ends it.
+        """Begins to send a CPU tensor to the rank `distance` places further on, and to receive one from the rank as far
+        back, in the background; `wait_for_shift` ends it.
 
         It is the collective `name` of `step`. While the main thread is busy, the failure detector looks at whether it
         has failed.
@@ -394,10 +393,10 @@ class Communicator:
 class AsyncAnyReduce:
     """An any-reduce in the background, by which ranks agree on yes-or-no questions.
 
-    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation, and the
-    answers that a result is about are those of the step `delay` steps before. In each step a rank sends one message: all
-    that it knows of the answers of the last few steps. The next rank to hear of it is twice as far away as that of the
-    step before, so that each knows the answers of all after log2(ranks) steps.
+    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation. A
+    result is about the answers of the step `delay` steps before. In each step a rank sends one message: all that it
+    knows of the answers of the last few steps. From step to step it goes twice as far, so that each rank knows the
+    answers of all after log2(ranks) steps.
 
     Source: Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988 (dissemination).
     """

@@ -97,7 +97,7 @@ def warm_up_kernels(module: nn.Module, config: ComputeConfig, device: torch.devi
 
 
 def set_precision(module: nn.Module, precision: str, device: torch.device) -> None:
-    """Makes the forward pass of `module` compute in `precision`, and nothing in TF32, which has the ten bits of fp16."""
+    """Makes the forward pass of `module` compute in `precision`, never in TF32, which keeps ten bits of a number."""
     assert precision in ("bf16", "fp32")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

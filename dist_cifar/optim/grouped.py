@@ -15,8 +15,8 @@ import torch
 State = dict[str, torch.Tensor]
 """The state of one parameter."""
 Group = dict[str, Any]
-"""As in torch: `params` and what differs from other groups, here `lr_scale` and `decay_scale`, which are 1 if unset, and
-`epochs`, for which the group is trained if that is not None."""
+"""As in torch: `params` and what differs from other groups, here `lr_scale` and `decay_scale`, which are 1 if unset,
+and `epochs`, for which the group is trained if that is not None."""
 
 
 class GroupedOptimizer(ABC):

@@ -1,4 +1,4 @@
-"""The parameters of a network in groups, each with its factors on the learning rate and the weight decay, and its length.
+"""The parameters of a network in groups, each with its length and its factors on the learning rate and the decay.
 
 Contract: a pure function of names, dimensions and the config; the order of the parameters is kept within a group.
 """

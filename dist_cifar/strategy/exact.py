@@ -90,7 +90,9 @@ class ExactStrategy:
                 self._reductions.submit(bucket.warm_up)
             self._reductions.wait()
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # NCCL connects on the first use, and a module that loads then may wait for it
+                torch.cuda.synchronize(
+                    device
+                )  # NCCL connects on the first use, and a module that loads then may wait for it
             communicator.barrier()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,8 @@
 Contract: pure functions of the hosts of the ranks and of the number of leaves; every plan gives the same bits. Flat is
 one level: all ranks with each other. Where several hosts have as many ranks each, which are neighbours and whose leaves
 are together one node of the tree, there are two: first the ranks of a host among each other, and then those that have
-the same place on their hosts, with what the first level has left them. Of L ranks a host, that sends 1/L of the bytes of
-the flat exchange from host to host.
+the same place on their hosts, with what the first level has left them. With L ranks a host, that sends 1/L of the bytes
+of the flat exchange from host to host.
 
 Source: Cho et al., "BlueConnect", MLSys 2019, for all-reduces of levels.
 """

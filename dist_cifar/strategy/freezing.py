@@ -4,8 +4,8 @@ Contract: in step t, counted from 0, the learning rate of a group whose length i
 and from step n on by 0. Its gradient is zero from then on, and nothing is computed for it; the gradients of all other
 parameters have the bits that they would have without that.
 
-Source: Brock et al., "FreezeOut", 2017; for the bias of a whitening layer, Jordan, "94% on CIFAR-10 in 3.29 seconds on a
-single GPU", 2024.
+Source: Brock et al., "FreezeOut", 2017; for the bias of a whitening layer, Jordan, "94% on CIFAR-10 in 3.29 seconds on
+a single GPU", 2024.
 """
 
 from __future__ import annotations

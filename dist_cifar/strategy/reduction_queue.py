@@ -24,7 +24,9 @@ class ReductionQueue:
         self._stream = torch.cuda.Stream(communicator.device, priority=-1) if hides and on_gpu else None
         # No OpenMP workers of its own, for the reason given in `dist_cifar.data.prefetch`.
         single = partial(torch.set_num_threads, 1)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if hides and not on_gpu else None
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="reduce", initializer=single) if hides and not on_gpu else None
+        )
         self._futures: list[Future[None]] = []
 
     def submit(self, function: Callable[[], None]) -> None:

@@ -8,8 +8,9 @@ has the same bits for every W from 1 to V.
 
 Across ranks a tensor moves as in a ring all-reduce: each rank gets its shard of every rank's nodes (all-to-all), adds
 them up in the order of the tree, and sends the result to all (all-gather). Where each rank has one node, it sends
-2 (W-1)/W times the bytes of the tensor, padded to a multiple of W `ALIGNMENT` elements. Where `dist_cifar.strategy.exchange` finds
-two levels, the ranks of a host do so with the tensor, and then those with the same place on their hosts with the shard.
+2 (W-1)/W times the bytes of the tensor, padded to a multiple of W `ALIGNMENT` elements. In two levels, see
+`dist_cifar.strategy.exchange`, the ranks of a host do so, and then those with the same place on their hosts with what
+they have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import torch
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import Node, additions, parents_in
-
 
 ALIGNMENT = 32
 """Each tensor of a bucket, and each rank's part of it, begins at a multiple of so many elements, which are 128 bytes of

@@ -74,7 +74,9 @@ def test_only_the_loop_has_several_threads_for_its_operators():
 def test_the_thread_works_on_the_gpu_of_its_rank(monkeypatch):
     """Else its device is GPU 0, on which leaving a stream then makes a context of every rank."""
     device, calls = torch.device("cuda", 3), []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: calls.append((chosen, threading.current_thread().name)))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda chosen: calls.append((chosen, threading.current_thread().name))
+    )
     monkeypatch.setattr(prefetch_module, "_on_side_stream", lambda make, device: calls.append("made") or make)
     assert len(list(prefetch(make, range(2), device))) == 2
     assert calls == ["made", (device, "prefetch")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dist_cifar.job.enter import connect
 class Timer:
     """A timer that does not run; each that was made is in `made`."""
 
-    made: list[Timer] = []
+    made: ClassVar[list[Timer]] = []
 
     def __init__(self, seconds: float, function: object, arguments: list[object]) -> None:
         self.seconds, self.state = seconds, "new"

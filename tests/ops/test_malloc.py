@@ -30,7 +30,11 @@ print(faults[-1] - faults[0])
 @pytest.mark.parametrize("mib", [16, 64, 600])  # also more in all than an int can count
 def test_freed_memory_is_kept(mib):
     keep, default = (
-        int(subprocess.run([sys.executable, "-c", PROGRAM, mode, str(mib << 20)], capture_output=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM, mode, str(mib << 20)], capture_output=True, check=True
+            ).stdout
+        )
         for mode in ("keep", "default")
     )
     pages = 4 * 4 * (mib << 20) // 4096

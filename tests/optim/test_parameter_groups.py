@@ -62,7 +62,12 @@ def test_rules_are_typed_in_yaml_and_read_back(tmp_path):
         GroupRule(match="fc.*", lr_scale=2.0),
         GroupRule(match="*.bias", decay_scale=0.0),
     )
-    assert flatten(config)["optimizer.groups"][0] == {"match": "fc.*", "lr_scale": 2.0, "decay_scale": 1.0, "epochs": None}
+    assert flatten(config)["optimizer.groups"][0] == {
+        "match": "fc.*",
+        "lr_scale": 2.0,
+        "decay_scale": 1.0,
+        "epochs": None,
+    }
     path = tmp_path / "cifar10_resnet18.yaml"
     path.write_text(to_yaml(config))
     assert load_config(path) == config

@@ -1,4 +1,4 @@
-"""Groups that are trained for a part of the run: a loop written by hand, what is no longer computed, what is refused."""
+"""Groups that are trained for a part of the run: a loop by hand, what is no longer computed, what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ RULES = "optimizer.groups=[{match: whiten.bias, lr_scale: 4.0, epochs: 0.6}, {ma
 LENGTH = 3
 """Steps of 0.6 epochs."""
 SPEEDNET = ("model.name=speednet", "model.widths=[8, 12, 8]", "optimizer.name=sgd", "optimizer.lr=0.05")
-PLAIN = ("schedule.name=constant", "optimizer.warmup_epochs=0", "optimizer.lr_rule=none", "optimizer.max_grad_norm=null")
+PLAIN = (
+    "schedule.name=constant",
+    "optimizer.warmup_epochs=0",
+    "optimizer.lr_rule=none",
+    "optimizer.max_grad_norm=null",
+)
 
 
 @pytest.fixture

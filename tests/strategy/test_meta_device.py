@@ -1,4 +1,4 @@
-"""The whole step of `exact` on the device `meta`, which as a GPU does refuses tensors of another one, and every read."""
+"""The whole step of `exact` on the device `meta`, which refuses tensors of another device, and every read."""
 
 from __future__ import annotations
 

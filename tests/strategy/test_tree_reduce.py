@@ -66,8 +66,7 @@ def exchange_between(communicator: Communicator, leaves: int, hosts: str | None)
     if hosts is None:
         return Exchange(communicator, leaves=leaves)
     placed = [
-        dataclasses.replace(identity, host=host)
-        for identity, host in zip(communicator.identities, hosts, strict=True)
+        dataclasses.replace(identity, host=host) for identity, host in zip(communicator.identities, hosts, strict=True)
     ]
     with mock.patch.object(communicator, "identities", placed):
         return Exchange(communicator, leaves=leaves)

@@ -14,7 +14,9 @@ from dist_cifar.tools.doctor import machine, network
 GPU = torch.device("cuda", 0)
 ONE_HOST = DistEnv(rank=0, world_size=2, local_rank=0, local_world_size=2)
 TWO_HOSTS = DistEnv(rank=0, world_size=4, local_rank=0, local_world_size=2, master_addr="localhost")
-NVLINK = "\tGPU0\tGPU1\tNIC0\tCPU Affinity\nGPU0\t X \tNV18\tPXB\t0-31\nGPU1\tNV18\t X \tSYS\t0-31\nNIC0\tPXB\tSYS\t X\n"
+NVLINK = (
+    "\tGPU0\tGPU1\tNIC0\tCPU Affinity\nGPU0\t X \tNV18\tPXB\t0-31\nGPU1\tNV18\t X \tSYS\t0-31\nNIC0\tPXB\tSYS\t X\n"
+)
 PCIE = NVLINK.replace("NV18", "PHB").replace("PXB", "NV2")  # a card's own name is no link between GPUs
 
 

@@ -22,7 +22,7 @@ _SKEW_SECONDS = 1.0
 _ONE_NODE_BYTES_PER_SECOND = 0.2e9
 """What ranks of one host exchange at least: through its memory, even with gloo on a small machine."""
 _NVLINK_BYTES_PER_SECOND, _PCIE_BYTES_PER_SECOND, _NO_PEERS_BYTES_PER_SECOND = 200e9, 20e9, 5e9
-"""What an all-reduce of GPUs of one host should carry: the least of the generations in use, by their makers' figures."""
+"""What an all-reduce of GPUs of one host should carry: of the generations in use the least, as their makers say."""
 _SHARE_OF_LINK = 0.5, 0.1
 """Bandwidth, as a share of what the link should carry: less is a warning, less still a failure."""
 _LATENCY_SECONDS = 0.01, 0.2
@@ -55,7 +55,9 @@ def check_clocks(communicator: Communicator) -> Finding:
     return warning("clocks", text, hint) if skew > _SKEW_SECONDS else ok("clocks", text)
 
 
-def expected_bytes_per_second(env: DistEnv, device: torch.device, system: Path = Path("/sys/class")) -> tuple[float, str]:
+def expected_bytes_per_second(
+    env: DistEnv, device: torch.device, system: Path = Path("/sys/class")
+) -> tuple[float, str]:
     """How much the link between ranks should carry, and the source of that figure. `system` is where Linux tells of
     interfaces and ports."""
     if not env.has_several_nodes:
@@ -93,7 +95,9 @@ def has_nvlink() -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     rows = [line.split() for line in shown.stdout.splitlines()]
-    return any(re.fullmatch(r"NV\d+", cell) for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) for cell in row[1:])
+    return any(
+        re.fullmatch(r"NV\d+", cell) for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) for cell in row[1:]
+    )
 
 
 def infiniband_ports(folder: Path) -> list[float]:
