@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import pickle
 import socket
 import threading
 import time
@@ -40,8 +41,8 @@ from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError, UserError
 
-_SHIFT_TAG = 1
-"""Keeps messages of `start_shift` from others between the same ranks."""
+_SHIFT_TAG, _GATHER_TAG = 1, 2
+"""Keep messages of `start_shift` and those of `all_gather_object` apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,13 +231,9 @@ class Communicator:
         self._enter(name, step)
         if self._control is None:
             return
-        to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
-        works = [
-            dist.isend(sent, to, group=self._control, tag=_SHIFT_TAG),
-            dist.irecv(received, source, group=self._control, tag=_SHIFT_TAG),
-        ]
+        works = self._shift(received, sent, distance, _SHIFT_TAG)
         # Of a message gloo learns that it has failed when somebody waits for it.
-        self._background = self._waiter.submit(lambda: [work.wait() for work in works if work is not None])
+        self._background = self._waiter.submit(_wait_for, works)
 
     def wait_for_shift(self) -> None:
         """Waits for the end of what `start_shift` has begun. Raises what went wrong."""
@@ -298,11 +295,34 @@ class Communicator:
         self._enter(name)
         if self._control is None:
             return [value]
-        received: list[Any] = [None] * self.world_size
-        dist.all_gather_object(received, (self._position, value), group=self._control)
+        # Each rank tells one that is 1, 2, 4... places further on all that it knows: log2(ranks) messages, where gloo's
+        # all-gather passes each value through all ranks. Source: Bruck et al., "Efficient algorithms for all-to-all
+        # communications in multiport message-passing systems", 1997.
+        known, distance = {self.rank: (self._position, value)}, 1
+        while distance < self.world_size:
+            known |= pickle.loads(self._pass_on(pickle.dumps(known), distance))
+            distance *= 2
+        received = [known[rank] for rank in range(self.world_size)]
         positions = [position for position, _ in received]
         self._assert_no_odd_ranks("the order of the collectives", positions, positions)
         return [value for _, value in received]
+
+    def _pass_on(self, data: bytes, distance: int) -> bytes:
+        """Sends `data` to the rank `distance` places further on; returns what the one as far back has sent."""
+        sent, size = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
+        _wait_for(self._shift(size, torch.tensor([len(data)]), distance, _GATHER_TAG))
+        received = torch.empty(int(size), dtype=torch.uint8)
+        _wait_for(self._shift(received, sent, distance, _GATHER_TAG))
+        return received.numpy().tobytes()
+
+    def _shift(self, received: torch.Tensor, sent: torch.Tensor, distance: int, tag: int) -> list[dist.Work]:
+        """Begins to send to the rank `distance` places further on, and to receive from the one as far back."""
+        to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+        works = (
+            dist.isend(sent, to, group=self._control, tag=tag),
+            dist.irecv(received, source, group=self._control, tag=tag),
+        )
+        return [work for work in works if work is not None]
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's `value` (anything that pickles) on every rank."""
@@ -388,6 +408,11 @@ class Communicator:
         self._waiter.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _wait_for(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 class AsyncAnyReduce:

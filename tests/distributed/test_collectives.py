@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -152,3 +153,26 @@ def test_a_rank_that_waits_for_ever_for_its_device_says_so(ranks):
         assert found is not None and re.fullmatch(
             r"it has waited \S+ s for what its device computes in step (None|\d+)", found
         )
+
+
+def gathered(communicator: Communicator, sizes: list[int]) -> tuple[list[Any], int]:
+    """What is gathered of values of these sizes, and the messages that this rank sends."""
+    sent, isend = 0, dist.isend
+
+    def counted(*arguments, **keywords):
+        nonlocal sent
+        sent += 1
+        return isend(*arguments, **keywords)
+
+    with mock.patch.object(dist, "isend", counted):
+        return communicator.all_gather_object({"rank": communicator.rank, "text": "x" * sizes[communicator.rank]}), sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_objects_of_any_size_are_gathered_in_few_rounds(ranks, world_size):
+    sizes = [0, 100_000, 3, 7, 50_000, 1, 0, 9][:world_size]
+    expected = [{"rank": rank, "text": "x" * size} for rank, size in enumerate(sizes)]
+    rounds = {1: 0, 2: 1, 3: 2, 5: 3, 8: 3}[world_size]
+    for found, sent in ranks.run(world_size, gathered, sizes):
+        assert found == expected
+        assert sent == 2 * rounds  # the size and the data
