@@ -410,6 +410,77 @@ def strategy(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def exchange(result: dict[str, Any]) -> str:
+    """What hosts send to each other, in one level and in two."""
+    lines = [
+        "| hosts x ranks of each | virtual ranks | sent to other hosts, flat | in levels | levels over flat | same bits |",
+        "|---" * 6 + "|",
+    ]
+    for row in result["results"]:
+        several = row["hosts"] > 1
+        sent = [f"{row[kind]['sent_per_rank_bytes'] / result['tensor_bytes']:.3f}" for kind in ("flat", "auto")]
+        over = f"{row['auto_over_flat']:.3f} ({row['auto']['levels']})" if several else ""
+        cells = [f"{row['hosts']} x {row['ranks_per_host']}", str(row["virtual_ranks"]), *sent, over]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row['same_bits'] else 'NO'} |")
+    note = (
+        f"Bytes that a rank sends to other hosts when a tensor of {result['tensor_bytes'] / 2**20:g} MiB is reduced, over"
+        " those of the tensor, counted by the interfaces of hosts that are network namespaces; in brackets the number of"
+        f" levels. Mean of {result['reductions']} reductions."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def scale(result: dict[str, Any]) -> str:
+    """What a step sends as ranks grow, whether the model holds here, and what it says of machines that are not here."""
+    lines = [
+        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | requests to the store | step | model |",
+        "|---" * 10 + "|",
+    ]
+    of_model = {row["world_size"]: row for row in result["checked"]}
+    for row in result["counted"]:
+        kinds = ("vote", "exchange", "log")
+        messages = [f"{row['messages'][kind]:.1f}" for kind in kinds]
+        sent = [f"{row['bytes'][kind]:,.0f}" for kind in kinds]
+        model = of_model[row["world_size"]]
+        times = [f"{1e3 * model['measured_seconds']:.0f} ms", f"{model['model_over_measured']:.2f}x"]
+        store = f"{row['store_requests_per_second']:.1f}/s"
+        lines.append(f"| {' | '.join([str(row['world_size']), *messages, *sent, store, *times])} |")
+    lines += [
+        "",
+        f"Of each rank and step: {MODELS[result['model']]}, global batch {result['global_batch']}, fp32,"
+        f" {result['virtual_ranks']} virtual ranks, one row of the log in {result['log_every_steps']} steps,"
+        f" {result['hardware']}, whose cores all ranks share. *Model* is what the model makes of measurements on one and"
+        " two ranks alone, over what the step took (median of"
+        f" {result['steps']}).",
+        "",
+        "Predicted, not measured, for ResNet-18 in bf16 with"
+        f" {result['assumptions']['images_per_gpu']} images and one virtual rank a GPU:",
+        "",
+        "| machine | GPUs | vote: messages a step, steps until it is read | log: messages | step, flat | two levels"
+        " | efficiency |",
+        "|---" * 7 + "|",
+    ]
+    for row in result["predicted"]:
+        vote = f"{row['vote_messages']}, {row['vote_delay_steps'] + 1}"
+        steps = [f"{row[f'{kind}_milliseconds']:.2f} ms" for kind in ("flat", "two_levels")]
+        cells = [row["machine"], str(row["gpus"]), vote, str(row["log_messages"]), *steps, f"{row['efficiency']:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def restart(result: dict[str, Any]) -> str:
+    """How long a job takes to go on."""
+    lines = ["| launcher | from SIGKILL to the next step | detection | start | first step |", "|---" * 5 + "|"]
+    for row in result["results"]:
+        spent = row["all_seconds"]
+        parts = [f"{row[f'{part}_seconds']['p50']:.2f}" for part in ("detection", "start", "step")]
+        total = f"{spent['p50']:.1f} ({spent['min']:.1f} to {spent['max']:.1f})"
+        lines.append(f"| `{row['launcher']}` | {' | '.join([total, *parts])} |")
+    count = " to ".join(str(n) for n in sorted({row["n"] for row in result["results"]}))
+    note = f"Seconds: median (and range) of n = {count} kills, two CPU ranks, ResNet-20, {result['hardware']}."
+    return "\n".join([*lines, "", note])
+
+
 def schedules(result: dict[str, Any]) -> str:
     """What became of the random schedules."""
     kinds = "; ".join(f"{kind}: {count}" for kind, count in result["signals"].items())

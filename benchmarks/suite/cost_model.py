@@ -47,13 +47,15 @@ def predict(
     exact_buckets: Sequence[int],
     ddp_buckets: Sequence[int],
     cluster: Cluster,
+    levels: int = 1,
 ) -> dict[str, float]:
     """Seconds of one step's communication and memory traffic beside the computation, for both strategies.
 
     `passes` forward and backward passes on each GPU take `compute_seconds` together and are the same on both sides;
     collectives hide in the last `hidden_share` of that time, but for the last bucket's. Buckets are bytes, in order.
+    With 2 `levels`, `exact` exchanges within nodes and then between them where there are several.
     """
-    exact_seconds = [_all_to_all_seconds(n, ranks, cluster) + _ring_seconds(n, ranks, cluster) for n in exact_buckets]
+    exact_seconds = [_exchange_seconds(n, ranks, cluster, levels) for n in exact_buckets]
     # Twice the way of an all-gather, but one launch.
     ddp_seconds = [2 * _ring_seconds(n, ranks, cluster) - _latency(ranks, cluster) for n in ddp_buckets]
     size = sum(exact_buckets)
@@ -89,6 +91,17 @@ def _all_to_all_seconds(size: float, ranks: int, cluster: Cluster) -> float:
     within = (near - 1) / ranks * size / cluster.within_bytes_per_second
     between = (ranks - near) / ranks * size / cluster.between_bytes_per_second
     return max(within, between) + _latency(ranks, cluster)
+
+
+def _exchange_seconds(size: float, ranks: int, cluster: Cluster, levels: int) -> float:
+    """The exchange of strategy `exact`: parts to their ranks, and the sums to all."""
+    near = cluster.gpus_per_node
+    if levels == 1 or ranks <= near:
+        return _all_to_all_seconds(size, ranks, cluster) + _ring_seconds(size, ranks, cluster)
+    nodes, part = ranks // near, size / near
+    within = 2 * ((near - 1) / near * size / cluster.within_bytes_per_second + cluster.within_latency_seconds)
+    between = 2 * ((nodes - 1) / nodes * part / cluster.between_bytes_per_second + cluster.between_latency_seconds)
+    return within + between
 
 
 def exact_bucket_counts(model: str) -> list[int]:

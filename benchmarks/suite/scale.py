@@ -1,0 +1,323 @@
+"""What a step of strategy `exact` costs as ranks grow: counted and measured here, predicted for what is not here.
+
+    python benchmarks/suite/scale.py --out benchmarks/results/scale.json
+
+Contract, in three parts:
+
+- `counted`: jobs of 1 to 16 gloo ranks on this machine train the same network on the same global batch, of 16 virtual
+  ranks; each rank counts the messages that it sends and their bytes, by what they are for, over the steps between two
+  rows of the log, and what it asks of the job's store in a second.
+- `checked`: what a model says of those jobs' steps, and what they take. The model: all that ranks do in a step shares
+  the cores, so a step takes (V p + W (r + m M + b B)) / min(W, cores) seconds: V passes of p, and on each of W ranks r
+  for what every rank does by itself, M messages of m, and B bytes of b. p and r are measured on one rank, m and b on two
+  that do nothing else. No number of a job with more ranks is used.
+- `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
+  host starts kernels; none of these machines was measured.
+
+Run it on a machine that does nothing else: about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cost_model import HIDDEN_SHARE, Cluster, exact_bucket_bytes, predict
+
+from dist_cifar.config import Config, load_config
+from dist_cifar.distributed import failure_detector
+from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.launch_env import read_env
+from dist_cifar.ops.malloc import keep_freed_memory
+from dist_cifar.run.provenance import hardware, versions
+from dist_cifar.strategy.tree_reduce import Bucket, Exchange
+from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
+from dist_cifar.trainer import AsyncAnyReduce, Trainer
+
+WORLD_SIZES = (1, 2, 4, 8, 16)
+VIRTUAL_RANKS, GLOBAL_BATCH, MODEL = 16, 128, "resnet20"
+LOG_STEPS, WARM_UP_STEPS, STEPS = 10, 10, 40
+REPEATS = 30
+CORES = os.cpu_count() or 1
+KINDS = ("vote", "exchange", "log")
+TAGS = {1: "vote", 2: "log"}
+"""Of what messages with these tags are for."""
+IMAGES_PER_GPU = 128
+HOST_SECONDS = 4e-3
+"""In which a host starts the kernels of one pass of ResNet-18: between the 3.5 and 6 ms that were estimated."""
+
+
+class Counts:
+    """Messages and bytes of this rank, by what they are for."""
+
+    def __init__(self) -> None:
+        self.messages: Counter[str] = Counter()
+        self.sent_bytes: Counter[str] = Counter()
+        self.store_requests = 0
+        isend, exchange, point_to_point = dist.isend, dist.all_to_all_single, dist.P2POp
+        begin = failure_detector._begin
+
+        def counted_isend(tensor: torch.Tensor, to: int, *, group: Any = None, tag: int = 0) -> Any:
+            self.add(TAGS[tag], 1, tensor.nbytes)
+            return isend(tensor, to, group=group, tag=tag)
+
+        def counted_exchange(received: Any, sent: Any, counts: list[int], own: list[int], group: Any = None) -> Any:
+            others = len(own) - 1
+            self.add("exchange", others, sum(own) * 4 * others // len(own))
+            return exchange(received, sent, counts, own, group=group)
+
+        def counted_message(kind: Any, tensor: torch.Tensor, peer: int, group: Any = None) -> Any:
+            if kind is dist.isend:
+                self.add("exchange", 1, tensor.nbytes)
+            return point_to_point(isend if kind is counted_isend else kind, tensor, peer, group)
+
+        def counted_begin(*arguments: Any) -> Any:
+            self.store_requests += 1
+            return begin(*arguments)
+
+        counted_exchange.__name__ = "all_to_all_single"
+        dist.isend, dist.all_to_all_single, dist.P2POp = counted_isend, counted_exchange, counted_message
+        failure_detector._begin = counted_begin
+
+    def add(self, kind: str, messages: int, nbytes: int) -> None:
+        self.messages[kind] += messages
+        self.sent_bytes[kind] += nbytes
+
+
+def config_of(directory: Path) -> Config:
+    """The job that is counted."""
+    return load_config(
+        None,
+        [
+            *("data.source=synthetic", f"model.name={MODEL}", f"batch.global_size={GLOBAL_BATCH}"),
+            *(f"strategy.virtual_ranks={VIRTUAL_RANKS}", "compute.precision=fp32", f"run.dir={directory}"),
+            *("run.device=cpu", "tracking.wandb=disabled", f"run.log_every_steps={LOG_STEPS}"),
+        ],
+    )
+
+
+def worker(directory: Path) -> None:
+    """One rank: trains by the trainer's steps, with its votes and logs, and rank 0 writes what was counted."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    env, counts = read_env(os.environ), Counts()
+    communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=600)
+    watch = communicator.watch(lambda failure: os._exit(1))
+    trainer = Trainer.build(config_of(directory), communicator)
+    vote, seconds, started = AsyncAnyReduce(communicator, 2), [], 0.0
+    batches = [trainer.batches.make(step) for step in range(4)]
+    for step in range(WARM_UP_STEPS + STEPS):
+        if step == WARM_UP_STEPS:
+            communicator.barrier()
+            counts.messages.clear()
+            counts.sent_bytes.clear()
+            counts.store_requests, started = 0, time.perf_counter()
+        begun = time.perf_counter()
+        vote.start(step + 1, False, False)
+        trainer.train_step(batches[step % len(batches)])
+        vote.result()
+        if (step + 1) % LOG_STEPS == 0:
+            trainer.log.take_totals(trainer.sums)
+        seconds.append(time.perf_counter() - begun)
+    elapsed = time.perf_counter() - started
+    row = {
+        "world_size": env.world_size,
+        "messages": {kind: counts.messages[kind] / STEPS for kind in KINDS},
+        "bytes": {kind: counts.sent_bytes[kind] / STEPS for kind in KINDS},
+        "store_requests_per_second": counts.store_requests / elapsed,
+        "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
+        "buckets": len(exact_bucket_bytes(MODEL)) + 1,
+    }
+    if env.world_size == 1:
+        row |= alone(trainer)
+    if env.world_size == 2:
+        row |= cost_of_messages(communicator)
+    rows = communicator.all_gather_object(row)
+    if env.rank == 0:
+        row["step_seconds"] = max(other["step_seconds"] for other in rows)
+        (directory / "row.json").write_text(json.dumps(row), encoding="utf-8")
+    communicator.barrier()
+    if watch is not None:
+        watch.close()
+    communicator.close()
+
+
+def alone(trainer: Trainer) -> dict[str, float]:
+    """Seconds of a pass, and of what else a rank does in a step: medians of steps by hand."""
+    passes, rest = [], []
+    for step in range(STEPS // 2):
+        batch = trainer.batches.make(step % 4)
+        inputs, labels = batch.inputs.split(trainer.plan.micro_sizes), batch.labels.split(trainer.plan.micro_sizes)
+        begun = time.perf_counter()
+        for images, targets in zip(inputs, labels, strict=True):
+            logits = trainer.strategy.forward(images)
+            loss = torch.nn.functional.cross_entropy(logits, targets)
+            trainer.strategy.backward(loss)
+            trainer.sums.add(loss, logits, targets)
+        passed = time.perf_counter()
+        trainer.strategy.step(1e-3)
+        passes.append((passed - begun) / len(inputs))
+        rest.append(time.perf_counter() - passed)
+    return {"pass_seconds": statistics.median(passes), "rest_seconds": statistics.median(rest)}
+
+
+def cost_of_messages(communicator: Communicator) -> dict[str, float]:
+    """Processor seconds of a message and of a byte, on each of two ranks that only reduce, by a line through two
+    sizes."""
+    points = []
+    for elements in (2**10, 2**18):
+        bucket = Bucket([torch.empty(elements)], Exchange(communicator, leaves=VIRTUAL_RANKS))
+        bucket.warm_up()
+        communicator.barrier()
+        begun = time.process_time()
+        for _ in range(REPEATS):
+            bucket.warm_up()
+        points.append(((time.process_time() - begun) / REPEATS, 4 * elements))  # two messages of half of it
+        communicator.barrier()
+    (small, few), (large, many) = points
+    per_byte = (large - small) / (many - few)
+    return {"message_seconds": max(0.0, small - per_byte * few) / 2, "byte_seconds": per_byte}
+
+
+def measure(world_size: int) -> dict[str, Any]:
+    """The row of one job."""
+    with tempfile.TemporaryDirectory() as directory:
+        ranks = []
+        for rank in range(world_size):
+            variables = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "OMP_NUM_THREADS": 1}
+            environment = os.environ | {key: str(value) for key, value in variables.items()}
+            command = [sys.executable, __file__, "--worker", directory]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+        codes = [rank.wait() for rank in ranks]
+        if any(codes):
+            raise RuntimeError(f"{world_size} ranks ended with exit codes {codes}")
+        row: dict[str, Any] = json.loads((Path(directory) / "row.json").read_text(encoding="utf-8"))
+    return row
+
+
+def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]]:
+    """What the model says of each job, beside what it took."""
+    one, two = (next(row for row in rows if row["world_size"] == size) for size in (1, 2))
+    found = []
+    for row in rows:
+        ranks = row["world_size"]
+        messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
+        each = one["rest_seconds"] + two["message_seconds"] * messages + two["byte_seconds"] * nbytes
+        seconds = (VIRTUAL_RANKS * one["pass_seconds"] + ranks * each) / min(ranks, cores)
+        found.append(
+            {
+                "world_size": ranks,
+                "measured_seconds": round(row["step_seconds"], 5),
+                "model_seconds": round(seconds, 5),
+                "model_over_measured": round(seconds / row["step_seconds"], 3),
+            }
+        )
+    return found
+
+
+MACHINES = {
+    "nodes of 8 H100, 400 Gbit/s of InfiniBand each": Cluster(),
+    "nodes of 8 A100, 200 Gbit/s of InfiniBand each": Cluster(
+        within_bytes_per_second=300e9, between_bytes_per_second=25e9, memory_bytes_per_second=1.5e12
+    ),
+    "nodes of 4 GPUs on PCI Express, 100 Gbit/s of Ethernet for all": Cluster(
+        gpus_per_node=4,
+        within_bytes_per_second=20e9,
+        between_bytes_per_second=3.1e9,
+        between_latency_seconds=100e-6,
+        memory_bytes_per_second=1.0e12,
+    ),
+}
+GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
+
+
+def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]]:
+    """Steps of ResNet-18 in bf16 with 128 images a GPU, as many virtual ranks as GPUs: flat and in two levels."""
+    rows = []
+    for name, cluster in (clusters or MACHINES).items():
+        for gpus in GPUS:
+            compute = max(IMAGES_PER_GPU / GPU_IMAGES_PER_SECOND, HOST_SECONDS)
+            steps = {
+                kind: predict(
+                    ranks=gpus,
+                    passes=1,
+                    compute_seconds=compute,
+                    hidden_share=HIDDEN_SHARE,
+                    exact_buckets=exact_bucket_bytes("resnet18"),
+                    ddp_buckets=exact_bucket_bytes("resnet18"),
+                    cluster=cluster,
+                    levels=levels,
+                )["exact_step_seconds"]
+                for kind, levels in (("flat", 1), ("two_levels", 2))
+            }
+            rows.append(
+                {
+                    "machine": name,
+                    "gpus": gpus,
+                    "vote_messages": 1 if gpus > 1 else 0,
+                    "vote_delay_steps": max(0, (gpus - 1).bit_length() - 1),
+                    "log_messages": 2 * (gpus - 1).bit_length(),
+                    "log_bytes": gpus * len(pickle.dumps({0: tuple(range(12))})),
+                    **{f"{kind}_milliseconds": round(1e3 * seconds, 3) for kind, seconds in steps.items()},
+                    "efficiency": round(compute / steps["two_levels"], 3),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Counts, checks, predicts and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--world-sizes", nargs="+", type=int, default=list(WORLD_SIZES))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker)
+        return
+    load = os.getloadavg()[0]
+    rows = []
+    for world_size in options.world_sizes:
+        rows.append(measure(world_size))
+        print(rows[-1], flush=True)
+    result = {
+        "benchmark": "scale",
+        "hardware": hardware(),
+        "load_average_before": round(load, 2),
+        "versions": versions(),
+        "model": MODEL,
+        "virtual_ranks": VIRTUAL_RANKS,
+        "global_batch": GLOBAL_BATCH,
+        "log_every_steps": LOG_STEPS,
+        "steps": STEPS,
+        "counted": rows,
+        "checked": checked(rows, CORES),
+        "assumptions": {
+            "images_per_gpu": IMAGES_PER_GPU,
+            "gpu_images_per_second": GPU_IMAGES_PER_SECOND,
+            "host_seconds": HOST_SECONDS,
+        },
+        "predicted": predicted(),
+    }
+    for line in result["checked"]:
+        print(line)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
