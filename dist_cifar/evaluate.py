@@ -94,6 +94,7 @@ def evaluate(
     losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
     all_logits = torch.zeros(len(indices), num_classes, device=device)
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    cells: list[torch.Tensor] = []
     was_training = module.training
     module.eval()
     try:
@@ -104,7 +105,9 @@ def evaluate(
                 logits = module(images)
                 all_logits[i * batch_size : i * batch_size + len(labels)] = logits
                 losses[i] = cross_entropy(logits, labels, reduction="none").double().sum()
-                confusion += torch.bincount(labels * num_classes + logits.argmax(1), minlength=num_classes**2)
+                cells.append(labels * num_classes + logits.argmax(1))
+            if cells:  # at once: a GPU's host waits for each count
+                confusion += torch.bincount(torch.cat(cells), minlength=num_classes**2)
     finally:
         module.train(was_training)
     for total in (losses, all_logits):  # each batch has one addend that is not zero: these sums are exact
