@@ -262,6 +262,7 @@ class Communicator:
             for ranks in groups:  # all ranks make all groups
                 made = dist.new_group(list(ranks), timeout=self._group_timeout)
                 if self.rank in ranks:
+                    assert isinstance(made, dist.ProcessGroup)
                     handle = made
         return Group(ranks=own, place=own.index(self.rank), handle=handle)
 
