@@ -1,0 +1,71 @@
+"""How many operations a step of `exact` hands to the device: on a GPU, each is started by the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_cifar.data.batching import plan_batches
+from dist_cifar.models import build_model
+from dist_cifar.ops import precision
+from dist_cifar.run.training_sums import TrainingSums
+from dist_cifar.strategy import build_strategy
+from tests.small_runs import alone
+
+NO_WORK = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+}
+MOST = 2100
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that are no views, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in NO_WORK:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_of_eight_virtual_ranks_hands_over_few_operations(tiny, monkeypatch):
+    """ResNet-18 in bf16, on one rank."""
+    for name in ("replace_small_convs", "fuse_batchnorm_relu", "fuse_gelu"):  # those are for CPUs
+        monkeypatch.setattr(precision, name, lambda module: None)
+    config = tiny("model.name=resnet18", "strategy.name=exact", "strategy.virtual_ranks=8", "compute.precision=bf16")
+    plan = plan_batches(config.batch, config.train, slices=8, rank=0, world_size=1, train_size=16)
+    model, communicator = build_model(config.model, num_classes=10, seed=0), alone()
+    strategy, sums = (
+        build_strategy(model, config, communicator=communicator, plan=plan),
+        TrainingSums(torch.device("cpu"), may_skip=False),
+    )
+    images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+
+    def step() -> None:
+        for inputs, targets in zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True):
+            logits = strategy.forward(inputs)
+            loss = cross_entropy(logits, targets)
+            strategy.backward(loss)
+            sums.add(loss, logits, targets)
+        sums.add_step(strategy.step(1e-3))
+
+    step()
+    with Counting() as counting:
+        step()
+    print(sum(counting.counts.values()), counting.counts.most_common(20))
+    assert sum(counting.counts.values()) <= MOST, counting.counts
