@@ -424,7 +424,7 @@ def exchange(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} | {'yes' if row['same_bits'] else 'NO'} |")
     note = (
         f"Bytes that a rank sends to other hosts when a tensor of {result['tensor_bytes'] / 2**20:g} MiB is reduced, over"
-        " those of the tensor, counted by the interfaces of hosts that are network namespaces; in brackets the number of"
+        " those of the tensor, counted by the interfaces of hosts that are network namespaces; in brackets the count of"
         f" levels. Mean of {result['reductions']} reductions."
     )
     return "\n".join([*lines, "", note])
@@ -433,7 +433,7 @@ def exchange(result: dict[str, Any]) -> str:
 def scale(result: dict[str, Any]) -> str:
     """What a step sends as ranks grow, whether the model holds here, and what it says of machines that are not here."""
     lines = [
-        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | requests to the store | step | model |",
+        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | asked of the store | step | model |",
         "|---" * 10 + "|",
     ]
     of_model = {row["world_size"]: row for row in result["checked"]}
@@ -449,8 +449,8 @@ def scale(result: dict[str, Any]) -> str:
         "",
         f"Of each rank and step: {MODELS[result['model']]}, global batch {result['global_batch']}, fp32,"
         f" {result['virtual_ranks']} virtual ranks, one row of the log in {result['log_every_steps']} steps,"
-        f" {result['hardware']}, whose cores all ranks share. *Model* is what the model makes of measurements on one and"
-        " two ranks alone, over what the step took (median of"
+        f" {result['hardware']}, whose cores all ranks share. *Model* is what the model makes of measurements on one"
+        " and two ranks alone, over what the step took (median of"
         f" {result['steps']}).",
         "",
         "Predicted, not measured, for ResNet-18 in bf16 with"

@@ -6,8 +6,8 @@
 Runs `dist-cifar verify` on real images: ResNet-20 and ResNet-18, each in fp32 and bf16, global batch 128 in 8 virtual
 ranks, world sizes 1, 2 and 4 and the chain 4 -> 2 -> 1 -> 4. With `--every-world-size` it is ResNet-20 at all world
 sizes from 1 to 8 with 8 virtual ranks, and from 1 to 6 with 6 and with 12, and the chains of these down and up again.
-Writes benchmarks/results/exactness.json, or world_sizes.json, and exits with 1 if a bit differs. Four ranks of one thread each share the cores of the machine: the seconds say how long the test
-takes, not how fast training is.
+Writes benchmarks/results/exactness.json, or world_sizes.json, and exits with 1 if a bit differs. Ranks of one thread
+each share the cores of the machine: the seconds say how long the test takes, not how fast training is.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ Contract, in three parts:
 - `counted`: jobs of 1 to 16 gloo ranks on this machine train the same network on the same global batch, of 16 virtual
   ranks; each rank counts the messages that it sends and their bytes, by what they are for, over the steps between two
   rows of the log, and what it asks of the job's store in a second.
-- `checked`: what a model says of those jobs' steps, and what they take. The model: all that ranks do in a step shares
-  the cores, so a step takes (V p + W (r + m M + b B)) / min(W, cores) seconds: V passes of p, and on each of W ranks r
-  for what every rank does by itself, M messages of m, and B bytes of b. p and r are measured on one rank, m and b on two
-  that do nothing else. No number of a job with more ranks is used.
+- `checked`: what a model says of those jobs' steps, and what they take. By the model, all that ranks do in a step
+  shares the cores: a step takes (V p + W (r + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each of W
+  ranks, r for what every rank does by itself, M messages of m, and B bytes of b. p and r are measured on one rank, and
+  m and b on two that do nothing else. No number of a job with more ranks is used.
 - `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
   host starts kernels; none of these machines was measured.
 

@@ -3,7 +3,7 @@
     python -m tests.integration.faults.schedules --schedules 100 --seed 0 --out benchmarks/results/schedules.json
 
 Contract: `draw(seed)` is a schedule: one to five jobs that are ended by a signal, and one that nobody disturbs, all in
-one run directory. Each has 1, 2 or 4 ranks; SIGKILL or SIGTERM goes to one rank or to all, at a moment that is drawn
+one run directory. Each has 1 to 5 ranks; SIGKILL or SIGTERM goes to one rank or to all, at a moment that is drawn
 too (`MOMENTS`). What is drawn depends on the seed alone; what is hit depends on the machine too, and is recorded.
 `run` plays a schedule and raises AssertionError, with what the ranks said, unless
 
@@ -33,7 +33,7 @@ from typing import Any
 
 from tests.integration.faults.jobs import START_SECONDS, VOLATILE, Job, Jobs
 
-WORLD_SIZES = (1, 2, 4)
+WORLD_SIZES = (1, 2, 3, 4, 5)
 STEPS, CHECKPOINT_STEPS, EPOCHS = 24, 4, 4
 TIMEOUT_SECONDS, END_SECONDS = 10, 30
 CONFIG = (
@@ -47,7 +47,7 @@ CONFIG = (
     "data.validation_size=40",
     "model.name=resnet8",
     "batch.global_size=16",
-    "strategy.virtual_ranks=4",
+    "strategy.virtual_ranks=8",
     "plateau.patience_evaluations=1",
     "plateau.threshold=0.9",  # nothing is an improvement: the plateau counts over two epochs, and cuts
     f"train.epochs={EPOCHS}",
