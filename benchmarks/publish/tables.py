@@ -413,7 +413,7 @@ def strategy(result: dict[str, Any]) -> str:
 def exchange(result: dict[str, Any]) -> str:
     """What hosts send to each other, in one level and in two."""
     lines = [
-        "| hosts x ranks of each | virtual ranks | sent to other hosts, flat | in levels | levels over flat | same bits |",
+        "| hosts x ranks of each | virtual ranks | sent to others, flat | in levels | levels over flat | same bits |",
         "|---" * 6 + "|",
     ]
     for row in result["results"]:
@@ -423,9 +423,9 @@ def exchange(result: dict[str, Any]) -> str:
         cells = [f"{row['hosts']} x {row['ranks_per_host']}", str(row["virtual_ranks"]), *sent, over]
         lines.append(f"| {' | '.join(cells)} | {'yes' if row['same_bits'] else 'NO'} |")
     note = (
-        f"Bytes that a rank sends to other hosts when a tensor of {result['tensor_bytes'] / 2**20:g} MiB is reduced, over"
-        " those of the tensor, counted by the interfaces of hosts that are network namespaces; in brackets the count of"
-        f" levels. Mean of {result['reductions']} reductions."
+        f"Bytes that a rank sends to other hosts when {result['tensor_bytes'] / 2**20:g} MiB are reduced, over those"
+        " of the tensor, counted by the interfaces of hosts that are network namespaces; in brackets the count"
+        f" of levels. Mean of {result['reductions']} reductions."
     )
     return "\n".join([*lines, "", note])
 
@@ -433,7 +433,7 @@ def exchange(result: dict[str, Any]) -> str:
 def scale(result: dict[str, Any]) -> str:
     """What a step sends as ranks grow, whether the model holds here, and what it says of machines that are not here."""
     lines = [
-        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | asked of the store | step | model |",
+        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | asked of store | step | model |",
         "|---" * 10 + "|",
     ]
     of_model = {row["world_size"]: row for row in result["checked"]}

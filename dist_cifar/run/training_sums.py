@@ -35,7 +35,7 @@ class TrainingSums:
             self._flush()
 
     def _flush(self) -> None:
-        """Adds up the passes that wait, all of one size at once: of a GPU's step, each operation is a start of its own."""
+        """Adds up the passes that wait, all of one size at once: a GPU's host starts each operation by itself."""
         for count in {len(labels): None for _, _, labels in self._passes}:
             losses, logits, labels = zip(*(one for one in self._passes if len(one[2]) == count), strict=True)
             loss_sums = (torch.stack(losses).double() * (count / _QUANTUM)).round() * _QUANTUM
