@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from functools import partial
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,7 +25,7 @@ from dist_cifar.data.training_data import build_training_data
 from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.ops.pass_random import seed_pass
-from dist_cifar.ops.precision import resolve_precision
+from dist_cifar.ops.precision import kept_casts, resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.optim.schedules import build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
@@ -89,6 +90,8 @@ class Trainer:
     console: Console
     sums: TrainingSums
     profile: Profile | None
+    casts: Callable[[], AbstractContextManager[object]]
+    """Makes the `with` block of a step's passes."""
     deadline: Deadline
     timed_until: float  # `state.wall_seconds` counts up to this time of `time.perf_counter`
     state: TrainState = dataclasses.field(default_factory=TrainState)
@@ -135,6 +138,7 @@ class Trainer:
             console=console,
             sums=TrainingSums(device, may_skip=config.optimizer.non_finite == "skip"),
             profile=Profile(run_dir.profile, rank=communicator.rank, device=device) if config.run.profile else None,
+            casts=partial(kept_casts, device) if spec.casts_once else nullcontext,
             deadline=deadline,
             timed_until=started,
         )
@@ -201,6 +205,18 @@ class Trainer:
 
         A collective. Nothing waits for the device.
         """
+        with self.casts():
+            self._make_passes(batch)
+        phase("optimizer")
+        grad_norm = self.strategy.step(self.schedule.lr(self.state.step))  # clipped
+        phase("other")
+        if self.communicator.rank == 0:  # it is the same on every rank
+            self.sums.add_step(grad_norm)
+        self.state.step += 1
+        return grad_norm
+
+    def _make_passes(self, batch: Batch) -> None:
+        """The forward and backward passes of a step."""
         strategy, plan = self.strategy, self.plan
         inputs, labels = batch.inputs.split(plan.micro_sizes), batch.labels.split(plan.micro_sizes)
         for i, weight in enumerate(plan.weights):
@@ -215,13 +231,6 @@ class Trainer:
             strategy.backward(loss if weight == 1 else loss * weight)
             phase("other")
             self.sums.add(loss, logits, labels[i])
-        phase("optimizer")
-        grad_norm = strategy.step(self.schedule.lr(self.state.step))  # clipped
-        phase("other")
-        if self.communicator.rank == 0:  # it is the same on every rank
-            self.sums.add_step(grad_norm)
-        self.state.step += 1
-        return grad_norm
 
     def evaluate(self) -> Evaluation:
         """Evaluates on the validation split, tells the schedule if that is due, notes the best step. A collective."""

@@ -35,6 +35,8 @@ class StrategyProperties:
     slices, kernels are deterministic, and the numerics of the machine are compared at the start and at a resume."""
     single_threaded: bool = False
     """A rank has one CPU thread by default, since the number of threads changes how sums are rounded."""
+    casts_once: bool = False
+    """Weights are cast to bf16 once a step, not in each of its passes: not where a rank has them for a pass alone."""
     equal_shares: bool = False
     """Every rank must have as many samples of a global batch as the others."""
     auto_compile: bool = False
@@ -44,7 +46,7 @@ class StrategyProperties:
 
 STRATEGIES = {
     "exact": StrategyProperties(
-        class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True
+        class_path="dist_cifar.strategy.exact:ExactStrategy", bitwise=True, single_threaded=True, casts_once=True
     ),
     "ddp": StrategyProperties(class_path="dist_cifar.strategy.ddp:DdpStrategy", auto_compile=True),
     "deepspeed": StrategyProperties(class_path="dist_cifar.strategy.deepspeed:DeepSpeedStrategy", equal_shares=True),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_cifar.data.batching import plan_batches
 from dist_cifar.models import build_model
 from dist_cifar.ops import precision
+from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.strategy import build_strategy
+from dist_cifar.trainer import Trainer
 from tests.small_runs import alone
 
 NO_WORK = {
@@ -57,11 +61,12 @@ def test_a_step_of_eight_virtual_ranks_hands_over_few_operations(tiny, monkeypat
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
 
     def step() -> None:
-        for inputs, targets in zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True):
-            logits = strategy.forward(inputs)
-            loss = cross_entropy(logits, targets)
-            strategy.backward(loss)
-            sums.add(loss, logits, targets)
+        with precision.kept_casts(communicator.device):
+            for inputs, targets in zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True):
+                logits = strategy.forward(inputs)
+                loss = cross_entropy(logits, targets)
+                strategy.backward(loss)
+                sums.add(loss, logits, targets)
         sums.add_step(strategy.step(1e-3))
 
     step()
@@ -69,3 +74,20 @@ def test_a_step_of_eight_virtual_ranks_hands_over_few_operations(tiny, monkeypat
         step()
     print(sum(counting.counts.values()), counting.counts.most_common(20))
     assert sum(counting.counts.values()) <= MOST, counting.counts
+
+
+@pytest.mark.parametrize("max_micro_batch", ["null", "2"])
+def test_weights_are_cast_once_a_step_with_the_same_bits(tiny, monkeypatch, max_micro_batch):
+    overrides = (f"batch.max_micro_batch={max_micro_batch}", "strategy.virtual_ranks=4", "compute.precision=bf16")
+    digests, casts = [], []
+    for kept in (True, False):
+        trainer = Trainer.build(tiny("strategy.name=exact", *overrides), alone())
+        trainer.casts = trainer.casts if kept else nullcontext
+        with Counting() as counting:
+            for step in range(3):
+                trainer.train_step(trainer.batches.make(step))
+        digests.append(weights_sha256(trainer.strategy.model_state_dict()))
+        casts.append(counting.counts["_to_copy"])
+    weights = sum(parameter.dim() > 1 for parameter in trainer.strategy.module.parameters()) + 1  # and the head's bias
+    passes = 4 if max_micro_batch == "null" else 8
+    assert digests[0] == digests[1] and casts[1] - casts[0] == 3 * (passes - 1) * weights
