@@ -22,7 +22,8 @@ from dist_cifar.data.batching import BatchPlan, TrainingBatches
 from dist_cifar.data.due import evaluation_due, is_over, schedule_due
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.data.training_data import build_training_data
-from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.distributed.any_reduce import AsyncAnyReduce
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.ops.pass_random import seed_pass
 from dist_cifar.ops.precision import kept_casts, resolve_precision

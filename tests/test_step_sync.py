@@ -36,7 +36,7 @@ class Reads(TorchDispatchMode):
     def note(self, name: str) -> None:
         if 0 < self._run.state.step < STEPS and threading.get_ident() == self._thread:
             frames = traceback.extract_stack(sys._getframe(2))
-            if frames[-1].name == "result" and frames[-1].filename.endswith("distributed/collectives.py"):
+            if frames[-1].name == "result" and frames[-1].filename.endswith("distributed/any_reduce.py"):
                 return  # the ranks' answers to each other, which never leave the host
             if frames[-1].filename.endswith(("ops/fused_batchnorm.py", "ops/fused_gelu.py")):
                 return  # the kernels themselves, which there are for CPUs alone

@@ -150,7 +150,7 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
             *lines,
             "",
             "Mean and standard deviation over n seeds, median minutes of training and test, on"
-            f" {accuracy['runs'][0]['data']}: the images of CIFAR-10, re-encoded as JPEG, which are harder to tell apart.",
+            f" {accuracy['runs'][0]['data']}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell apart.",
         ]
     )
 
@@ -506,7 +506,7 @@ def scale(result: dict[str, Any]) -> str:
 
 
 def restart(result: dict[str, Any]) -> str:
-    """How long a job takes to go on."""
+    """How long a job takes to resume."""
     lines = ["| launcher | from SIGKILL to the next step | detection | start | first step |", "|---" * 5 + "|"]
     for row in result["results"]:
         spent = row["all_seconds"]

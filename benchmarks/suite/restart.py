@@ -7,7 +7,7 @@ fifth) runs under each launcher; after some steps a rank is killed, the first an
 until the next row of the log. The parts:
 
 - `detection`: until the first process of the new start exists: the others notice and end, the launcher starts again;
-- `start`: until the run says that it goes on: imports, the ranks meet, the checkpoint is loaded;
+- `start`: until the run says that it resumes: imports, rendezvous, the checkpoint is loaded;
 - `step`: until the end of the first step.
 
 `srun` is `slurm/train_srun.sbatch` on the suite's cluster (tests/integration/slurm), whose nodes share this machine.
@@ -135,11 +135,11 @@ def one_restart(run: Path, victim: int) -> dict[str, float]:
     killed = time.time()
     os.kill(ranks[victim], signal.SIGKILL)
     born = wait_until("a new process", lambda: set(ranks_of(run)) - set(ranks))
-    went_on = wait_until("the resume", lambda: len(starts(run)) > begun)
+    resumed = wait_until("the resume", lambda: len(starts(run)) > begun)
     at = starts(run)[-1]["step"]
     metrics = run / "metrics.jsonl"
-    stepped = wait_until("a step", lambda: last_step(run) > at and metrics.stat().st_mtime > went_on - 1)
-    return {"detection": born - killed, "start": went_on - born, "step": stepped - went_on, "all": stepped - killed}
+    stepped = wait_until("a step", lambda: last_step(run) > at and metrics.stat().st_mtime > resumed - 1)
+    return {"detection": born - killed, "start": resumed - born, "step": stepped - resumed, "all": stepped - killed}
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import pickle
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from dist_cifar.distributed.agreement import Facts, compare_through, require_same
+from dist_cifar.distributed.dissemination import gather_known, start_shift, wait_for
 from dist_cifar.distributed.failure_detector import (
     Failure,
     FailureDetector,
@@ -40,9 +40,6 @@ from dist_cifar.distributed.rendezvous import open_store
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError, UserError
-
-_SHIFT_TAG, _GATHER_TAG = 1, 2
-"""Keep messages of `start_shift` and those of `all_gather_object` apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +228,9 @@ class Communicator:
         self._enter(name, step)
         if self._control is None:
             return
-        works = self._shift(received, sent, distance, _SHIFT_TAG)
+        works = start_shift(received, sent, distance, self.rank, self.world_size, self._control)
         # Of a message gloo learns that it has failed when somebody waits for it.
-        self._background = self._waiter.submit(_wait_for, works)
+        self._background = self._waiter.submit(wait_for, works)
 
     def wait_for_shift(self) -> None:
         """Waits for the end of what `start_shift` has begun. Raises what went wrong."""
@@ -296,34 +293,10 @@ class Communicator:
         self._enter(name)
         if self._control is None:
             return [value]
-        # Each rank tells one that is 1, 2, 4... places further on all that it knows: log2(ranks) messages, where gloo's
-        # all-gather passes each value through all ranks. Source: Bruck et al., "Efficient algorithms for all-to-all
-        # communications in multiport message-passing systems", 1997.
-        known, distance = {self.rank: (self._position, value)}, 1
-        while distance < self.world_size:
-            known |= pickle.loads(self._pass_on(pickle.dumps(known), distance))
-            distance *= 2
-        received = [known[rank] for rank in range(self.world_size)]
-        positions = [position for position, _ in received]
+        known = gather_known((self._position, value), self.rank, self.world_size, self._control)
+        positions = [position for position, _ in known]
         self._assert_no_odd_ranks("the order of the collectives", positions, positions)
-        return [value for _, value in received]
-
-    def _pass_on(self, data: bytes, distance: int) -> bytes:
-        """Sends `data` to the rank `distance` places further on; returns what the one as far back has sent."""
-        sent, size = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
-        _wait_for(self._shift(size, torch.tensor([len(data)]), distance, _GATHER_TAG))
-        received = torch.empty(int(size), dtype=torch.uint8)
-        _wait_for(self._shift(received, sent, distance, _GATHER_TAG))
-        return received.numpy().tobytes()
-
-    def _shift(self, received: torch.Tensor, sent: torch.Tensor, distance: int, tag: int) -> list[dist.Work]:
-        """Begins to send to the rank `distance` places further on, and to receive from the one as far back."""
-        to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
-        works = (
-            dist.isend(sent, to, group=self._control, tag=tag),
-            dist.irecv(received, source, group=self._control, tag=tag),
-        )
-        return [work for work in works if work is not None]
+        return [value for _, value in known]
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's `value` (anything that pickles) on every rank."""
@@ -409,42 +382,3 @@ class Communicator:
         self._waiter.shutdown()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _wait_for(works: list[dist.Work]) -> None:
-    for work in works:
-        work.wait()
-
-
-class AsyncAnyReduce:
-    """An any-reduce in the background, by which ranks agree on yes-or-no questions.
-
-    `start` it before a step and take its `result` after the step: the exchange is hidden behind the computation. A
-    result is about the answers of the step `delay` steps before. In each step a rank sends one message: all that it
-    knows of the answers of the last few steps. From step to step it goes twice as far, so that each rank knows the
-    answers of all after log2(ranks) steps.
-
-    Source: Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization", 1988 (dissemination).
-    """
-
-    def __init__(self, communicator: Communicator, questions: int) -> None:
-        """`questions` is how many are answered at once."""
-        self._communicator = communicator
-        rounds = max(1, (communicator.world_size - 1).bit_length())
-        self.delay = rounds - 1
-        self._known = torch.zeros(rounds, questions, dtype=torch.uint8)
-        """Row i: whether a rank that this one has heard of answered yes, i steps ago."""
-        self._received = torch.zeros_like(self._known)
-
-    def start(self, step: int, *answers: bool) -> None:
-        """Sends this rank's answers; `step` is the one that begins, counted from 1."""
-        newest = torch.tensor([answers], dtype=torch.uint8)
-        self._known = torch.cat([newest, self._known[:-1]])
-        distance = 2 ** (step % len(self._known))
-        self._communicator.start_shift(self._received, self._known, distance, "any-reduce", step=step)
-
-    def result(self) -> list[bool]:
-        """Whether any rank answered yes `delay` steps ago, for each question; the same on every rank."""
-        self._communicator.wait_for_shift()
-        self._known = self._known | self._received
-        return self._known[-1].bool().tolist()

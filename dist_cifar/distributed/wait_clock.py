@@ -14,7 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_COLLECTIVES = {str(_PACKAGE / "distributed/collectives.py"), str(_PACKAGE / "strategy/reduction_queue.py")}
+_COLLECTIVES = {
+    str(_PACKAGE / path)
+    for path in ("distributed/collectives.py", "distributed/dissemination.py", "strategy/reduction_queue.py")
+}
 """The files whose functions wait for other ranks, directly or for a thread that does."""
 _TORCH = f"{os.sep}torch{os.sep}"
 _IDLE_SECONDS = 0.001

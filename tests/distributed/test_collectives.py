@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.distributed.any_reduce import AsyncAnyReduce
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.timeouts import Timeouts
 from dist_cifar.distributed.wait_clock import WaitClock
 from dist_cifar.errors import LaunchError, TrainingError

@@ -15,7 +15,8 @@ import torch
 
 from dist_cifar import trainer
 from dist_cifar.config import Config
-from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.distributed.any_reduce import AsyncAnyReduce
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.run import step_profiler
 from dist_cifar.run.step_profiler import Profile, phase
 

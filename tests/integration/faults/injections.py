@@ -27,7 +27,8 @@ from dist_cifar.data import training_data
 from dist_cifar.data.batching import TrainingBatches
 from dist_cifar.data.prefetch import Batch
 from dist_cifar.distributed import collectives
-from dist_cifar.distributed.collectives import AsyncAnyReduce, Communicator
+from dist_cifar.distributed.any_reduce import AsyncAnyReduce
+from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.processes import Identity
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.optim.lr_schedule import WarmupPlateau
