@@ -1,9 +1,10 @@
 # What the batch scripts of this folder share: one attempt at a run, and what comes after it.
 #
 # Contract: `train_ranks LAUNCHER ARGUMENT...` starts the ranks of `train ARGUMENT...` in this job's allocation and ends
-# the script. A run that saved itself (preemption, the end of the time, a signal) is requeued and resumes; one that
-# failed is requeued `max_restarts` times. What the ranks print goes to the job's log and, by rank, to
-# RUN.DIR/logs/JOB-ATTEMPT/rank-N.log; why a job was requeued stands in its log and in RUN.DIR/requeues.log.
+# the script. A run that saved itself (preemption, the end of the time, a signal) is requeued and resumes. One that
+# failed is started again at once, on the same nodes, where it has left a new checkpoint and all nodes answer, and else
+# requeued; both together `max_restarts` times. What the ranks print goes to the job's log and, by rank, to
+# RUN.DIR/logs/JOB-ATTEMPT/rank-N.log; why a run was started again stands in its log and in RUN.DIR/requeues.log.
 #
 # It is sourced in the folder that holds slurm/, a clone or one of `dist-cifar init`, after `max_requeues` and
 # `max_restarts`, and perhaps `container` and `srun_options`.
@@ -12,6 +13,7 @@
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"
 
 attempt=${SLURM_RESTART_COUNT:-0}
+start=0 # how often the ranks were started again in this attempt
 first_signal=
 launcher= # process id of the srun that runs the ranks
 
@@ -57,7 +59,9 @@ fi
 exec "$@"'
 
 run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
-    local ranks=(bash -c "$as_rank" "$run_dir/logs/$SLURM_JOB_ID-$attempt" python -u -m dist_cifar.train "${@:2}")
+    local name=$SLURM_JOB_ID-$attempt
+    ((start == 0)) || name+=.$start
+    local ranks=(bash -c "$as_rank" "$run_dir/logs/$name" python -u -m dist_cifar.train "${@:2}")
     # The number of tasks that sbatch has set is wrong in a job that has been given other nodes. A rank that ends
     # early, as all do when they have saved, must not end the others.
     local tasks=${SLURM_NTASKS_PER_NODE:-1}
@@ -71,7 +75,7 @@ run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
         port=$((10000 + SLURM_JOB_ID % 20000))
         while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done # taken by another program
         step+=(torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$ranks_per_node" --max-restarts 0
-            --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$SLURM_JOB_ID-$attempt"
+            --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-id "$name"
             --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --no-python)
         ;;
     esac
@@ -85,14 +89,33 @@ run_once() { # run_once LAUNCHER ARGUMENT...: sets `code`
 requeue() { # requeue KIND LIMIT REASON: ends the script
     local times
     leave_to_slurm "$3"
-    times=$(grep -cs "^$SLURM_JOB_ID $1 " "$run_dir/requeues.log")
-    if ((${times:-0} >= $2)); then
+    times=$(times_of "$1")
+    if ((times >= $2)); then
         die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
     fi
     if ! note "$1" "$3"; then
         die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"
     fi
     requeue_now "$3"
+}
+
+times_of() { # times_of KIND: how often the job was requeued, or started again, for that
+    local kinds=$1
+    [[ $1 != crashed ]] || kinds="(crashed|restarted)"
+    grep -csE "^$SLURM_JOB_ID $kinds " "$run_dir/requeues.log" || :
+}
+
+newest_checkpoint() { ls "$run_dir/checkpoints" 2>/dev/null | sed -n 's/^step-//p' | sort -n | tail -n 1; }
+
+start_again() { # start_again REASON: prepares it after a crash; fails where the job has to be requeued
+    local times
+    [[ $(newest_checkpoint) != "$reached" && $(job JobState) == RUNNING ]] || return
+    times=$(times_of crashed)
+    ((${times:-0} < max_restarts)) || return
+    timeout 10 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" true 2>/dev/null || return
+    note restarted "$1" || return
+    log "$1; started again on the same nodes"
+    start=$((start + 1))
 }
 
 note() { # note KIND REASON: in the log of the requeues
@@ -134,20 +157,22 @@ train_ranks() { # train_ranks srun|torchrun ARGUMENT...: ends the script
         requeue_now "stopped before it began"
     fi
     ((code == 0)) || die "$code" "python -m dist_cifar does not run on $(hostname); not requeued"
-    local before now=none reason
-    before=$(cat "$run_dir/status.json" 2>/dev/null)
+    local before now reached reason
     log "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), run directory $run_dir"
-    run_once "$@"
-    [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
-    if ((code == 0)) || [[ $now == done ]]; then
-        log "done"
-        exit 0
-    fi
-    case $now in
-    saved) requeue saved "$max_requeues" "stopped and saved at step $(status step)" ;;
-    failed) reason="rank $(status rank) $(status reason)" ;;
-    *) reason="exit code $code; see $run_dir/logs/$SLURM_JOB_ID-$attempt" ;;
-    esac
-    ! was_stopped || requeue stopped "$max_requeues" "stopped (${first_signal:-preempted}) before it could save: $reason"
-    requeue crashed "$max_restarts" "$reason"
+    while :; do
+        before=$(cat "$run_dir/status.json" 2>/dev/null) now=none reached=$(newest_checkpoint)
+        run_once "$@"
+        [[ $(cat "$run_dir/status.json" 2>/dev/null) == "$before" ]] || now=$(status status)
+        if ((code == 0)) || [[ $now == done ]]; then
+            log "done"
+            exit 0
+        fi
+        case $now in
+        saved) requeue saved "$max_requeues" "stopped and saved at step $(status step)" ;;
+        failed) reason="rank $(status rank) $(status reason)" ;;
+        *) reason="exit code $code; see the last folder of $run_dir/logs" ;;
+        esac
+        ! was_stopped || requeue stopped "$max_requeues" "stopped (${first_signal:-preempted}) before it could save: $reason"
+        start_again "$reason" || requeue crashed "$max_restarts" "$reason"
+    done
 }

@@ -159,10 +159,26 @@ def test_node_failure(cluster, submit, golden, how):
 
 
 def test_a_job_whose_first_attempt_crashes(cluster, submit, golden):
+    """It is started again where it is, since it has left a checkpoint, and does not come further."""
     job, run = submit("train_srun.sbatch", TWO_NODES, seconds="0", crash="7 1")
     assert cluster.wait(job)["JobState"] == "COMPLETED", run.log()
-    assert run.requeues() == ["crashed"]
-    assert "rank 0 failed at step 8: RuntimeError: the recorder breaks this attempt; requeued" in run.log()
+    assert run.requeues() == ["restarted", "crashed"] and cluster.job(job)["Restarts"] == "1"
+    reason = "rank 0 failed at step 8: RuntimeError: the recorder breaks this attempt"
+    assert f"{reason}; started again on the same nodes" in run.log() and f"{reason}; requeued" in run.log()
+    assert {path.name for path in (run.dir / "logs").iterdir()} == {f"{job}-0", f"{job}-0.1", f"{job}-1"}
+    run.require_equal(golden, once=False)
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "train_srun.sbatch"])
+def test_a_rank_that_is_killed_is_started_again_on_the_same_nodes(cluster, submit, golden, script):
+    job, run = submit(script, TWO_NODES)
+    cluster.wait_until(lambda: run.step() >= 7, "step 7", job)
+    node = cluster.nodes_of(job)[1]
+    rank = cluster.processes(node, "-u -m dist_cifar.train")[-1]
+    cluster.run_on(node, "kill", "-KILL", str(rank))
+    assert cluster.wait(job)["JobState"] == "COMPLETED", run.log()
+    assert run.requeues() == ["restarted"] and cluster.job(job)["Restarts"] == "0"
+    assert "was killed or lost" in run.log()
     run.require_equal(golden, once=False)
 
 
