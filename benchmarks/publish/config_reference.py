@@ -23,9 +23,9 @@ This page is written by `make docs` from `dist_cifar/config/schema.py` and `dist
 
 ## What belongs together
 
-**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which measures a convolution in both
-when a run first starts, takes bf16 if that saves a tenth or more, and says so; the run directory keeps the choice.
-`compute.compile` is `auto` (on for GPUs with triton, but not in `exact`), `on` or `off`.
+**Precision and compilation.** `compute.precision` is `bf16`, `fp32` or `auto`, which takes bf16 where the GPU or the
+processor has instructions for it, and says so; the run directory keeps the choice. `compute.compile` is `auto` (in
+`ddp`, on GPUs with triton), `on` or `off`.
 
 **Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with
 `ddp`, `batch.per_rank_size` may be given instead, and the batch grows with the ranks. The learning rate is
