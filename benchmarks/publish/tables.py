@@ -580,6 +580,7 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"headline": headline, "recipes": recipes},
     "docs/exactness.md": {
         "exactness": exactness,
+        "exchange": exchange,
         "strategy": strategy,
         "schedules": schedules,
         "checkpoint_damage": checkpoint_damage,
@@ -594,6 +595,8 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
         "scaling": scaling,
         "overhead": overhead,
         "settings": settings,
+        "scale": scale,
+        "restart": restart,
     },
     "docs/recipes.md": {"accuracy": accuracy, "time_to_accuracy": time_to_accuracy},
     "docs/slurm.md": {"slurm": slurm, "preemption": preemption},
