@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -283,3 +286,85 @@ def test_a_recipe_is_compared_with_the_peer_of_its_seed(script):
     (row,) = script("time_to_accuracy").compared(rows)
     assert (row["n"], row["seconds_over_peer_min"], row["seconds_over_peer_max"]) == (2, 0.5, 0.6)
     assert row["accuracy_tta_minus_peer_mean"] == pytest.approx(0.001)
+
+
+# --- scale.py, restart.py -----------------------------------------------------------------------------------------
+
+
+def counted_row(world_size: int, step_seconds: float, **more: float) -> dict[str, Any]:
+    messages = {"vote": 1.0, "exchange": 2.0 * (world_size - 1), "log": 0.2}
+    return {
+        "world_size": world_size,
+        "messages": messages,
+        "bytes": dict.fromkeys(messages, 1000.0),
+        "step_seconds": step_seconds,
+        **more,
+    }
+
+
+def test_the_model_of_a_step_shares_the_cores_among_all_that_ranks_do(script):
+    scale = script("scale")
+    rows = [
+        counted_row(1, 0.17, pass_seconds=0.01, rest_seconds=0.01),
+        counted_row(2, 0.1, message_seconds=1e-3, byte_seconds=1e-6),
+        counted_row(4, 0.2),
+    ]
+    rows[0]["messages"] = rows[0]["bytes"] = dict.fromkeys(rows[0]["messages"], 0.0)
+    one, two, four = scale.checked(rows, 2)
+    assert one["model_seconds"] == pytest.approx(16 * 0.01 + 0.01)
+    assert two["model_seconds"] == pytest.approx((0.16 + 2 * (0.01 + 3.2e-3 + 3e-3)) / 2, abs=1e-5)
+    assert four["model_seconds"] == pytest.approx((0.16 + 4 * (0.01 + 7.2e-3 + 3e-3)) / 2, abs=1e-5)
+    assert four["model_over_measured"] == pytest.approx(four["model_seconds"] / 0.2, abs=1e-3)
+
+
+def test_two_levels_are_predicted_to_gain_between_nodes_alone(script):
+    scale, tables = script("scale"), script("tables")
+    rows = scale.predicted()
+    assert {row["gpus"] for row in rows} == set(scale.GPUS) and max(scale.GPUS) == 1024
+    for row in rows:
+        near = scale.MACHINES[row["machine"]].gpus_per_node
+        assert (row["two_levels_milliseconds"] == row["flat_milliseconds"]) is (row["gpus"] <= near) or (
+            row["two_levels_milliseconds"] < row["flat_milliseconds"]
+        )
+        assert row["vote_messages"] <= 1 and row["vote_delay_steps"] <= 9 and 0.1 < row["efficiency"] <= 1
+    shown = tables.scale(
+        {
+            "counted": [counted_row(2, 0.1, store_requests_per_second=2.0)],
+            "checked": [{"world_size": 2, "measured_seconds": 0.1, "model_over_measured": 1.1}],
+            "predicted": rows,
+            "assumptions": {"images_per_gpu": 128},
+            "model": "resnet20",
+            **{"global_batch": 128, "virtual_ranks": 16, "log_every_steps": 10, "steps": 40, "hardware": "a machine"},
+        }
+    )
+    assert "Predicted, not measured" in shown and "| 2 | 1.0 | 2.0 | 0.2 |" in shown
+
+
+def test_between_nodes_two_levels_send_a_part_of_the_bytes(script):
+    model = script("cost_model")
+    cluster = model.Cluster(within_bytes_per_second=1e30, within_latency_seconds=0.0, between_latency_seconds=0.0)
+    flat, levels = (model._exchange_seconds(8e9, 64, cluster, count) for count in (1, 2))
+    all_to_all = 56 / 64 * 8e9 / cluster.between_bytes_per_second
+    assert flat > all_to_all and levels == pytest.approx(2 * all_to_all / cluster.gpus_per_node)
+
+
+LAUNCHER = """
+import subprocess, sys, time
+for _ in range(int(sys.argv[1])):
+    subprocess.Popen([sys.executable, "-c", sys.argv[3], "0", sys.argv[2]])
+time.sleep(60)
+"""
+
+
+def test_the_ranks_of_a_run_are_those_that_started_no_other(script, tmp_path):
+    restart = script("restart")
+    run = tmp_path / "run"
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, "2", f"run.dir={run}", LAUNCHER])
+    try:
+        restart.wait_until("two ranks", lambda: len(restart.ranks_of(run)) == 2)
+        ranks = restart.ranks_of(run)
+        assert launcher.pid not in ranks and restart.ranks_of(tmp_path / "other") == []
+    finally:
+        for pid in (*restart.ranks_of(run), launcher.pid):
+            os.kill(pid, signal.SIGKILL)
+        launcher.wait()
