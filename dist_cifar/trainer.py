@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from functools import partial
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, nullcontext
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -26,12 +25,12 @@ from dist_cifar.distributed.any_reduce import AsyncAnyReduce
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.evaluate import Evaluator
 from dist_cifar.ops.pass_random import seed_pass
-from dist_cifar.ops.precision import kept_casts, resolve_precision
+from dist_cifar.ops.precision import resolve_precision
 from dist_cifar.optim.lr_schedule import LRSchedule
 from dist_cifar.optim.schedules import build_lr_schedule
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.checkpointing import RunCheckpoints, unfit
-from dist_cifar.run.provenance import let_kernels_be_chosen, make_deterministic, numerics_fingerprint
+from dist_cifar.run.provenance import choose_kernels, numerics_fingerprint
 from dist_cifar.run.run_dir import LOCK_SECONDS, RunDir
 from dist_cifar.run.step_profiler import Profile, phase
 from dist_cifar.run.training_sums import TrainingSums
@@ -39,7 +38,7 @@ from dist_cifar.state import Evaluation, StepTotals, TrainState
 from dist_cifar.stopping import Deadline, at_once, defer, seconds_left, stop_requested
 from dist_cifar.strategy import build_strategy, properties, slice_count
 from dist_cifar.strategy.base import Strategy
-from dist_cifar.strategy.compute import build_evaluator, compile_kernels
+from dist_cifar.strategy.compute import build_evaluator, compile_kernels, kept_casts
 from dist_cifar.strategy.initial_model import build_initial_model
 from dist_cifar.tracking.base import OpenTracker
 from dist_cifar.tracking.console import Console
@@ -91,13 +90,10 @@ class Trainer:
     console: Console
     sums: TrainingSums
     profile: Profile | None
-    casts: Callable[[], AbstractContextManager[object]]
-    """Makes the `with` block of a step's passes."""
     deadline: Deadline
     timed_until: float  # `state.wall_seconds` counts up to this time of `time.perf_counter`
     state: TrainState = dataclasses.field(default_factory=TrainState)
-    newest: tuple[int, Evaluation] | None = None
-    """The newest evaluation since the start, and its step."""
+    tested: dict[int | None, Evaluation] = dataclasses.field(default_factory=dict)  # on the test split, by step
 
     @classmethod
     def build(
@@ -114,11 +110,9 @@ class Trainer:
         deadline = Deadline(seconds_left(os.environ, config.run.time_limit_seconds, wall_time=time.time()))
         run_dir, device, spec = RunDir.of(config), communicator.device, properties(config.strategy)
         slices = slice_count(config.batch, config.strategy, world_size=communicator.world_size)
+        choose_kernels(device, bitwise=spec.bitwise)
         if spec.bitwise:
-            make_deterministic(device)
             communicator.assert_equal_across_ranks("the numerics", numerics_fingerprint(device))
-        else:
-            let_kernels_be_chosen(device)
         data = build_training_data(config, communicator, slices=slices)
         plan, dataset = data.plan, data.dataset
         model = build_initial_model(config, data, communicator)
@@ -139,7 +133,6 @@ class Trainer:
             console=console,
             sums=TrainingSums(device, may_skip=config.optimizer.non_finite == "skip"),
             profile=Profile(run_dir.profile, rank=communicator.rank, device=device) if config.run.profile else None,
-            casts=partial(kept_casts, device) if spec.casts_once else nullcontext,
             deadline=deadline,
             timed_until=started,
         )
@@ -156,17 +149,13 @@ class Trainer:
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
         defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
-        vote = AsyncAnyReduce(self.communicator, 2)
-        with (
-            closing(self.batches.stream(state.step, self.communicator.device)) as batches,
-            self.profile or nullcontext(),
-        ):
+        vote, store = AsyncAnyReduce(self.communicator, 2), self.checkpoints.store
+        stream = closing(self.batches.stream(state.step, self.communicator.device))
+        with stream as batches, self.profile or nullcontext():
             while not is_over(config, plan, state):
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
-                stops = stop_requested() or self.deadline.is_near(
-                    self.checkpoints.store.write_seconds, delay=vote.delay
-                )
-                vote.start(state.step + 1, stops, self.checkpoints.store.failed)
+                stops = stop_requested() or self.deadline.is_near(store.write_seconds, delay=vote.delay)
+                vote.start(state.step + 1, stops, store.failed)
                 step_started = time.perf_counter()
                 self.log.compute_timer.start()
                 batch = next(batches)
@@ -190,7 +179,7 @@ class Trainer:
                 if write_failed:
                     self.checkpoints.wait()  # raises what went wrong
                 if stops:
-                    self.records.stopping(state, self.checkpoints.store.write_seconds)
+                    self.records.stopping(state, store.write_seconds)
                     self.save()
                     self._leave_loop()
                     self.records.stopped(state)
@@ -206,32 +195,28 @@ class Trainer:
 
         A collective. Nothing waits for the device.
         """
-        with self.casts():
-            self._make_passes(batch)
+        strategy, plan = self.strategy, self.plan
+        inputs, labels = batch.inputs.split(plan.micro_sizes), batch.labels.split(plan.micro_sizes)
+        with kept_casts(self.config, self.communicator.device):
+            for i, weight in enumerate(plan.weights):
+                phase("forward")
+                if is_own(self.config, "model"):  # it may draw random numbers
+                    seed_pass(self.config.run.seed, self.state.step, plan.first_pass + i)
+                logits = strategy.forward(inputs[i])
+                loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)
+                if i == plan.micro_batches - 1:
+                    self.log.compute_timer.stop()
+                phase("backward")
+                strategy.backward(loss if weight == 1 else loss * weight)
+                phase("other")
+                self.sums.add(loss, logits, labels[i])
         phase("optimizer")
-        grad_norm = self.strategy.step(self.schedule.lr(self.state.step))  # clipped
+        grad_norm = strategy.step(self.schedule.lr(self.state.step))  # clipped
         phase("other")
         if self.communicator.rank == 0:  # it is the same on every rank
             self.sums.add_step(grad_norm)
         self.state.step += 1
         return grad_norm
-
-    def _make_passes(self, batch: Batch) -> None:
-        """The forward and backward passes of a step."""
-        strategy, plan = self.strategy, self.plan
-        inputs, labels = batch.inputs.split(plan.micro_sizes), batch.labels.split(plan.micro_sizes)
-        for i, weight in enumerate(plan.weights):
-            phase("forward")
-            if is_own(self.config, "model"):  # it may draw random numbers
-                seed_pass(self.config.run.seed, self.state.step, plan.first_pass + i)
-            logits = strategy.forward(inputs[i])
-            loss = cross_entropy(logits, labels[i], label_smoothing=self.config.train.label_smoothing)
-            if i == plan.micro_batches - 1:
-                self.log.compute_timer.stop()
-            phase("backward")
-            strategy.backward(loss if weight == 1 else loss * weight)
-            phase("other")
-            self.sums.add(loss, logits, labels[i])
 
     def evaluate(self) -> Evaluation:
         """Evaluates on the validation split, tells the schedule if that is due, notes the best step. A collective."""
@@ -246,7 +231,7 @@ class Trainer:
                 self.records.lr_reduced(state, change, lr=self.schedule.lr(state.step))
         if state.best_accuracy is None or result.accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = result.accuracy, state.step
-        self.newest = (state.step, result)
+        self.tested = {state.step: result} if self.evaluator.selects_on_test else {}
         return result
 
     def save(self, *, best: bool = False) -> None:
@@ -257,9 +242,7 @@ class Trainer:
         phase("checkpoint")
         if self.checkpoints.saved_step == self.state.step:
             return
-        with self.communicator.reading():
-            own = self.sums.totals()
-        ranks = self.communicator.all_gather_object(own)
+        ranks = self.log.totals(self.sums)
         require_finite(self.state.step, ranks)
         tensors = {
             "model": self.strategy.model_state_dict(),
@@ -303,20 +286,13 @@ class Trainer:
         """Evaluates the model that `eval.select` names on the test split and writes the result."""
         state = self.state
         model = self.strategy.model_state_dict()
-        final_sha256 = weights_sha256(model)
+        sha256 = weights_sha256(model)
         chosen_step = state.best_step if self.config.eval.select == "best" else state.step
         if chosen_step != state.step:
             model = self.checkpoints.load_best(chosen_step)
-        known = None
-        if self.evaluator.selects_on_test and self.newest is not None and self.newest[0] == chosen_step:
-            known = self.newest[1]
         with at_once():  # all is saved: a signal ends the run, which evaluates again when it is resumed
-            test = final_evaluation(self.evaluator, model, self.config.eval, plain=known)
+            test = final_evaluation(self.evaluator, model, self.config.eval, plain=self.tested.get(chosen_step))
         self.log.evaluation("test", self._timed_state(), test)
         self.records.finished(
-            state,
-            test,
-            weights_sha256=final_sha256,
-            best_chosen_on=self.evaluator.split_name,
-            store=self.checkpoints.store,
+            state, test, weights_sha256=sha256, best_chosen_on=self.evaluator.split_name, store=self.checkpoints.store
         )

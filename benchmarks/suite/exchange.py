@@ -25,7 +25,8 @@ from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator
+from dist_cifar.strategy.bucket import Bucket, Exchange
+from dist_cifar.strategy.tree_reduce import TreeAccumulator
 
 PLACES = [(1, 2, 8), (2, 1, 8), (3, 1, 8), (2, 2, 8), (2, 3, 8), (3, 2, 12), (2, 4, 8), (4, 2, 8)]
 """Hosts, ranks of each, virtual ranks."""

@@ -36,11 +36,11 @@ from dist_cifar.data.batching import plan_batches
 from dist_cifar.distributed.collectives import Communicator, Group
 from dist_cifar.distributed.launch_env import DistEnv, read_env
 from dist_cifar.models import build_model
-from dist_cifar.ops.precision import kept_casts
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.provenance import hardware, make_deterministic, versions
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.strategy import build_strategy
+from dist_cifar.strategy.compute import kept_casts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -79,7 +79,7 @@ class Job:
     """Steps of a config on images that stay on the device."""
 
     def __init__(self, config: Config, communicator: Communicator) -> None:
-        is_exact = config.strategy.name == "exact"
+        self._config, is_exact = config, config.strategy.name == "exact"
         if is_exact:
             make_deterministic(communicator.device)
         elif ON_GPU:
@@ -107,7 +107,7 @@ class Job:
 
     def step(self) -> torch.Tensor:
         sizes = self.plan.micro_sizes
-        with kept_casts(self._device):
+        with kept_casts(self._config, self._device):
             for images, labels in zip(self._images.split(sizes), self._labels.split(sizes), strict=True):
                 logits = self.strategy.forward(images)
                 loss = cross_entropy(logits, labels)

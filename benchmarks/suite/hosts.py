@@ -5,6 +5,7 @@ Needs root, `ip` and `unshare`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,17 +16,19 @@ from typing import Any
 INTERFACE = "eth0"
 """The one interface of each host but loopback."""
 _NETWORK = "10.98.7"
+_NUMBERS = itertools.count()
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[str]]:
     """The names of `count` hosts, which are gone when the `with` block is left."""
-    names = [f"host{os.getpid()}x{i}" for i in range(count)]
-    bridge = f"br{os.getpid()}"
+    job = f"{os.getpid()}x{next(_NUMBERS)}"  # a link outlives its host by a moment
+    names = [f"host{job}x{i}" for i in range(count)]
+    bridge = f"b{job}"
     try:
         _run(f"ip link add {bridge} type bridge", f"ip link set {bridge} up")
         for i, name in enumerate(names):
-            link = f"v{os.getpid()}x{i}"
+            link = f"v{job}x{i}"
             _run(
                 f"ip netns add {name}",
                 f"ip link add {link} type veth peer name {INTERFACE} netns {name}",

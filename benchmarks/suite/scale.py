@@ -43,7 +43,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.strategy.tree_reduce import Bucket, Exchange
+from dist_cifar.strategy.bucket import Bucket, Exchange
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 from dist_cifar.trainer import AsyncAnyReduce, Trainer
 

@@ -52,7 +52,7 @@ from dist_cifar.distributed.launch_env import DistEnv, read_env
 from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.strategy import build_strategy, reduction_queue, slice_count, tree_reduce
+from dist_cifar.strategy import bucket, build_strategy, reduction_queue, slice_count, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
@@ -235,8 +235,8 @@ def spread(name: str, values: Sequence[float], digits: int) -> dict[str, float]:
 PIECES = (
     (tree_reduce.TreeAccumulator, "add", "tree_adds"),
     (tree_reduce.TreeAccumulator, "finish", "tree_adds"),
-    (tree_reduce.Bucket, "reduce", "reduce"),
-    (tree_reduce, "tree_sum", "sum_over_ranks"),
+    (bucket.Bucket, "reduce", "reduce"),
+    (bucket, "tree_sum", "sum_over_ranks"),
     (Communicator, "all_to_all", "all_to_all"),
     (Communicator, "all_gather", "all_gather"),
     (BatchNormStats, "restore", "statistics"),

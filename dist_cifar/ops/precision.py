@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -105,14 +104,6 @@ def set_precision(module: nn.Module, precision: str, device: torch.device) -> No
     if precision == "bf16":
         in_bf16 = torch.autocast(device.type, torch.bfloat16)(module.forward)
         module.forward = lambda images: in_bf16(images).float()
-
-
-def kept_casts(device: torch.device) -> AbstractContextManager[object]:
-    """A `with` block in whose forward passes each weight is cast to bf16 once; weights must not change in it.
-
-    torch keeps what autocast has cast until the outermost of nested blocks is left.
-    """
-    return torch.autocast(device.type, enabled=False)
 
 
 def compiles(config: ComputeConfig, device: torch.device, *, auto_compile: bool) -> bool:

@@ -37,6 +37,14 @@ _EXTENSIONS = ("avx", "amx", "fma", "sve", "asimd")
 """Vector extensions, by which kernel libraries choose."""
 
 
+def choose_kernels(device: torch.device, *, bitwise: bool) -> None:
+    """Makes this process use deterministic kernels where bits are promised, and else those that cuDNN finds fastest."""
+    if bitwise:
+        make_deterministic(device)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def make_deterministic(device: torch.device) -> None:
     """Makes this process use deterministic kernels only. CPU kernels always are, at one number of threads.
 
@@ -48,12 +56,6 @@ def make_deterministic(device: torch.device) -> None:
         # It would cost a pass over each new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
         torch.backends.cudnn.benchmark = False  # it would choose by the clock
-
-
-def let_kernels_be_chosen(device: torch.device) -> None:
-    """Lets cuDNN time its kernels and take the fastest, where no bits are promised."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
 
 
 def numerics_fingerprint(device: torch.device) -> dict[str, str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -35,6 +36,15 @@ def prepare_module(module: nn.Module, config: Config, device: torch.device) -> N
     """Sets how `module`, which is on its device, computes in training. Call it once, before it is wrapped."""
     known = properties(config.strategy)
     prepare_forward(module, config.compute, device, auto_compile=known.auto_compile, bitwise=known.bitwise)
+
+
+def kept_casts(config: Config, device: torch.device) -> AbstractContextManager[object]:
+    """A `with` block in whose forward passes each weight is cast to bf16 once, where the strategy allows that; weights
+    must not change in it.
+
+    torch keeps what autocast has cast until the outermost of nested blocks is left.
+    """
+    return torch.autocast(device.type, enabled=False) if properties(config.strategy).casts_once else nullcontext()
 
 
 def compile_kernels(module: nn.Module, config: Config, communicator: Communicator) -> None:

@@ -33,10 +33,11 @@ from dist_cifar.optim.clipping import clipped_step
 from dist_cifar.run.step_profiler import phase
 from dist_cifar.strategy.base import Tensors
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
+from dist_cifar.strategy.bucket import Bucket, Exchange
 from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
 from dist_cifar.strategy.tree_nodes import passes_of_nodes
-from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator
+from dist_cifar.strategy.tree_reduce import TreeAccumulator
 
 
 class ExactStrategy:
@@ -80,7 +81,7 @@ class ExactStrategy:
             self._bucket_slices.append(place)
         self._is_alone = communicator.world_size == 1
         self._hooks: list[RemovableHandle] = []
-        """Of the last pass, in which they see the gradients as they become complete."""
+        """In the last pass they see the gradients as they become complete."""
         self._pending: list[int] = []
         """The number of gradients of the last pass that each bucket still waits for."""
         self._next_bucket = 0

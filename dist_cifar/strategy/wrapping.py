@@ -17,7 +17,7 @@ class WrappedStrategy:
     """See `dist_cifar.strategy.base.Strategy`. Counts the steps, and hands everything on."""
 
     _name: str
-    """Of the section of the config that asks for this."""
+    """The word by which checkpoints know it."""
 
     def __init__(self, inner: Strategy) -> None:
         self.module: Any = inner.module

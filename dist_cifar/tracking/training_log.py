@@ -80,8 +80,14 @@ class TrainingLog:
 
     def take_totals(self, sums: TrainingSums) -> list[StepTotals]:
         """Every rank's totals since the last log, for `steps`; `sums` starts again. Waits for the device."""
+        ranks = self.totals(sums)
+        sums.reset()
+        return ranks
+
+    def totals(self, sums: TrainingSums) -> list[StepTotals]:
+        """Every rank's totals since the last log. Waits for the device."""
         with self._communicator.reading():
-            own = sums.take()
+            own = sums.totals()
         return self._communicator.all_gather_object(own)
 
     def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:

@@ -107,10 +107,14 @@ def test_a_compiled_module_gives_the_same_gradients():
     assert not torch.equal(gradients[0], torch.zeros_like(gradients[0]))
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu_nothing_is_computed_in_tf32(monkeypatch, precision):
+def test_on_a_gpu_nothing_is_computed_in_tf32(precision):
     """torch's default for convolutions is TF32."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", True)
-    set_precision(torch.nn.Linear(2, 2), precision, torch.device("cuda", 0))
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        set_precision(torch.nn.Linear(2, 2), precision, torch.device("cuda", 0))
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -9,9 +9,8 @@ import torch
 
 import dist_cifar
 from dist_cifar.run.provenance import (
+    choose_kernels,
     git_revision,
-    let_kernels_be_chosen,
-    make_deterministic,
     numerics_fingerprint,
 )
 
@@ -35,11 +34,11 @@ def test_cudnn_chooses_by_the_clock_only_where_no_bits_are_promised(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    let_kernels_be_chosen(torch.device("cpu"))
+    choose_kernels(torch.device("cpu"), bitwise=False)
     assert not torch.backends.cudnn.benchmark
-    let_kernels_be_chosen(torch.device("cuda", 0))
+    choose_kernels(torch.device("cuda", 0), bitwise=False)
     assert torch.backends.cudnn.benchmark
-    make_deterministic(torch.device("cuda", 0))
+    choose_kernels(torch.device("cuda", 0), bitwise=True)
     assert not torch.backends.cudnn.benchmark
 
 

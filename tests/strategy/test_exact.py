@@ -18,7 +18,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.models import build_model
 from dist_cifar.run.provenance import make_deterministic
-from dist_cifar.strategy import build_strategy, exact, reduction_queue, tree_nodes, tree_reduce
+from dist_cifar.strategy import bucket, build_strategy, exact, reduction_queue, tree_nodes, tree_reduce
 from dist_cifar.strategy.exact import ExactStrategy
 
 BATCH, VIRTUAL, LR, STEPS = 16, 4, 3e-4, 3
@@ -242,7 +242,7 @@ _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a left fold of the local leaves": (tree_reduce, "parents_in", lambda leaves: AllNeighbours()),
     "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_slice_a_rank),
-    "a left fold over the ranks": (tree_reduce, "tree_sum", rows_in_order),
+    "a left fold over the ranks": (bucket, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
     "batches counted for each pass": (ExactStrategy, "step", a_batch_for_each_pass),
 }

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_cifar import trainer as train_module
 from dist_cifar.data.batching import plan_batches
 from dist_cifar.models import build_model
 from dist_cifar.ops import precision
 from dist_cifar.run.checkpoint import weights_sha256
 from dist_cifar.run.training_sums import TrainingSums
 from dist_cifar.strategy import build_strategy
+from dist_cifar.strategy.compute import kept_casts
 from dist_cifar.trainer import Trainer
 from tests.small_runs import alone
 
@@ -61,7 +64,7 @@ def test_a_step_of_eight_virtual_ranks_hands_over_few_operations(tiny, monkeypat
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
 
     def step() -> None:
-        with precision.kept_casts(communicator.device):
+        with kept_casts(config, communicator.device):
             for inputs, targets in zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True):
                 logits = strategy.forward(inputs)
                 loss = cross_entropy(logits, targets)
@@ -82,8 +85,8 @@ def test_weights_are_cast_once_a_step_with_the_same_bits(tiny, monkeypatch, max_
     digests, casts = [], []
     for kept in (True, False):
         trainer = Trainer.build(tiny("strategy.name=exact", *overrides), alone())
-        trainer.casts = trainer.casts if kept else nullcontext
-        with Counting() as counting:
+        casting = kept_casts if kept else lambda config, device: nullcontext()
+        with mock.patch.object(train_module, "kept_casts", casting), Counting() as counting:
             for step in range(3):
                 trainer.train_step(trainer.batches.make(step))
         digests.append(weights_sha256(trainer.strategy.model_state_dict()))

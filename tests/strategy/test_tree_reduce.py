@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.strategy import bucket as bucket_module
 from dist_cifar.strategy import tree_nodes, tree_reduce
+from dist_cifar.strategy.bucket import Bucket, Exchange, round_up
 from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import nodes_of
-from dist_cifar.strategy.tree_reduce import Bucket, Exchange, TreeAccumulator, round_up, tree_sum
+from dist_cifar.strategy.tree_reduce import TreeAccumulator, tree_sum
 
 SHAPES = [(3,), (5, 2, 3, 3), (1,), (7, 4)]  # 126 numbers: no multiple of 4 or 8
 LEAVES = 8
@@ -246,7 +248,7 @@ def hosts_swapped(communicator: Communicator, leaves: int) -> list[np.ndarray]:
         inner, outer = (dataclasses.replace(level, groups=other.groups) for level, other in (levels, levels[::-1]))
         return [inner, outer], None
 
-    with mock.patch.object(tree_reduce, "plan_levels", crossed):
+    with mock.patch.object(bucket_module, "plan_levels", crossed):
         return mean(communicator, leaves, "aabb")
 
 

@@ -94,10 +94,9 @@ def has_nvlink() -> bool:
         shown = subprocess.run(["nvidia-smi", "topo", "-m"], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return False
-    rows = [line.split() for line in shown.stdout.splitlines()]
-    return any(
-        re.fullmatch(r"NV\d+", cell) for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) for cell in row[1:]
-    )
+    header, *rows = [line.split() for line in shown.stdout.splitlines() if "GPU" in line] or [[]]
+    count = sum(re.fullmatch(r"GPU\d+", name) is not None for name in header)  # then come network cards and others
+    return any(re.fullmatch(r"NV\d+", cell) for row in rows for cell in row[1 : 1 + count])
 
 
 def infiniband_ports(folder: Path) -> list[float]:
