@@ -170,11 +170,14 @@ def draw_time_to_accuracy(result: dict[str, Any], path: Path) -> None:
         middle = statistics.fmean(seconds), statistics.fmean(accuracies)
         axes.scatter(*middle, s=260, facecolors="none", edgecolors=colour, linewidths=1.5, zorder=3)
         text = f"{program}\n{middle[1]:.2f} % in {middle[0]:.0f} s (n = {len(rows)})"
-        axes.annotate(text, middle, (14, 0), textcoords="offset points", va="center", color=colour)
-    axes.set_xlim(0, max(row["seconds"] for row in result["runs"]) * 1.4)
+        lowest = (middle[0], min(accuracies))
+        axes.annotate(
+            text, lowest, (0, -8), textcoords="offset points", ha="center", va="top", color=colour, fontsize=10
+        )
+    axes.set_xlim(0, max(row["seconds"] for row in result["runs"]) * 1.25)
     axes.set_xlabel("seconds of initialisation, training and test")
     axes.set_ylabel("test accuracy with TTA, percent")
-    axes.margins(y=0.25)
+    axes.margins(y=0.35)
     _clean(axes)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
