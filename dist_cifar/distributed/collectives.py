@@ -86,7 +86,8 @@ class Communicator:
         if env.world_size == 1:
             return
         os.environ.update(env.variables(gpu=device.index))  # Accelerate reads them
-        control_timeout = self._group_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
+        control_timeout = datetime.timedelta(seconds=self._timeouts.control_seconds)
+        self._group_timeout = self._message_timeout = control_timeout
         if device.type == "cuda":
             self._group_timeout = datetime.timedelta(seconds=self._timeouts.nccl_seconds)
         try:
@@ -148,6 +149,7 @@ class Communicator:
         if self.device.type == "cpu":  # NCCL's watchdog counts all time, and gloo has to give up before it
             self._clock = WaitClock(threading.get_ident(), tick_seconds=tick_seconds)
             self._group_timeout = datetime.timedelta(seconds=self._timeouts.longest_pause_seconds)
+            self._message_timeout = self._group_timeout
             for group in (self._control, dist.group.WORLD):
                 backend: Any = group._get_backend(self.device)  # type: ignore[union-attr]
                 backend = getattr(backend, "wrapped_pg", backend)  # with TORCH_DISTRIBUTED_DEBUG=DETAIL
@@ -230,7 +232,7 @@ class Communicator:
             return
         works = start_shift(received, sent, distance, self.rank, self.world_size, self._control)
         # Of a message gloo learns that it has failed when somebody waits for it.
-        self._background = self._waiter.submit(wait_for, works)
+        self._background = self._waiter.submit(wait_for, works, self._message_timeout)
 
     def wait_for_shift(self) -> None:
         """Waits for the end of what `start_shift` has begun. Raises what went wrong."""
@@ -282,8 +284,7 @@ class Communicator:
             messages.append(dist.P2POp(dist.irecv, parts[source], group.ranks[source], group.handle))
         works = dist.batch_isend_irecv(messages)
         parts[group.place].copy_(part)
-        for work in works:
-            work.wait()
+        wait_for(works, self._group_timeout)
 
     def all_gather_object(self, value: Any, name: str = "gather") -> list[Any]:
         """Returns every rank's `value` (anything that pickles), in the order of the ranks, on every rank.
@@ -293,7 +294,8 @@ class Communicator:
         self._enter(name)
         if self._control is None:
             return [value]
-        known = gather_known((self._position, value), self.rank, self.world_size, self._control)
+        own = self._position, value
+        known = gather_known(own, self.rank, self.world_size, self._control, self._message_timeout)
         positions = [position for position, _ in known]
         self._assert_no_odd_ranks("the order of the collectives", positions, positions)
         return [value for _, value in known]

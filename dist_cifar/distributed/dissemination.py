@@ -6,6 +6,7 @@ Contract: every rank of the control group makes the same calls in the same order
 
 from __future__ import annotations
 
+import datetime
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -32,13 +33,15 @@ def start_shift(
     return [work for work in works if work is not None]
 
 
-def wait_for(works: Sequence[dist.Work]) -> None:
-    """Waits until all of it is done."""
+def wait_for(works: Sequence[dist.Work], timeout: datetime.timedelta) -> None:
+    """Waits until all of it is done, for so long: a message does not know the timeout that its group got later."""
     for work in works:
-        work.wait()
+        work.wait(timeout)
 
 
-def gather_known(value: Any, rank: int, world_size: int, group: dist.ProcessGroup) -> list[Any]:
+def gather_known(
+    value: Any, rank: int, world_size: int, group: dist.ProcessGroup, timeout: datetime.timedelta
+) -> list[Any]:
     """Every rank's `value` (anything that pickles), in the order of the ranks.
 
     Each rank sends all that it knows, first to the next one: 2 log2(ranks) messages, where gloo's own all-gather passes
@@ -48,7 +51,7 @@ def gather_known(value: Any, rank: int, world_size: int, group: dist.ProcessGrou
     known, distance = {rank: value}, 1
 
     def exchange(received: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
-        wait_for(start_shift(received, sent, distance, rank, world_size, group, _GATHER_TAG))
+        wait_for(start_shift(received, sent, distance, rank, world_size, group, _GATHER_TAG), timeout)
         return received
 
     while distance < world_size:
