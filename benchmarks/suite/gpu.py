@@ -288,11 +288,10 @@ def part_verify(scratch: Path, seconds: float) -> dict[str, Any]:
 def part_sanitizers(scratch: Path, seconds: float) -> dict[str, Any]:
     """Races between streams as torch sees them, and faults of the kernel as the hardware does."""
     command = train(scratch, "sanitizer", "train.max_steps=4", "model.name=resnet20", "batch.global_size=256")
-    code, output = run(
-        command if ON_GPU else train(scratch, "sanitizer", "train.max_steps=2"),
-        seconds,
-        TORCH_CUDA_SANITIZER="1" if ON_GPU else "",
-    )
+    if ON_GPU:
+        code, output = run(command, seconds, TORCH_CUDA_SANITIZER="1")
+    else:
+        code, output = run(train(scratch, "sanitizer", "train.max_steps=2"), seconds)
     found = [f"TORCH_CUDA_SANITIZER: exit {code}"]
     if ON_GPU and shutil.which("compute-sanitizer"):
         tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
