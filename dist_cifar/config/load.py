@@ -343,6 +343,11 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.groups: epochs of a group need whole weights on every rank and strategy.name={strategy.name}"
             " shards them; choose strategy.name=exact or ddp"
         )
+    if config.compute.compile == "on" and strategy.name == "fsdp":
+        raise ConfigError(
+            "compute.compile: on does not go with strategy.name=fsdp: its blocks would be compiled one by one, and the"
+            " backward pass of one fail over what another did to the statistics; set compute.compile=off or auto"
+        )
     milestones = list(config.schedule.milestone_epochs)
     if config.schedule.name == "multistep" and milestones != sorted(milestones):
         raise ConfigError(f"schedule.milestone_epochs: must rise, found {show(milestones)}")
