@@ -174,7 +174,7 @@ def test_a_rank_that_is_killed_is_started_again_on_the_same_nodes(cluster, submi
     job, run = submit(script, TWO_NODES)
     cluster.wait_until(lambda: run.step() >= 7, "step 7", job)
     node = cluster.nodes_of(job)[1]
-    rank = cluster.processes(node, "-u -m dist_cifar.train")[-1]
+    rank = cluster.processes(node, "python -u -m dist_cifar.train")[-1]
     cluster.run_on(node, "kill", "-KILL", str(rank))
     assert cluster.wait(job)["JobState"] == "COMPLETED", run.log()
     assert run.requeues() == ["restarted"] and cluster.job(job)["Restarts"] == "0"
