@@ -54,9 +54,8 @@ STEPS, PATIENCE_SECONDS = 12, 120.0
 PARTS = ("detection", "start", "step")
 
 
-def ranks_of(run: Path) -> list[int]:
-    """The processes that train in this run directory, by their age: those whose arguments name it and have no child
-    that does."""
+def processes_of(run: Path) -> dict[int, tuple[int, int]]:
+    """The parent and the age of each process of Python's whose arguments name this run directory."""
     found: dict[int, tuple[int, int]] = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -64,6 +63,12 @@ def ranks_of(run: Path) -> list[int]:
             if f"run.dir={run}".encode() in arguments and b"python" in arguments[0]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
                 found[int(entry.name)] = int(fields[1]), int(fields[19])
+    return found
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Those of them that are no parent of another one, by their age."""
+    found = processes_of(run)
     parents = {parent for parent, _ in found.values()}
     return sorted(found.keys() - parents, key=lambda pid: found[pid][1])
 
@@ -132,9 +137,10 @@ def one_restart(run: Path, victim: int) -> dict[str, float]:
     time.sleep(random.random() / 2)
     ranks = ranks_of(run)
     assert len(ranks) == 2, ranks
+    known = set(processes_of(run))
     killed = time.time()
     os.kill(ranks[victim], signal.SIGKILL)
-    born = wait_until("a new process", lambda: set(ranks_of(run)) - set(ranks))
+    born = wait_until("a new process", lambda: set(processes_of(run)) - known)
     resumed = wait_until("the resume", lambda: len(starts(run)) > begun)
     at = starts(run)[-1]["step"]
     metrics = run / "metrics.jsonl"

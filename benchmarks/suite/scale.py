@@ -102,7 +102,12 @@ def config_of(directory: Path) -> Config:
     return load_config(
         None,
         [
-            *("data.source=synthetic", f"model.name={MODEL}", f"batch.global_size={GLOBAL_BATCH}"),
+            *(
+                "data.source=synthetic",
+                "data.validation_size=500",
+                f"model.name={MODEL}",
+                f"batch.global_size={GLOBAL_BATCH}",
+            ),
             *(f"strategy.virtual_ranks={VIRTUAL_RANKS}", "compute.precision=fp32", f"run.dir={directory}"),
             *("run.device=cpu", "tracking.wandb=disabled", f"run.log_every_steps={LOG_STEPS}"),
         ],
