@@ -132,8 +132,8 @@ def starts(run: Path) -> list[dict[str, Any]]:
 
 def one_restart(run: Path, victim: int) -> dict[str, float]:
     """Kills a rank; the seconds of each part."""
-    begun = len(starts(run))
     wait_until("the first steps", lambda: starts(run) and last_step(run) >= starts(run)[-1]["step"] + STEPS)
+    begun = len(starts(run))
     time.sleep(random.random() / 2)
     ranks = ranks_of(run)
     assert len(ranks) == 2, ranks
