@@ -33,7 +33,8 @@ NO_WORK = {
     "lift_fresh",
     "_unsafe_view",
 }
-MOST = 2100
+MOST = 1900
+"""It was 2,123 when they were first counted."""
 
 
 class Counting(TorchDispatchMode):
