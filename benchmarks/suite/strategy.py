@@ -287,10 +287,11 @@ def collectives_alone(count: int, communicator: Communicator, barrier: Callable[
     count = math.ceil(count / communicator.world_size) * communicator.world_size
     flat, received = torch.zeros(count), torch.zeros(count)
     shard = flat[: count // communicator.world_size].clone()
+    group = communicator.group([range(communicator.world_size)])
     candidates = {
         "all_reduce": lambda: communicator.all_reduce_sum(flat),
-        "all_to_all": lambda: communicator.all_to_all(received, flat, [len(shard)] * communicator.world_size),
-        "all_gather": lambda: communicator.all_gather(flat, shard),
+        "all_to_all": lambda: communicator.all_to_all(received, flat, [len(shard)] * communicator.world_size, group),
+        "all_gather": lambda: communicator.all_gather(flat, shard, group),
     }
     best = dict.fromkeys(candidates, math.inf)
     for _ in range(2 * BREAKDOWN_STEPS):
