@@ -111,7 +111,7 @@ start_again() { # start_again REASON: prepares it after a crash; fails where the
     local times
     [[ $(newest_checkpoint) != "$reached" && $(job JobState) == RUNNING ]] || return
     times=$(times_of crashed)
-    ((${times:-0} < max_restarts)) || return
+    ((times < max_restarts)) || return
     timeout 10 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${srun_options[@]}" true 2>/dev/null || return
     note restarted "$1" || return
     log "$1; started again on the same nodes"

@@ -333,16 +333,16 @@ def _check_optimizer(config: Config) -> None:
             f"optimizer.{field}: {sharded} steps one group after the other, where clipping needs the norm of all;"
             " choose strategy.name=fsdp or ddp, or strategy.zero_stage=0"
         )
-    if config.average.name != "none" and strategy.name in ("deepspeed", "fsdp"):
-        raise ConfigError(
-            f"average.name: {config.average.name} needs whole weights on every rank and strategy.name={strategy.name}"
-            " shards them; choose strategy.name=exact or ddp"
-        )
-    if any(rule.epochs is not None for rule in optimizer.groups) and strategy.name in ("deepspeed", "fsdp"):
-        raise ConfigError(
-            f"optimizer.groups: epochs of a group need whole weights on every rank and strategy.name={strategy.name}"
-            " shards them; choose strategy.name=exact or ddp"
-        )
+    of_whole_weights = {
+        f"average.name: {config.average.name} needs": config.average.name != "none",
+        "optimizer.groups: epochs of a group need": any(rule.epochs is not None for rule in optimizer.groups),
+    }
+    for needs, is_set in of_whole_weights.items():
+        if is_set and strategy.name in ("deepspeed", "fsdp"):
+            raise ConfigError(
+                f"{needs} whole weights on every rank and strategy.name={strategy.name} shards them; choose"
+                " strategy.name=exact or ddp"
+            )
     if config.compute.compile == "on" and strategy.name == "fsdp":
         raise ConfigError(
             "compute.compile: on does not go with strategy.name=fsdp: its blocks would be compiled one by one, and the"

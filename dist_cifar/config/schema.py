@@ -266,8 +266,8 @@ class ComputeConfig:
     """`bf16` is autocast with fp32 weights and fp32 gradients; `auto` takes bf16 where the GPU or the
     processor has instructions for it. The run directory keeps what was chosen at the first start."""
     compile: Rounding[Literal["auto", "on", "off"]] = "auto"
-    """`torch.compile` of the module before it is wrapped. `auto` is on for GPUs with triton in
-    strategy `ddp`."""
+    """`torch.compile` of the module before it is wrapped. `auto` is on for GPUs with triton in strategy
+    `ddp`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,7 @@ def compiles(config: ComputeConfig, device: torch.device, *, auto_compile: bool)
     """Whether the module is compiled.
 
     With `auto` it is not on CPUs, where that gains too little for what the start then takes, nor where the strategy
-    does not allow it. Raises `ConfigError`
-    for `on` where torch would find no compiler.
+    does not allow it. Raises `ConfigError` for `on` where torch would find no compiler.
     """
     if config.compile == "auto":
         is_wanted = auto_compile and device.type == "cuda" and importlib.util.find_spec("triton") is not None

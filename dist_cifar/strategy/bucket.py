@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.distributed.collectives import Communicator, Group
 from dist_cifar.strategy.exchange import plan_levels
+from dist_cifar.strategy.tree_nodes import Node
 from dist_cifar.strategy.tree_reduce import tree_sum
 
 ALIGNMENT = 32
@@ -29,8 +30,7 @@ class Exchange:
         """A collective. `flat`: in one level, wherever the ranks are."""
         self.communicator, self.leaves = communicator, leaves
         hosts = [""] * communicator.world_size if flat else [identity.host for identity in communicator.identities]
-        levels, self.why_flat = plan_levels(hosts, communicator.rank, leaves=leaves)
-        """Why there is one level, though hosts hold several ranks each; None where that needs no reason."""
+        levels, _ = plan_levels(hosts, communicator.rank, leaves=leaves)
         self.levels = [(level.nodes, communicator.group(level.groups)) for level in levels]
         """The nodes that each rank of this rank's group brings, and the group, of each level."""
 
@@ -48,9 +48,14 @@ class Bucket:
         self._rows = [sent]
         """The sums of nodes, a row for each: this rank's own, and then what it has received on each level, of which the
         first row becomes the sum of all."""
+        self._levels: list[tuple[Group, int, list[int], tuple[Node, ...]]] = []
+        """Each has the group, how many nodes are this rank's, the elements that each rank sends to each, all nodes."""
         for nodes, group in exchange.levels if world_size > 1 else []:
             size //= len(group.ranks)
             self._rows.append(sent.new_empty(sum(map(len, nodes)), size))
+            counts = [len(of_rank) * size for of_rank in nodes]
+            all_nodes = tuple(node for of_rank in nodes for node in of_rank)
+            self._levels.append((group, len(nodes[group.place]), counts, all_nodes))
         self._views = [_views(row, like) for row in sent]
         self.views = self._views[0]
         """The tensors, as views of the flat one."""
@@ -65,15 +70,13 @@ class Bucket:
         for views, tensors in zip(self._views, sums, strict=True):
             torch._foreach_copy_(views, tensors)
         communicator, leaves = self._exchange.communicator, self._exchange.leaves
-        levels = list(zip(self._exchange.levels, self._rows, self._rows[1:], strict=False))
-        for (nodes, group), rows, received in levels:
-            own = rows[: len(nodes[group.place])]
-            by_rank = own.view(len(own), len(group.ranks), -1).transpose(0, 1)
-            counts = [len(of_rank) * received.shape[1] for of_rank in nodes]
+        levels = list(zip(self._levels, self._rows[:-1], self._rows[1:], strict=True))
+        for (group, own, counts, nodes), rows, received in levels:
+            by_rank = rows[:own].view(own, len(group.ranks), received.shape[1]).transpose(0, 1)
             communicator.all_to_all(received.flatten(), by_rank.flatten(), counts, group)
-            tree_sum(received, tuple(node for of_rank in nodes for node in of_rank), leaves=leaves)
+            tree_sum(received, nodes, leaves=leaves)
         self._rows[-1][0].div_(divisor)
-        for (_, group), rows, received in reversed(levels):
+        for (group, *_), rows, received in reversed(levels):
             communicator.all_gather(rows[0], received[0], group)
 
 

@@ -90,10 +90,8 @@ class ExactStrategy:
             for bucket in [self._statistics_bucket, *self._buckets]:
                 self._reductions.submit(bucket.warm_up)
             self._reductions.wait()
-            if device.type == "cuda":
-                torch.cuda.synchronize(
-                    device
-                )  # NCCL connects on the first use, and a module that loads then may wait for it
+            if device.type == "cuda":  # NCCL connects on the first use; a kernel that is loaded then may wait for it
+                torch.cuda.synchronize(device)
             communicator.barrier()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import logging
 import math
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_cifar.config import Config
@@ -80,14 +80,15 @@ class TrainingLog:
 
     def take_totals(self, sums: TrainingSums) -> list[StepTotals]:
         """Every rank's totals since the last log, for `steps`; `sums` starts again. Waits for the device."""
-        ranks = self.totals(sums)
-        sums.reset()
-        return ranks
+        return self._gathered(sums.take)
 
     def totals(self, sums: TrainingSums) -> list[StepTotals]:
         """Every rank's totals since the last log. Waits for the device."""
+        return self._gathered(sums.totals)
+
+    def _gathered(self, read: Callable[[], StepTotals]) -> list[StepTotals]:
         with self._communicator.reading():
-            own = sums.totals()
+            own = read()
         return self._communicator.all_gather_object(own)
 
     def steps(self, state: TrainState, ranks: Sequence[StepTotals], *, lr: float) -> None:

@@ -76,7 +76,6 @@ def test_a_step_of_eight_virtual_ranks_hands_over_few_operations(tiny, monkeypat
     step()
     with Counting() as counting:
         step()
-    print(sum(counting.counts.values()), counting.counts.most_common(20))
     assert sum(counting.counts.values()) <= MOST, counting.counts
 
 
