@@ -105,8 +105,9 @@ def plain(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | 
 
 def _fused(layer: nn.BatchNorm2d, images: torch.Tensor, shortcut: torch.Tensor | None) -> torch.Tensor:
     mean, variance, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    assert mean is not None and variance is not None and count is not None and layer.momentum is not None
-    count.add_(1)
+    assert mean is not None and variance is not None and layer.momentum is not None
+    if count is not None:
+        count.add_(1)
     return _Fused.apply(images, shortcut, layer.weight, layer.bias, mean, variance, layer.momentum, layer.eps)
 
 

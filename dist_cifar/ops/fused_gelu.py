@@ -121,8 +121,9 @@ def _norm_gelu(layers: list[nn.Module], is_pooled: bool, norm: nn.BatchNorm2d, i
 
 def _fused_norm(norm: nn.BatchNorm2d, images: torch.Tensor, is_pooled: bool) -> torch.Tensor:
     mean, variance, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None and variance is not None and count is not None and norm.momentum is not None
-    count.add_(1)
+    assert mean is not None and variance is not None and norm.momentum is not None
+    if count is not None:
+        count.add_(1)
     return _NormGELU.apply(images, norm.bias, mean, variance, norm.momentum, norm.eps, is_pooled)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dist_cifar.distributed.collectives import Communicator
 
@@ -31,6 +35,12 @@ class BatchNormStats:
         """int64 [m]: the number of batches that each layer has seen."""
         self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
         """Values and counts at the last `snapshot`."""
+        self._counters = [
+            (owner, getattr(owner, name))
+            for _, owner, name in whole
+            if isinstance(owner, _NormBase) and owner.momentum is not None and name == "num_batches_tracked"
+        ]
+        """The layers that use their count for nothing else, each with it."""
 
     def snapshot(self) -> None:
         """Remembers the statistics as they are now."""
@@ -41,6 +51,18 @@ class BatchNormStats:
         """Restores the last snapshot."""
         self.values.copy_(self.start_values)
         self.counts.copy_(self.start_counts)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """A `with` block in which layers do not count their batches if they need the count for nothing else: an
+        operation less for each."""
+        for layer, _ in self._counters:
+            layer.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for layer, count in self._counters:
+                layer.num_batches_tracked = count
 
     def restore_where(self, condition: torch.Tensor) -> None:
         """Restores the last snapshot if `condition` (bool []) holds. The device decides: the host waits for nothing."""

@@ -14,6 +14,7 @@ own, on a CPU in a thread. Buckets go in one order on every rank, so collectives
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -54,9 +55,11 @@ class ExactStrategy:
     ) -> None:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
+        self._is_compiled = config.compute.compile == "on"
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._all_passes = plan.virtual_ranks * plan.passes
-        self._nodes = passes_of_nodes(plan.slices, plan.passes)
+        # A CPU adds a gradient while it is in the cache; a GPU adds all of them at once, in one launch.
+        self._nodes = passes_of_nodes(plan.slices, plan.passes, pairs=device.type == "cpu")
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
@@ -97,7 +100,8 @@ class ExactStrategy:
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         statistics = self._statistics
         statistics.restore()
-        logits = self.module(images)
+        with nullcontext() if self._is_last_pass or self._is_compiled else statistics.uncounted():
+            logits = self.module(images)
         seen = statistics.values.clone()
         node, is_first, is_last = self._nodes[self._pass]
         self._stats_sum = seen if is_first else self._stats_sum.add_(seen)

@@ -49,17 +49,18 @@ def additions(nodes: tuple[Node, ...], *, leaves: int) -> list[tuple[list[int], 
     return rounds
 
 
-def passes_of_nodes(slices: range, passes: int) -> list[tuple[Node, bool, bool]]:
+def passes_of_nodes(slices: range, passes: int, *, pairs: bool) -> list[tuple[Node, bool, bool]]:
     """For each pass of a rank that holds `slices`: the node of the tree to which it belongs, and whether it is the
     first and the last pass of that.
 
-    The passes of a node are added up by autograd, in their order, while a gradient is still in the cache: those of one
-    virtual rank, and where these have one pass each, those of two that are the lowest level of the tree.
+    The passes of a node are added up by autograd, in their order, one gradient after the other: those of one virtual
+    rank, and with `pairs`, where virtual ranks have one pass each, those of two that are the lowest level of the tree.
+    The sum is the same.
     """
     nodes = [(leaf, leaf + 1) for leaf in slices]
-    if passes == 1:
-        pairs = {leaf - leaf % 2 for leaf in slices if leaf % 2 and leaf - 1 in slices}
-        nodes = [(leaf, leaf + 2) if leaf in pairs else (leaf, leaf + 1) for leaf in slices if leaf - 1 not in pairs]
+    if pairs and passes == 1:
+        left = {leaf - leaf % 2 for leaf in slices if leaf % 2 and leaf - 1 in slices}
+        nodes = [(leaf, leaf + 2) if leaf in left else (leaf, leaf + 1) for leaf in slices if leaf - 1 not in left]
     found = []
     for first, end in nodes:
         count = (end - first) * passes

@@ -126,6 +126,23 @@ def test_buckets_do_not_change_the_bits(ranks):
     assert ranks.run(4, small_buckets, config())[0] == expected
 
 
+def without_pairs(communicator: Communicator, config: Config) -> tuple[dict[str, str], list[float]]:
+    """As on a GPU."""
+    with mock.patch.object(exact, "passes_of_nodes", passes_without_pairs):
+        return trained(communicator, config)
+
+
+def passes_without_pairs(slices: range, passes: int, *, pairs: bool) -> list[tuple[tree_nodes.Node, bool, bool]]:
+    assert pairs
+    return tree_nodes.passes_of_nodes(slices, passes, pairs=False)
+
+
+def test_pairs_that_autograd_adds_up_change_no_bit(ranks):
+    expected = ranks.run(1, trained, config(virtual_ranks=8))[0]
+    assert ranks.run(1, without_pairs, config(virtual_ranks=8))[0] == expected
+    assert ranks.run(3, without_pairs, config(virtual_ranks=8))[0] == expected
+
+
 def hooks_called(communicator: Communicator, config: Config) -> tuple[int, int]:
     """How often a hook is called in three steps, and how many parameters there are."""
     calls, called = 0, ExactStrategy._on_grad_ready
