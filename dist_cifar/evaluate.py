@@ -8,7 +8,7 @@ it does not depend on which rank computed which batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from dist_cifar.data.dataset import Dataset, Split
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.state import Evaluation
 
+_MOST_KEPT = 20_000
+"""Images of all ranks, of 12 KiB each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
@@ -34,6 +37,8 @@ class Evaluator:
     """Images of the training split that are held out; without any, it validates on the test split."""
     batch_size: int
     communicator: Communicator
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The images of the validation split that a GPU keeps: see `evaluate`."""
 
     @property
     def selects_on_test(self) -> bool:
@@ -52,16 +57,26 @@ class Evaluator:
 
     def validate(self, weights: Mapping[str, torch.Tensor]) -> Evaluation:
         """The result of `weights` on the split on which the best model is chosen. A collective."""
-        if self.selects_on_test:
-            return self.test(weights)
-        return self._evaluate(weights, self.dataset.train, self.validation_indices)
+        split, indices = self._test_split
+        if not self.selects_on_test:
+            split, indices = self.dataset.train, self.validation_indices
+        keeps = self.communicator.device.type != "cpu" and len(indices) <= _MOST_KEPT
+        return self._evaluate(weights, split, indices, kept=self.kept if keeps else None)
 
     def test(self, weights: Mapping[str, torch.Tensor]) -> Evaluation:
         """The result of `weights` on the test split. A collective."""
-        return self._evaluate(weights, self.dataset.test, np.arange(len(self.dataset.test.labels)))
+        return self._evaluate(weights, *self._test_split)
+
+    @property
+    def _test_split(self) -> tuple[Split, npt.NDArray[np.int64]]:
+        return self.dataset.test, np.arange(len(self.dataset.test.labels))
 
     def _evaluate(
-        self, weights: Mapping[str, torch.Tensor], split: Split, indices: npt.NDArray[np.int64]
+        self,
+        weights: Mapping[str, torch.Tensor],
+        split: Split,
+        indices: npt.NDArray[np.int64],
+        kept: dict[int, torch.Tensor] | None = None,
     ) -> Evaluation:
         self.model.load_state_dict(weights)
         return evaluate(
@@ -72,6 +87,7 @@ class Evaluator:
             num_classes=len(self.dataset.classes),
             batch_size=self.batch_size,
             communicator=self.communicator,
+            kept=kept,
         )
 
 
@@ -84,8 +100,12 @@ def evaluate(
     num_classes: int,
     batch_size: int,
     communicator: Communicator,
+    kept: dict[int, torch.Tensor] | None = None,
 ) -> Evaluation:
     """Loss, confusion matrix and logits of `module` on the images `indices` (int64 [n]) of `split`. A collective.
+
+    `kept` remembers this rank's images as the module takes them, float32 [batch, 3, 32, 32] by the number of their
+    batch, from one call to the next with the same `split`, `indices` and `batch_size`.
 
     The module returns to the mode, training or evaluation, that it was in.
     """
@@ -100,7 +120,11 @@ def evaluate(
     try:
         with torch.no_grad():
             for i in range(communicator.rank, len(batches), communicator.world_size):
-                images = normalize(split.images, batches[i], stats).to(device)
+                images = kept.get(i) if kept is not None else None
+                if images is None:
+                    images = normalize(split.images, batches[i], stats).to(device)
+                if kept is not None:
+                    kept[i] = images
                 labels = torch.from_numpy(split.labels[batches[i]]).to(device)
                 logits = module(images)
                 all_logits[i * batch_size : i * batch_size + len(labels)] = logits

@@ -149,13 +149,13 @@ class Trainer:
         self.log.trackers = self.records.begin(state, self.evaluator, self.schedule, resume_step, trackers)
         defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
-        vote, store = AsyncAnyReduce(self.communicator, 2), self.checkpoints.store
+        vote, store = AsyncAnyReduce(self.communicator, 3), self.checkpoints.store
         stream = closing(self.batches.stream(state.step, self.communicator.device))
         with stream as batches, self.profile or nullcontext():
             while not is_over(config, plan, state):
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
                 stops = stop_requested() or self.deadline.is_near(store.write_seconds, delay=vote.delay)
-                vote.start(state.step + 1, stops, store.failed)
+                vote.start(state.step + 1, stops, store.failed, self.checkpoints.asks())
                 step_started = time.perf_counter()
                 self.log.compute_timer.start()
                 batch = next(batches)
@@ -174,17 +174,17 @@ class Trainer:
                     self.records.profiled(self.profile)
                 if evaluation_due(plan, config.eval.every_epochs, state.step):
                     self.evaluate()
-                    self.save(best=state.best_step == state.step)
-                stops, write_failed = vote.result()
+                    if state.best_step == state.step or config.checkpoint.every_seconds is None:
+                        self.save(best=state.best_step == state.step)
+                stops, write_failed, is_due = vote.result()
                 if write_failed:
                     self.checkpoints.wait()  # raises what went wrong
                 if stops:
                     self.records.stopping(state, store.write_seconds)
-                    self.save()
                     self._leave_loop()
                     self.records.stopped(state)
                     return False
-                if config.checkpoint.every_steps and state.step % config.checkpoint.every_steps == 0:
+                if is_due or self.checkpoints.falls_on(state.step):
                     self.save()
         self._leave_loop()
         self._finish()
@@ -277,7 +277,8 @@ class Trainer:
         return self.state
 
     def _leave_loop(self) -> None:
-        """No more steps: when this returns, what was saved is on the disk."""
+        """No more steps: when this returns, all is on the disk."""
+        self.save()
         self.records.profiled(self.profile)
         self.checkpoints.wait(must_succeed=True)
         self.console.stop()

@@ -75,6 +75,24 @@ def test_equals_a_plain_loop_on_every_world_size(ranks, size, batch_size):
     assert len({result.loss for results in by_world_size for result in results}) == 1  # to the last bit
 
 
+def keeping(communicator: Communicator) -> tuple[Evaluation, Evaluation]:
+    """Of another module, evaluated after the first: as if anew, and with the images that were kept."""
+    module, split, indices = inputs(37)
+    kept: dict[int, torch.Tensor] = {}
+    arguments = {"stats": ImageStats(MEAN, STD), "num_classes": CLASSES, "batch_size": 5, "communicator": communicator}
+    evaluate(module, split, indices, **arguments, kept=kept)
+    assert list(kept) == list(range(communicator.rank, 8, communicator.world_size))
+    torch.nn.init.ones_(module[2].weight)
+    anew = evaluate(module, split, indices, **arguments)
+    blank = Split(images=np.zeros_like(split.images), labels=split.labels)
+    return anew, evaluate(module, blank, indices, **arguments, kept=kept)
+
+
+def test_images_that_are_kept_give_the_same_result(ranks):
+    for anew, again in [*ranks.run(1, keeping), *ranks.run(3, keeping)]:
+        assert anew.loss == again.loss and np.array_equal(anew.logits, again.logits)
+
+
 def test_padding_is_caught(ranks):
     assert not agrees(ranks.run(3, sharded, 37, 5, True), 37)
 

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -300,6 +302,33 @@ def test_a_run_that_died_resumes_from_its_last_checkpoint(ranks, tiny, tmp_path)
     assert summary(config)["weights_sha256"] == summary(undisturbed)["weights_sha256"]
     steps = [row["step"] for row in rows(config, "train")]
     assert steps == sorted(set(steps)) == [row["step"] for row in rows(undisturbed, "train")]
+
+
+def at_a_second_a_question(communicator: Communicator, config: Config) -> list[int]:
+    """The steps that are saved if whoever reads the clock finds it a second later."""
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    with mock.patch.object(checkpointing, "time", clock):
+        train(communicator, config)
+    events = [json.loads(line) for line in (Path(config.run.dir) / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["event"] == "checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "world_size", "saved"),
+    [
+        ("null", 2, [5, 10, 15]),  # after each evaluation
+        ("1000", 2, [5, 15]),  # the best, and the last
+        ("3", 1, [3, 5, 8, 11, 14, 15]),
+        ("3", 2, [3, 5, 8, 11, 14, 15]),
+        ("3", 4, [4, 5, 9, 13, 15]),  # the answer is known a step later
+    ],
+)
+def test_checkpoints_by_the_clock(ranks, tiny, tmp_path, seconds, world_size, saved):
+    """The weights do not change, so the first ones stay the best."""
+    unchanged = ("optimizer.lr=1e-30", "model.norm=group", "train.epochs=3", "strategy.name=ddp")
+    config = tiny(*unchanged, f"checkpoint.every_seconds={seconds}")
+    assert ranks.run(world_size, at_a_second_a_question, config)[0] == saved
+    assert summary(config)["best_step"] == 5
 
 
 def test_a_resume_without_the_ranks_own_buffers_is_caught(ranks, tiny, tmp_path):

@@ -100,9 +100,7 @@ class Job:
             network = build_model(config.model, num_classes=10, seed=0)
             self._strategy = build_strategy(network, config, communicator=communicator, plan=plan)
         self._sums = TrainingSums(communicator.device, may_skip=False)
-        self._passes = [
-            (torch.randn(size, 3, side, side), torch.randint(10, (size,))) for size in plan.micro_sizes
-        ]
+        self._passes = [(torch.randn(size, 3, side, side), torch.randint(10, (size,))) for size in plan.micro_sizes]
 
     def step(self) -> None:
         with ExitStack() as block:

@@ -296,6 +296,9 @@ class CheckpointConfig:
 
     every_steps: Free[PositiveInt | None] = None
     """Steps between two checkpoints within an epoch; null writes none there."""
+    every_seconds: Free[Seconds | None] = None
+    """Seconds between two checkpoints, wherever in an epoch; null does not look at the time. With it, an evaluation is
+    followed by a checkpoint only if its weights are the best so far: that saves writing where epochs are short."""
     keep_last: Free[PositiveInt] = 2
     """How many of the newest checkpoints to keep."""
     keep_best: Free[PositiveInt] = 1

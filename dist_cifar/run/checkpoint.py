@@ -46,6 +46,7 @@ import safetensors.torch
 import torch
 
 from dist_cifar.errors import CheckpointError
+from dist_cifar.ops.transfer import download
 from dist_cifar.run import atomic_io
 from dist_cifar.run.run_files import Shape, by_name, is_count, is_flag, is_text, misfit
 
@@ -94,9 +95,9 @@ def weights_sha256(tensors: Tensors) -> str:
     -0.0 differ, a NaN equals itself.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(download(tensors).items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -393,7 +394,7 @@ def _safetensors(tensors: Tensors) -> memoryview:
     https://github.com/huggingface/safetensors#format. The training waits for this copy. `safetensors.torch.save` (0.8)
     holds two copies at a time and takes three times as long, for a ResNet-18 with Adam's state on one CPU thread.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so each one is aligned
+    ordered = sorted(download(tensors).items(), key=lambda item: -item[1].dtype.itemsize)  # so each one is aligned
     entries: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -74,6 +75,7 @@ class RunCheckpoints:
         )
         self.saved_step: int | None = None
         """Step of the checkpoint that was restored or saved last."""
+        self._asked_at = time.monotonic()
 
     def restore(self, *, must_resume: bool, resume_anyway: bool) -> Restored | None:
         """The newest checkpoint, or None if there is none. Raises `ConfigError` where a resume would change the result.
@@ -147,7 +149,21 @@ class RunCheckpoints:
             self._run_dir.append_event("checkpoint", step=train_state.step, best=best)
 
         self._communicator.run_on_rank0(begin_save)
-        self.saved_step = train_state.step
+        self.saved_step, self._asked_at = train_state.step, time.monotonic()
+
+    def falls_on(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` because of `checkpoint.every_steps`. No collective."""
+        every = self._config.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def asks(self) -> bool:
+        """Whether this rank wants a checkpoint because of `checkpoint.every_seconds`: rank 0, once each time that they
+        have passed. No collective."""
+        seconds, now = self._config.checkpoint.every_seconds, time.monotonic()
+        if seconds is None or self._communicator.rank != 0 or now - self._asked_at < seconds:
+            return False
+        self._asked_at = now
+        return True
 
     def wait(self, *, must_succeed: bool = False) -> None:
         """Waits for the write under way; see `CheckpointStore.wait`."""
