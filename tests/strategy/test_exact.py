@@ -255,10 +255,16 @@ def one_slice_a_rank(self: ExactStrategy, *arguments: Any, **keywords: Any) -> N
     self._nodes = [(whole, i == 0, i == count - 1) for i in range(count)]
 
 
+def statistics_in_order(self: ExactStrategy, *arguments: Any, **keywords: Any) -> None:
+    _INIT(self, *arguments, **keywords)
+    self._statistics_tree._parents = AllNeighbours()
+
+
 _STEP, _INIT = ExactStrategy.step, ExactStrategy.__init__
 MUTANTS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "a left fold of the local leaves": (tree_reduce, "parents_in", lambda leaves: AllNeighbours()),
     "all passes of a rank added up in their order": (ExactStrategy, "__init__", one_slice_a_rank),
+    "statistics of a rank added up in their order": (ExactStrategy, "__init__", statistics_in_order),
     "a left fold over the ranks": (bucket, "tree_sum", rows_in_order),
     "statistics applied on each rank": (ExactStrategy, "step", statistics_of_each_rank),
     "batches counted for each pass": (ExactStrategy, "step", a_batch_for_each_pass),

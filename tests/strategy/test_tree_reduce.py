@@ -131,20 +131,33 @@ def test_an_all_reduce_is_another_sum(ranks):
     assert not equal(ranks.run(4, all_reduced)[0], expected)
 
 
+def sums_of(held: range, leaves: int) -> list[torch.Tensor]:
+    """What a rank with these leaves brings."""
+    tree = TreeAccumulator(leaves)
+    for index in held[:-1]:
+        tree.add((index, index + 1), leaf(index)[1:2])
+    return [row.flatten() for (row,) in tree.finish((held[-1], held[-1] + 1), leaf(held[-1])[1:2])]
+
+
 def local_means(leaves: int, world_size: int) -> np.ndarray:
     """The sum of all leaves, each rank's nodes and what adds them up computed in this process."""
     nodes, rows = [], []
     for rank in range(world_size):
-        held, tree = share(rank, parts=world_size, count=leaves), TreeAccumulator(leaves)
-        for index in held[:-1]:
-            tree.add((index, index + 1), leaf(index)[1:2])
-        sums = tree.finish((held[-1], held[-1] + 1), leaf(held[-1])[1:2])
-        found = nodes_of(held, leaves=leaves)
+        held = share(rank, parts=world_size, count=leaves)
+        sums, found = sums_of(held, leaves), nodes_of(held, leaves=leaves)
         assert len(found) == len(sums) <= 2 * max(1, leaves.bit_length())
         assert [i for first, end in found for i in range(first, end)] == list(held)
         nodes += found
-        rows += [row.flatten() for (row,) in sums]
+        rows += sums
     return tree_sum(torch.stack(rows), tuple(nodes), leaves=leaves).numpy()
+
+
+def test_leaves_that_are_shared_by_another_rounding_are_caught():
+    """The mutant: ranks compute other leaves than the plan of the exchange says, though as many sums in all."""
+    plan = [node for rank in range(3) for node in nodes_of(share(rank, parts=3, count=8), leaves=8)]
+    rows = [row for held in (range(3), range(3, 6), range(6, 8)) for row in sums_of(held, 8)]
+    total = tree_sum(torch.stack(rows), tuple(plan), leaves=8).numpy()
+    assert total.tobytes() != by_definition(0, 8)[1].flatten().tobytes() == local_means(8, 3).tobytes()
 
 
 @pytest.mark.parametrize("leaves", range(1, 17))
