@@ -21,6 +21,7 @@ RESULTS = REPOSITORY / "benchmarks/results"
 
 def headline(
     exactness: dict[str, Any],
+    world_sizes: dict[str, Any],
     schedules: dict[str, Any],
     checkpoint_damage: dict[str, Any],
     peers: dict[str, Any],
@@ -28,14 +29,12 @@ def headline(
     real_job: dict[str, Any],
 ) -> str:
     """The few figures of the README."""
-    hardware = {exactness["hardware"], schedules["hardware"], checkpoint_damage["hardware"], peers["hardware"]}
-    (machine,) = hardware | {augment["hardware"], real_job["hardware"]}
-    (length,) = {row["steps"] for row in exactness["results"]}
-    equal = sum(row["equal"] for row in exactness["results"])
-    compared = " and ".join(dict.fromkeys(MODELS[row["model"]] for row in exactness["results"]))
-    chains = {tuple(trial["world_sizes"]) for row in exactness["results"] for trial in row["trials"]}
-    sizes = ", ".join(str(chain[0]) for chain in sorted(chains) if len(chain) == 1)
-    killed = " -> ".join(map(str, next(chain for chain in chains if len(chain) > 1)))
+    (measured_on,) = {part["hardware"] for part in (exactness, checkpoint_damage, peers, augment, real_job)}
+    (proved_on,) = {part["hardware"] for part in (world_sizes, schedules)}
+    compared = exactness["results"] + world_sizes["results"]
+    models = " and ".join(dict.fromkeys(MODELS[row["model"]] for row in compared))
+    lengths = " or ".join(map(str, sorted({row["steps"] for row in compared})))
+    most = max(size for row in compared for trial in row["trials"] for size in trial["world_sizes"])
     ours, pil = (
         next(row for row in augment["results"] if row["name"] == name) for name in ("dist_cifar", "torchvision PIL")
     )
@@ -47,8 +46,9 @@ def headline(
     accuracy, wall = real_job["spread"]["test_accuracy"], real_job["spread"]["wall_seconds"]
     rows = [
         (
-            f"same bits on {sizes} ranks, and killed and resumed on {killed}",
-            f"{equal} of {len(exactness['results'])} comparisons ({compared}, each in fp32 and bf16, {length} steps)",
+            f"same bits on every number of ranks from 1 to {most}, and killed and resumed on others",
+            f"{sum(row['equal'] for row in compared)} of {len(compared)} comparisons ({models}, each in fp32 and bf16,"
+            f" {lengths} steps)",
         ),
         (
             "runs killed at random moments that end with the weights of an undisturbed run",
@@ -76,7 +76,8 @@ def headline(
             "|---|---|",
             *(f"| {what} | {measured} |" for what, measured in rows),
             "",
-            f"Median (minimum to maximum) of n on an {machine}. No GPU has been measured yet.",
+            f"Median (minimum to maximum) of n on an {measured_on}; bits and kills on an {proved_on} too. No GPU has"
+            " been measured yet.",
         ]
     )
 
@@ -410,6 +411,33 @@ def exactness(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where}, {load}."])
 
 
+def world_sizes(result: dict[str, Any]) -> str:
+    """The digests of every number of ranks."""
+    lines = ["| model | virtual ranks | steps | ranks, each alone and one after the other | digest |", "|---" * 5 + "|"]
+    for row in result["results"]:
+        sizes = [trial["world_sizes"][0] for trial in row["trials"] if len(trial["world_sizes"]) == 1]
+        digest = f"`{row['digest']}`, all equal" if row["equal"] else "NOT EQUAL"
+        name = f"{row['model']} {row['precision']}"
+        lines.append(f"| {name} | {row['virtual_ranks']} | {row['steps']} | {min(sizes)} to {max(sizes)} | {digest} |")
+    return "\n".join([*lines, "", f"With {result['data']} as the images, on an {result['hardware']}."])
+
+
+def host_time(result: dict[str, Any]) -> str:
+    """What a step costs its host."""
+    lines = ["| without what saves operations | operations | time of the host |", "|---|---|---|"]
+    for row in result["results"]:
+        ratio = f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+        lines.append(f"| {row['variant']} | {row['operations']:,} | {ratio} |")
+    first = result["results"][0]
+    note = (
+        f"Operations of a step of ResNet-18, bf16, {result['virtual_ranks']} virtual ranks on one rank. Time of a"
+        f" ResNet-20 on images of 8x8 pixels over that of the first row, {first['milliseconds_median']:.0f} ms: median"
+        f" and range of n = {result['n']} interleaved rounds on one core of an {result['hardware']}, which stands for a"
+        " GPU's host."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def strategy(result: dict[str, Any]) -> str:
     """The cost of strategy exact, its bytes, and the prediction."""
 
@@ -418,14 +446,17 @@ def strategy(result: dict[str, Any]) -> str:
         return f"{median:.3f} ({low:.3f} to {high:.3f})"
 
     lines = [
-        "| model | ranks | time, equal passes | processor time, equal passes | time, one pass a rank | bytes |",
-        "|---|---|---|---|---|---|",
+        "| model | ranks | time, equal passes | processor time, equal passes | time, one pass a rank | bytes"
+        " | efficiency |",
+        "|---" * 7 + "|",
     ]
     for row in result["results"]:
         names = ("exact_over_ddp_equal", "exact_over_ddp_equal_cpu", "exact_over_ddp_natural")
         sent = [row.get(f"{side}_wire_bytes_per_rank_measured") for side in ("exact", "ddp_equal")]
         wire = f"{sent[0] / sent[1]:.3f}" if all(sent) else ""
-        cells = [f"{row['model']} {row['precision']}", str(row["ranks"]), *(ratio(row, name) for name in names), wire]
+        efficiency = f"{row['exact_efficiency_measured']:.2f} ({row['exact_efficiency_predicted']:.2f})"
+        ratios = [ratio(row, name) for name in names]
+        cells = [f"{row['model']} {row['precision']}", str(row["ranks"]), *ratios, wire, efficiency]
         lines.append(f"| {' | '.join(cells)} |")
     oversubscribed = ", ".join(map(str, result["oversubscribed_ranks"]))
     lines += [
@@ -434,7 +465,9 @@ def strategy(result: dict[str, Any]) -> str:
         f" global batch {result['global_batch']}, 8 virtual ranks, {result['hardware']}, one thread a rank (so"
         f" {oversubscribed} ranks share its cores, on both sides). *Equal passes*: `ddp` accumulates passes of as many"
         " samples as a virtual rank has. *One pass a rank* is how `ddp` would be run. *Bytes* are those that a rank"
-        " sends in a step, counted by the network interface.",
+        " sends in a step, counted by the network interface. *Efficiency*: the processor time of the average rank of"
+        " `exact` over that of the busiest, for which the others wait (in brackets what the shares of the virtual ranks"
+        " predict); `ddp` shares passes of 16 images as unequally.",
         "",
         "No GPU was measured. Predicted for ResNet-18 from the assumptions in `benchmarks/results/strategy.json`:",
         "",
@@ -580,6 +613,7 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
     "README.md": {"headline": headline, "recipes": recipes},
     "docs/exactness.md": {
         "exactness": exactness,
+        "world_sizes": world_sizes,
         "exchange": exchange,
         "strategy": strategy,
         "schedules": schedules,
@@ -597,6 +631,7 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
         "settings": settings,
         "scale": scale,
         "restart": restart,
+        "host_time": host_time,
     },
     "docs/recipes.md": {"accuracy": accuracy, "time_to_accuracy": time_to_accuracy},
     "docs/slurm.md": {"slurm": slurm, "preemption": preemption},
@@ -605,7 +640,7 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
 
 SOURCES = {
     "constant": ("peers",),
-    "headline": ("exactness", "schedules", "checkpoint_damage", "peers", "augment", "real_job"),
+    "headline": ("exactness", "world_sizes", "schedules", "checkpoint_damage", "peers", "augment", "real_job"),
     "preemption": ("slurm",),
     "recipes": ("accuracy", "time_to_accuracy"),
 }

@@ -1,4 +1,4 @@
-"""What strategy `exact` costs against `ddp` at the same global batch, on 1, 2 and 4 ranks; the bytes on the wire; and a
+"""What strategy `exact` costs against `ddp` at the same global batch, on 1 to 4 ranks; the bytes on the wire; and a
 prediction for GPUs, of which none was measured.
 
     python benchmarks/suite/strategy.py --out benchmarks/results/strategy.json
@@ -12,6 +12,8 @@ from round to round; barriers enclose a sample, a ratio is taken within a round,
 - `ddp_natural`: one pass a rank, as `ddp` would be used.
 
 Ratios of processor time (all threads of rank 0) stand beside those of time: they show work that waiting hides, or adds.
+The processor time of the average rank of `exact` over that of the busiest is its efficiency where virtual ranks cannot
+be shared equally: on machines with a core for each rank the others wait for the busiest.
 
 The ranks of one run have a network namespace of their own where the system allows it (`unshare`), so that its loopback
 interface counts no other process's traffic. The figure is the minimum over samples, less that of an idle sample:
@@ -45,7 +47,7 @@ from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_byt
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, load_config
-from dist_cifar.data.batching import plan_batches
+from dist_cifar.data.batching import plan_batches, share
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.cores import available_cores
 from dist_cifar.distributed.launch_env import DistEnv, read_env
@@ -54,9 +56,11 @@ from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions
 from dist_cifar.strategy import bucket, build_strategy, reduction_queue, slice_count, tree_reduce
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
+from dist_cifar.strategy.compute import kept_casts
+from dist_cifar.strategy.tree_nodes import nodes_of
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 3, 4)
 MODELS = ("resnet20", "resnet18")
 PRECISIONS = ("fp32", "bf16")
 GLOBAL_BATCH, VIRTUAL_RANKS = 128, 8
@@ -72,8 +76,12 @@ NAMESPACE = ["unshare", "--map-root-user", "--net", "sh", "-c", f'ip link set {L
 
 
 def wire_bytes_exact(counts: Iterable[int], ranks: int) -> float:
-    """Bytes that one rank sends in one step, for flat float32 buckets of `counts` elements, each padded."""
-    return sum(2 * (ranks - 1) / ranks * 4 * math.ceil(count / ranks) * ranks for count in counts)
+    """Bytes that a rank sends in a step on average, for flat float32 buckets of `counts` elements, each padded.
+
+    It sends its sums of nodes, and what it has added up."""
+    held = [share(rank, parts=ranks, count=VIRTUAL_RANKS) for rank in range(ranks)]
+    nodes = sum(len(nodes_of(leaves, leaves=VIRTUAL_RANKS)) for leaves in held) / ranks
+    return sum((nodes + 1) * (ranks - 1) / ranks * 4 * math.ceil(count / ranks) * ranks for count in counts)
 
 
 def wire_bytes_ring(count: int, ranks: int) -> float:
@@ -136,18 +144,20 @@ class Side:
         images = torch.randn(plan.per_rank_size, 3, 32, 32, generator=generator)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(10, (plan.per_rank_size,), generator=generator)
+        self._config = config
         self._batch = list(zip(images.split(plan.micro_sizes), labels.split(plan.micro_sizes), strict=True))
 
     def step(self) -> dict[str, float]:
         """One step; seconds of its parts on this rank's main thread."""
         parts: dict[str, float] = defaultdict(float)
-        for images, labels in self._batch:
-            start = time.perf_counter()
-            loss = cross_entropy(self.strategy.forward(images), labels)
-            middle = time.perf_counter()
-            self.strategy.backward(loss)
-            parts["forward"] += middle - start
-            parts["backward"] += time.perf_counter() - middle
+        with kept_casts(self._config, torch.device("cpu")):
+            for images, labels in self._batch:
+                start = time.perf_counter()
+                loss = cross_entropy(self.strategy.forward(images), labels)
+                middle = time.perf_counter()
+                self.strategy.backward(loss)
+                parts["forward"] += middle - start
+                parts["backward"] += time.perf_counter() - middle
         start = time.perf_counter()
         self.strategy.step(1e-3)
         parts["step"] = time.perf_counter() - start
@@ -213,6 +223,9 @@ def measure(model: str, precision: str, options: argparse.Namespace, communicato
         for kind, values in (("", seconds), ("_cpu", cpu_seconds)):
             ratios = [mine / other for mine, other in zip(values["exact"], values[name], strict=True)]
             row |= spread(f"exact_over_{name}{kind}", ratios, 4)
+    busy = communicator.all_gather_object(statistics.median(cpu_seconds["exact"]))
+    row["exact_efficiency_measured"] = round(statistics.mean(busy) / max(busy), 4)
+    row["exact_efficiency_predicted"] = round(VIRTUAL_RANKS / ranks / math.ceil(VIRTUAL_RANKS / ranks), 4)
     counted = {"exact": wire_bytes_exact([*counts, statistics_count], ranks)}
     counted |= dict.fromkeys(("ddp_equal", "ddp_natural"), wire_bytes_ring(sum(counts), ranks))
     for name in SIDES if ranks > 1 else ():
@@ -365,7 +378,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of strategy exact against ddp.")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default %(default)s)")
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of ranks (default: 1 2 4)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of ranks (default: 1 2 3 4)")
     parser.add_argument("--models", nargs="+", default=MODELS, help="models (default: resnet20 resnet18)")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, help="precisions (default: fp32 bf16)")
     parser.add_argument(

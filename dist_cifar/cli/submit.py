@@ -25,7 +25,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="default: 1")
     parser.add_argument("--gpus-per-node", type=count, default=1, metavar="G", help="default: 1; 0 asks for none")
     parser.add_argument("--ranks-per-node", type=positive, metavar="R", help="default: one for each GPU, at least one")
-    parser.add_argument("--cpus-per-task", type=positive, metavar="N", help="CPU cores of each task; default: 8")
+    parser.add_argument(
+        "--cpus-per-task", type=positive, metavar="N", help="CPU cores of each task; default: 8 for each GPU"
+    )
     parser.add_argument("--time", metavar="T", help="limit, as sbatch reads it: minutes, HH:MM:SS, D-HH; default: 12 h")
     parser.add_argument("--job-name", metavar="NAME")
     parser.add_argument("--partition", metavar="P")

@@ -1,4 +1,4 @@
-"""How many CPU cores this process may use: those that it is bound to, and no more than its container's quota.
+"""Which CPU cores this process may use: those that it is bound to, and no more than its container's quota.
 
 Contract: asked before torch is imported. What cannot be read is no limit.
 """
@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
+_SYSTEM = Path("/sys")
 
 
 def available_cores() -> int:
@@ -19,6 +20,32 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def cores_near(address: str, allowed: set[int], system: Path = _SYSTEM) -> set[int]:
+    """Those of the cores `allowed` that belong to the NUMA node of the PCI device at `address`, such as 0000:3b:00.0.
+
+    It is all of them if the system does not say which those are, or if that node has fewer of them than others have.
+    """
+    near = _listed(system / "bus/pci/devices" / address / "local_cpulist") & allowed
+    nodes = [_listed(path) & allowed for path in (system / "devices/system/node").glob("node[0-9]*/cpulist")]
+    has_its_share = len(near) * sum(map(bool, nodes)) >= len(allowed)
+    return near if near and has_its_share else allowed
+
+
+def bind_near(address: str) -> None:
+    """Binds this process, with the threads that it starts from now on, to `cores_near` of the PCI device."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores_near(address, os.sched_getaffinity(0)))
+
+
+def _listed(path: Path) -> set[int]:
+    """The numbers in a file such as `0-3,8`; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        ends = [part.partition("-") for part in path.read_text().strip().split(",")]
+        return {core for first, _, last in ends for core in range(int(first), int(last or first) + 1)}
+    return set()
 
 
 def cpu_quota(cgroups: Path = _CGROUPS, own: Path = _OWN) -> float | None:

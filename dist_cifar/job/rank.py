@@ -62,7 +62,7 @@ def run_rank(
     import torch
 
     from dist_cifar.config import load_components
-    from dist_cifar.distributed.device import choose_device
+    from dist_cifar.distributed.device import bind_to_cores_near, choose_device
     from dist_cifar.ops.malloc import keep_freed_memory
     from dist_cifar.run.provenance import shared_facts
     from dist_cifar.run.run_dir import RunDir
@@ -72,6 +72,7 @@ def run_rank(
     load_components(config)
     torch.set_num_threads(threads)  # torchrun has put OMP_NUM_THREADS=1 before this process began
     device = choose_device(config.run.device, env)
+    bind_to_cores_near(device)
     keep_freed_memory()
     communicator = connect(env, device, config.run.timeout_seconds, lambda: shared_facts(config))
     failure_exit = FailureExit(RunDir.of(config), communicator)

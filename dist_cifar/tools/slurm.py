@@ -21,6 +21,9 @@ from dist_cifar.errors import ConfigError, LaunchError
 
 logger = logging.getLogger(__name__)
 
+CORES_OF_GPU = 8
+"""For the threads of a rank: its loop, the backward pass, the batches, the exchange."""
+
 _OF_A_JOB = re.compile(
     r"(?:SLURM|SBATCH|SRUN|SALLOC|SLURMD|PMI|PMIX|OMPI|PRTE|MV2|MVAPICH|FLUX|PALS|HYDRA|TORCHELASTIC|ACCELERATE)_|MPI_LOCAL"
     r"|(?:RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|ROLE_RANK|GROUP_WORLD_SIZE|ROLE_WORLD_SIZE)$"
@@ -79,7 +82,7 @@ def render(template: str, request: Request) -> str:
         "nodes": request.nodes,
         "ntasks-per-node": 1 if with_torchrun else request.ranks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
-        "cpus-per-task": request.cpus_per_task,
+        "cpus-per-task": _cores(request, with_torchrun),
         "time": request.time,
         "partition": request.partition,
         "account": request.account,
@@ -106,6 +109,13 @@ def render(template: str, request: Request) -> str:
     if request.setup:
         text = _with_line(text, "# module load cuda\n", "\n".join(request.setup) + "\n")
     return _with_line(text, "source slurm/job.sh", f"set -- {shlex.join(request.arguments)}\nsource slurm/job.sh")
+
+
+def _cores(request: Request, with_torchrun: bool) -> int | None:
+    """Cores of each task; None is as the template has it."""
+    if request.cpus_per_task is None and with_torchrun and request.gpus_per_node:
+        return CORES_OF_GPU * request.ranks_per_node
+    return request.cpus_per_task
 
 
 def _texts(value: object) -> list[str]:

@@ -288,6 +288,27 @@ def test_a_recipe_is_compared_with_the_peer_of_its_seed(script):
     assert row["accuracy_tta_minus_peer_mean"] == pytest.approx(0.001)
 
 
+# --- exactness.py, host_time.py ----------------------------------------------------------------------------------
+
+
+def test_block_of_the_world_sizes_says_what_differs(script):
+    trials = [{"world_sizes": sizes} for sizes in ([1], [2], [3], [3, 2, 1, 3])]
+    rows = [
+        {"model": "resnet20", "precision": "bf16", "virtual_ranks": 6, "steps": 40, "digest": digest, "equal": equal}
+        | {"trials": trials}
+        for digest, equal in (("abc", True), (None, False))
+    ]
+    text = script("tables").world_sizes({"results": rows, "data": "images.zip", "hardware": "x"})
+    assert "| resnet20 bf16 | 6 | 40 | 1 to 3 | `abc`, all equal |" in text
+    assert "| resnet20 bf16 | 6 | 40 | 1 to 3 | NOT EQUAL |" in text
+
+
+def test_block_of_the_host_time(script):
+    row = {"variant": "all three", "operations": 2000, "milliseconds_median": 40.0} | spread("ratio", 1.5)
+    text = script("tables").host_time({"results": [row], "virtual_ranks": 8, "n": 5, "hardware": "x"})
+    assert "| all three | 2,000 | 1.50 (1.35 to 1.65) |" in text and "the first row, 40 ms" in text
+
+
 # --- scale.py, restart.py -----------------------------------------------------------------------------------------
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dist_cifar.distributed.device import choose_device, sees_only_its_own, visible_gpus
+from dist_cifar.distributed import cores
+from dist_cifar.distributed.device import bind_to_cores_near, choose_device, sees_only_its_own, visible_gpus
 from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import ConfigError, LaunchError
 
@@ -79,3 +82,21 @@ def test_a_rank_may_see_only_its_own_gpu(gpus, launcher):
 def test_counting_imports_no_torch_where_the_cpu_was_asked_for():
     code = "import sys; from dist_cifar.distributed.device import visible_gpus; assert not visible_gpus('cpu')"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
+
+
+def test_a_rank_is_bound_to_the_cores_of_its_gpu(tmp_path, monkeypatch):
+    lists = {"bus/pci/devices/0001:c1:00.0/local_cpulist": "2-3\n"}
+    lists |= {"devices/system/node/node0/cpulist": "0-1\n", "devices/system/node/node1/cpulist": "2-3\n"}
+    for name, text in lists.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    bound: list[set[int]] = []
+    monkeypatch.setattr(cores.cores_near, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, allowed: bound.append(allowed), raising=False)
+    place = SimpleNamespace(pci_domain_id=1, pci_bus_id=0xC1, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: place)
+    bind_to_cores_near(torch.device("cpu"))
+    assert bound == []
+    bind_to_cores_near(torch.device("cuda", 3))
+    assert bound == [{2, 3}]

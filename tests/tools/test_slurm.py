@@ -33,7 +33,7 @@ GOLDEN = """\
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-task=32
 #SBATCH --time=4:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
@@ -74,8 +74,17 @@ def test_without_gpus_none_are_asked_for():
     assert "gpus" not in re.sub(r"^# .*$", "", text, flags=re.MULTILINE) and "\nranks_per_node=2\n" in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "cores"),
+    [({}, 32), ({"gpus_per_node": 1, "ranks_per_node": 1}, 8), ({"gpus_per_node": 0}, 8), ({"cpus_per_task": 5}, 5)],
+)
+def test_a_task_of_many_ranks_has_cores_for_each_of_their_gpus(changes, cores):
+    assert f"\n#SBATCH --cpus-per-task={cores}\n" in rendered(**changes)
+
+
 def test_one_task_for_each_rank_without_torchrun():
     text = rendered("train_srun")
+    assert "\n#SBATCH --cpus-per-task=8\n" in text
     assert "#SBATCH --ntasks-per-node=4\n" in text and "torchrun" not in text.partition("\nset -- ")[2]
 
 
