@@ -93,7 +93,7 @@ class Failure:
 
     @property
     def is_stop(self) -> bool:
-        """Whether a signal ended the job before its first step."""
+        """Whether a signal ended the job where it had nothing to save: before its first step, or in the final test."""
         return self.what == _STOPPED
 
     @property

@@ -112,7 +112,7 @@ class FailureExit:
         with contextlib.suppress(OSError, ValueError):  # the disk may be what has failed; it is reported anyway
             job = (first.host, first.pid)
             if failure.is_stop:
-                self._run_dir.write_stop(job)
+                self._run_dir.write_stop(job, failure.step)
             else:
                 self._run_dir.write_failure(job, failure.rank, failure.conclusion)
 

@@ -181,17 +181,19 @@ class RunDir:
         """
         self._write_end(job, "failed", rank=rank, reason=reason)
 
-    def write_stop(self, job: tuple[str, int]) -> None:
-        """Records that a signal stopped the job before its first step, as `write_failure` records a failure."""
-        self._write_end(job, "saved")
+    def write_stop(self, job: tuple[str, int], step: int | None) -> None:
+        """Records that a signal stopped the job where it had nothing to save, as `write_failure` records a failure.
+
+        That is in the final test, after `step`, or before its first step: None.
+        """
+        self._write_end(job, "saved", **({} if step is None else {"step": step}))
 
     def _write_end(self, job: tuple[str, int], end: str, **facts: Any) -> None:
         status = self.status()
         if status.get("status") == "running" and (status.get("host"), status.get("pid")) == job:
-            write_atomic(
-                self._status, json.dumps({**status, "status": end, **facts, "time": time.time()}, indent=2) + "\n"
-            )
-            self.append_event(end, step=status.get("step"), **facts)
+            status = {**status, "status": end, **facts, "time": time.time()}
+            write_atomic(self._status, json.dumps(status, indent=2) + "\n")
+            self.append_event(end, **{"step": status.get("step"), **facts})
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Saves the result of the run."""

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from dist_cifar import trainer
 from dist_cifar.data import training_data
 from dist_cifar.data.batching import TrainingBatches
 from dist_cifar.data.prefetch import Batch
@@ -192,6 +193,16 @@ def die_at_lr_reduction(when: str) -> None:
             _signal("SIGKILL")
 
     WarmupPlateau.observe, RunRecords.lr_reduced = observed, logged  # type: ignore[method-assign]
+
+
+def signal_in_the_final_test(name: str) -> None:
+    """The rank is sent this signal when all is trained and saved."""
+
+    def final_evaluation(*arguments: Any, **options: Any) -> NoReturn:
+        _signal(name)
+        raise AssertionError("the signal did not end the test")
+
+    trainer.final_evaluation = final_evaluation
 
 
 def die_before_summary() -> None:

@@ -272,8 +272,8 @@ def _check_codes(job: Job, segment: Segment, codes: list[int], events: Sequence[
         fine = {-signal.SIGKILL, 2, 70} | ({0} if finished else set())
         killed = {rank for rank, code in enumerate(codes) if code == -signal.SIGKILL}
         assert set(codes) <= fine and killed <= set(segment.victims), f"{codes}\n{job}"
-    elif -signal.SIGTERM in codes:  # it came before anybody listened
-        assert "joined" not in events and set(codes) <= {-signal.SIGTERM, 2, 70}, f"{codes}\n{job}"
+    elif -signal.SIGTERM in codes:  # it came before all listened
+        assert "joined" not in events and set(codes) <= {-signal.SIGTERM, 2, 70, 75}, f"{codes}\n{job}"
     else:  # who waits for a rank that has not come yet is not told why
         assert 75 in codes and set(codes) <= ({75} if "joined" in events else {75, 2}), f"{codes}\n{job}"
     assert not any("Traceback" in job.stderr(rank) for rank in range(len(codes))), job

@@ -418,6 +418,17 @@ def test_a_death_at_the_very_end(run, golden):
     require_done(run(4), golden, from_step=STEPS)
 
 
+def test_a_stop_in_the_final_test(run, golden, stopped):
+    """What is saved is the end of the training, and the status says so: not the step from which the job went on."""
+    job = run(2, inject={rank: ["signal_in_the_final_test", "SIGTERM"] for rank in range(2)})
+    assert job.wait(START_SECONDS) == [75, 75], job
+    assert resumed_from(job) == 5
+    assert (job.status()["status"], job.status()["step"]) == ("saved", STEPS)
+    event = json.loads((job.run_dir / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["step"]) == ("saved", STEPS)
+    require_done(run(4), golden, from_step=STEPS)
+
+
 def test_a_clock_that_is_set_back_changes_nothing(run, golden, stopped):
     for age, path in enumerate(checkpoints(stopped)):
         for file in (path, *path.iterdir()):
