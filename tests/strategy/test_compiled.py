@@ -3,6 +3,8 @@ to hooks, buffers and the order of gradients, without what it does to arithmetic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -13,19 +15,20 @@ from dist_cifar.config import Config
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import ConfigError
 from dist_cifar.ops import precision
+from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.trainer import Trainer
 
 COMPILE = nn.Module.compile
 
 
-def norms(communicator: Communicator, config: Config, is_compiled: bool) -> tuple[list[float], int]:
-    """The gradients' norms of three steps; and how many modules were compiled."""
-    compiled = 0
+@contextmanager
+def compiling(is_compiled: bool = True) -> Iterator[list[nn.Module]]:
+    """A `with` block in which modules are compiled if `is_compiled`, by that back end; has those that were."""
+    compiled: list[nn.Module] = []
     torch.compiler.reset()  # what another test has compiled in this process
 
     def compile_(module: nn.Module, **options: object) -> None:
-        nonlocal compiled
-        compiled += 1
+        compiled.append(module)
         COMPILE(module, backend="aot_eager", **options)
 
     with (
@@ -34,9 +37,43 @@ def norms(communicator: Communicator, config: Config, is_compiled: bool) -> tupl
         mock.patch.object(precision, "replace_small_convs"),
         mock.patch.object(precision, "fuse_batchnorm_relu"),
     ):
+        yield compiled
+
+
+def norms(communicator: Communicator, config: Config, is_compiled: bool) -> tuple[list[float], int]:
+    """The gradients' norms of three steps; and how many modules were compiled."""
+    with compiling(is_compiled) as compiled:
         trainer = Trainer.build(config, communicator)
         found = [trainer.train_step(trainer.batches.make(step)).item() for step in range(3)]
-    return found, compiled
+    return found, len(compiled)
+
+
+def sent_early(communicator: Communicator, config: Config, splits: bool) -> bool:
+    """Whether DDP begins to send gradients before it has that of the first layer."""
+    events = []
+
+    def send(state, bucket):  # type: ignore[no-untyped-def]  # DDP wants the types themselves, or none
+        events.append("sent")
+        whole = torch.futures.Future()
+        whole.set_result(bucket.buffer())
+        return whole
+
+    with compiling() as compiled, torch._dynamo.config.patch(optimize_ddp=splits):
+        trainer = Trainer.build(config, communicator)
+        assert len(compiled) == 1 and isinstance(trainer.strategy, DdpStrategy)
+        trainer.strategy._replica.register_comm_hook(None, send)
+        next(trainer.strategy.module.parameters()).register_hook(lambda gradient: events.append("first layer"))
+        trainer.train_step(trainer.batches.make(0))
+    assert sorted(events) == ["first layer", "sent", "sent", "sent"]
+    return events[0] == "sent"
+
+
+@pytest.mark.slow
+def test_compiled_ddp_sends_while_it_computes(ranks, tiny):
+    """torch splits the graph of a module that DDP has wrapped where its buckets end; the mutant does not."""
+    config = tiny("model.name=resnet18", "strategy.name=ddp")
+    assert ranks.run(2, sent_early, config, True) == [True, True]
+    assert ranks.run(2, sent_early, config, False) == [False, False]
 
 
 @pytest.mark.slow
