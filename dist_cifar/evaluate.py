@@ -20,6 +20,7 @@ from dist_cifar.augment.cpu import normalize
 from dist_cifar.augment.image import ImageStats
 from dist_cifar.data.dataset import Dataset, Split
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.ops.transfer import download
 from dist_cifar.state import Evaluation
 
 _MOST_KEPT = 20_000
@@ -137,10 +138,11 @@ def evaluate(
     for total in (losses, all_logits):  # each batch has one addend that is not zero: these sums are exact
         communicator.all_reduce_sum(total)
     communicator.all_reduce_sum(confusion)
+    found = download({"losses": losses, "confusion": confusion, "logits": all_logits})
     result = Evaluation(
-        loss=sum(losses.tolist()) / len(indices),
-        confusion=confusion.view(num_classes, num_classes).cpu().numpy(),
-        logits=all_logits.cpu().numpy(),
+        loss=sum(found["losses"].tolist()) / len(indices),
+        confusion=found["confusion"].view(num_classes, num_classes).numpy(),
+        logits=found["logits"].numpy(),
     )
     assert result.count == len(indices), f"{result.count} samples evaluated, the split has {len(indices)}"
     return result

@@ -8,9 +8,10 @@ Contract, in three parts:
   ranks; each rank counts the messages that it sends and their bytes, by what they are for, over the steps between two
   rows of the log, and what it asks of the job's store in a second.
 - `checked`: what a model says of those jobs' steps, and what they take. By the model, all that ranks do in a step
-  shares the cores: a step takes (V p + W (r + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each of W
-  ranks, r for what every rank does by itself, M messages of m, and B bytes of b. p and r are measured on one rank, and
-  m and b on two that do nothing else. No number of a job with more ranks is used.
+  shares the cores: a step takes (V p + W (r + k K + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each
+  of W ranks, r for what every rank does by itself, K exchanges of k, M messages of m, and B bytes of b. p is processor
+  time, measured on one rank and, for more, on two that compute at once; r is measured on one rank; k, m and b are the
+  processor time of reductions on two and on four ranks that do nothing else. No number of a job of more is used.
 - `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
   host starts kernels; none of these machines was measured.
 
@@ -50,7 +51,9 @@ from dist_cifar.trainer import AsyncAnyReduce, Trainer
 WORLD_SIZES = (1, 2, 4, 8, 16)
 VIRTUAL_RANKS, GLOBAL_BATCH, MODEL = 16, 128, "resnet20"
 LOG_STEPS, WARM_UP_STEPS, STEPS = 10, 10, 40
-REPEATS = 30
+REPEATS, ELEMENTS = 30, (2**10, 2**18)
+MEASURED_ON = (2, 4)
+"""Numbers of ranks on which messages are measured."""
 CORES = os.cpu_count() or 1
 KINDS = ("vote", "exchange", "log")
 TAGS = {1: "vote", 2: "log"}
@@ -146,10 +149,10 @@ def worker(directory: Path) -> None:
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
         "buckets": len(exact_bucket_bytes(MODEL)) + 1,
     }
-    if env.world_size == 1:
-        row |= alone(trainer)
-    if env.world_size == 2:
-        row |= cost_of_messages(communicator)
+    if env.world_size <= 2:
+        row |= own_work(trainer)
+    if env.world_size in MEASURED_ON:
+        row["reduction_seconds"] = cost_of_reductions(communicator)
     rows = communicator.all_gather_object(row)
     if env.rank == 0:
         row["step_seconds"] = max(other["step_seconds"] for other in rows)
@@ -160,41 +163,57 @@ def worker(directory: Path) -> None:
     communicator.close()
 
 
-def alone(trainer: Trainer) -> dict[str, float]:
-    """Seconds of a pass, and of what else a rank does in a step: medians of steps by hand."""
+def own_work(trainer: Trainer) -> dict[str, float]:
+    """Processor seconds of a pass but the last, which reduces, and of what else a rank does in a step: medians of steps
+    by hand."""
     passes, rest = [], []
     for step in range(STEPS // 2):
         batch = trainer.batches.make(step % 4)
         inputs, labels = batch.inputs.split(trainer.plan.micro_sizes), batch.labels.split(trainer.plan.micro_sizes)
-        begun = time.perf_counter()
+        of_step = []
         for images, targets in zip(inputs, labels, strict=True):
+            begun = time.thread_time()
             logits = trainer.strategy.forward(images)
             loss = torch.nn.functional.cross_entropy(logits, targets)
             trainer.strategy.backward(loss)
             trainer.sums.add(loss, logits, targets)
-        passed = time.perf_counter()
+            of_step.append(time.thread_time() - begun)
+        passes += of_step[:-1]
+        begun = time.thread_time()
         trainer.strategy.step(1e-3)
-        passes.append((passed - begun) / len(inputs))
-        rest.append(time.perf_counter() - passed)
+        rest.append(time.thread_time() - begun)
     return {"pass_seconds": statistics.median(passes), "rest_seconds": statistics.median(rest)}
 
 
-def cost_of_messages(communicator: Communicator) -> dict[str, float]:
-    """Processor seconds of a message and of a byte, on each of two ranks that only reduce, by a line through two
-    sizes."""
-    points = []
-    for elements in (2**10, 2**18):
+def cost_of_reductions(communicator: Communicator) -> list[float]:
+    """Processor seconds of a reduction of each of `ELEMENTS`, on ranks that do nothing else."""
+    found = []
+    for elements in ELEMENTS:
         bucket = Bucket([torch.empty(elements)], Exchange(communicator, leaves=VIRTUAL_RANKS))
         bucket.warm_up()
         communicator.barrier()
         begun = time.process_time()
         for _ in range(REPEATS):
             bucket.warm_up()
-        points.append(((time.process_time() - begun) / REPEATS, 4 * elements))  # two messages of half of it
+        found.append((time.process_time() - begun) / REPEATS)
         communicator.barrier()
-    (small, few), (large, many) = points
-    per_byte = (large - small) / (many - few)
-    return {"message_seconds": max(0.0, small - per_byte * few) / 2, "byte_seconds": per_byte}
+    return found
+
+
+def cost_of_messages(reduction_seconds: dict[int, Sequence[float]]) -> tuple[float, float, float]:
+    """Processor seconds of an exchange, of a message and of a byte, from those of reductions of `ELEMENTS` on
+    `MEASURED_ON` ranks: a reduction is two exchanges, in each of which a rank sends to all others."""
+    few, many = ELEMENTS
+    two, four = MEASURED_ON
+
+    def sent_bytes(ranks: int, elements: int) -> float:
+        return 2 * (ranks - 1) / ranks * 4 * elements
+
+    (small, large), (small_of_four, _) = reduction_seconds[two], reduction_seconds[four]
+    per_byte = max(0.0, (large - small) / (sent_bytes(two, many) - sent_bytes(two, few)))
+    beside = [seconds - per_byte * sent_bytes(ranks, few) for ranks, seconds in ((two, small), (four, small_of_four))]
+    per_message = max(0.0, (beside[1] - beside[0]) / (2 * (four - two)))
+    return max(0.0, beside[0] / 2 - (two - 1) * per_message), per_message, per_byte
 
 
 def measure(world_size: int) -> dict[str, Any]:
@@ -216,13 +235,17 @@ def measure(world_size: int) -> dict[str, Any]:
 
 def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]]:
     """What the model says of each job, beside what it took."""
-    one, two = (next(row for row in rows if row["world_size"] == size) for size in (1, 2))
+    by_size = {row["world_size"]: row for row in rows}
+    per_exchange, per_message, per_byte = cost_of_messages(
+        {ranks: by_size[ranks]["reduction_seconds"] for ranks in MEASURED_ON}
+    )
     found = []
-    for row in rows:
-        ranks = row["world_size"]
+    for ranks, row in by_size.items():
         messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
-        each = one["rest_seconds"] + two["message_seconds"] * messages + two["byte_seconds"] * nbytes
-        seconds = (VIRTUAL_RANKS * one["pass_seconds"] + ranks * each) / min(ranks, cores)
+        exchanges = 2 * row["buckets"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
+        sending = per_exchange * exchanges + per_message * messages + per_byte * nbytes
+        passes = VIRTUAL_RANKS * by_size[min(ranks, cores, 2)]["pass_seconds"]
+        seconds = (passes + ranks * (by_size[1]["rest_seconds"] + sending)) / min(ranks, cores)
         found.append(
             {
                 "world_size": ranks,

@@ -312,13 +312,22 @@ def test_block_of_the_host_time(script):
 # --- scale.py, restart.py -----------------------------------------------------------------------------------------
 
 
-def counted_row(world_size: int, step_seconds: float, **more: float) -> dict[str, Any]:
+EXCHANGE, MESSAGE, BYTE = 1e-3, 1e-4, 1e-9
+"""Seconds."""
+
+
+def reductions(ranks: int, sizes: tuple[int, int]) -> list[float]:
+    return [2 * (EXCHANGE + (ranks - 1) * MESSAGE + (ranks - 1) / ranks * 4 * elements * BYTE) for elements in sizes]
+
+
+def counted_row(world_size: int, step_seconds: float, **more: Any) -> dict[str, Any]:
     messages = {"vote": 1.0, "exchange": 2.0 * (world_size - 1), "log": 0.2}
     return {
         "world_size": world_size,
         "messages": messages,
         "bytes": dict.fromkeys(messages, 1000.0),
         "step_seconds": step_seconds,
+        "buckets": 1,
         **more,
     }
 
@@ -327,14 +336,17 @@ def test_the_model_of_a_step_shares_the_cores_among_all_that_ranks_do(script):
     scale = script("scale")
     rows = [
         counted_row(1, 0.17, pass_seconds=0.01, rest_seconds=0.01),
-        counted_row(2, 0.1, message_seconds=1e-3, byte_seconds=1e-6),
-        counted_row(4, 0.2),
+        counted_row(2, 0.1, pass_seconds=0.02, reduction_seconds=reductions(2, scale.ELEMENTS)),
+        counted_row(4, 0.2, reduction_seconds=reductions(4, scale.ELEMENTS)),
     ]
+    costs = scale.cost_of_messages({row["world_size"]: row["reduction_seconds"] for row in rows[1:]})
+    assert costs == pytest.approx((EXCHANGE, MESSAGE, BYTE))
     rows[0]["messages"] = rows[0]["bytes"] = dict.fromkeys(rows[0]["messages"], 0.0)
     one, two, four = scale.checked(rows, 2)
     assert one["model_seconds"] == pytest.approx(16 * 0.01 + 0.01)
-    assert two["model_seconds"] == pytest.approx((0.16 + 2 * (0.01 + 3.2e-3 + 3e-3)) / 2, abs=1e-5)
-    assert four["model_seconds"] == pytest.approx((0.16 + 4 * (0.01 + 7.2e-3 + 3e-3)) / 2, abs=1e-5)
+    sending = 3.2 * EXCHANGE + 3000 * BYTE
+    assert two["model_seconds"] == pytest.approx((0.32 + 2 * (0.01 + sending + 3.2 * MESSAGE)) / 2, abs=1e-5)
+    assert four["model_seconds"] == pytest.approx((0.32 + 4 * (0.01 + sending + 7.2 * MESSAGE)) / 2, abs=1e-5)
     assert four["model_over_measured"] == pytest.approx(four["model_seconds"] / 0.2, abs=1e-3)
 
 
