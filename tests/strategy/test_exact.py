@@ -126,6 +126,20 @@ def test_buckets_do_not_change_the_bits(ranks):
     assert ranks.run(4, small_buckets, config())[0] == expected
 
 
+def reduced_before_the_first_step(communicator: Communicator) -> tuple[int, int]:
+    """How many reductions, and how many buckets there are, that of the statistics included."""
+    with mock.patch.object(bucket.Bucket, "reduce", autospec=True, side_effect=bucket.Bucket.reduce) as reduce:
+        strategy, _ = build(communicator, config())
+    return reduce.call_count, len(strategy._buckets) + 1
+
+
+def test_ranks_connect_before_the_first_step(ranks):
+    """Else a GPU would open connections while kernels that it loads for the first time wait for it."""
+    assert ranks.run(1, reduced_before_the_first_step)[0][0] == 0
+    for reductions, buckets in ranks.run(2, reduced_before_the_first_step):
+        assert reductions == buckets
+
+
 def without_pairs(communicator: Communicator, config: Config) -> tuple[dict[str, str], list[float]]:
     """As on a GPU."""
     with mock.patch.object(exact, "passes_of_nodes", passes_without_pairs):
