@@ -10,8 +10,9 @@ Contract, in three parts:
 - `checked`: what a model says of those jobs' steps, and what they take. By the model, all that ranks do in a step
   shares the cores: a step takes (V p + W (r + k K + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each
   of W ranks, r for what every rank does by itself, K exchanges of k, M messages of m, and B bytes of b. p is processor
-  time, measured on one rank and, for more, on two that compute at once; r is measured on one rank; k, m and b are the
-  processor time of reductions on two and on four ranks that do nothing else. No number of a job of more is used.
+  time, measured on one rank and, for more, on two that compute at once; r is what the step of one rank takes beside its
+  passes, so there the model holds by construction; k, m and b are the processor time of reductions on two and on four
+  ranks that do nothing else. No number of a job of more is used.
 - `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
   host starts kernels; none of these machines was measured.
 
@@ -150,7 +151,7 @@ def worker(directory: Path) -> None:
         "buckets": len(exact_bucket_bytes(MODEL)) + 1,
     }
     if env.world_size <= 2:
-        row |= own_work(trainer)
+        row["pass_seconds"] = seconds_of_a_pass(trainer)
     if env.world_size in MEASURED_ON:
         row["reduction_seconds"] = cost_of_reductions(communicator)
     rows = communicator.all_gather_object(row)
@@ -163,10 +164,9 @@ def worker(directory: Path) -> None:
     communicator.close()
 
 
-def own_work(trainer: Trainer) -> dict[str, float]:
-    """Processor seconds of a pass but the last, which reduces, and of what else a rank does in a step: medians of steps
-    by hand."""
-    passes, rest = [], []
+def seconds_of_a_pass(trainer: Trainer) -> float:
+    """Processor seconds of a pass but the last, which reduces: the median over some steps by hand."""
+    passes = []
     for step in range(STEPS // 2):
         batch = trainer.batches.make(step % 4)
         inputs, labels = batch.inputs.split(trainer.plan.micro_sizes), batch.labels.split(trainer.plan.micro_sizes)
@@ -179,10 +179,8 @@ def own_work(trainer: Trainer) -> dict[str, float]:
             trainer.sums.add(loss, logits, targets)
             of_step.append(time.thread_time() - begun)
         passes += of_step[:-1]
-        begun = time.thread_time()
         trainer.strategy.step(1e-3)
-        rest.append(time.thread_time() - begun)
-    return {"pass_seconds": statistics.median(passes), "rest_seconds": statistics.median(rest)}
+    return statistics.median(passes)
 
 
 def cost_of_reductions(communicator: Communicator) -> list[float]:
@@ -239,13 +237,14 @@ def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]
     per_exchange, per_message, per_byte = cost_of_messages(
         {ranks: by_size[ranks]["reduction_seconds"] for ranks in MEASURED_ON}
     )
+    rest = by_size[1]["step_seconds"] - VIRTUAL_RANKS * by_size[1]["pass_seconds"]
     found = []
     for ranks, row in by_size.items():
         messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
         exchanges = 2 * row["buckets"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
         sending = per_exchange * exchanges + per_message * messages + per_byte * nbytes
         passes = VIRTUAL_RANKS * by_size[min(ranks, cores, 2)]["pass_seconds"]
-        seconds = (passes + ranks * (by_size[1]["rest_seconds"] + sending)) / min(ranks, cores)
+        seconds = (passes + ranks * (rest + sending)) / min(ranks, cores)
         found.append(
             {
                 "world_size": ranks,
