@@ -23,7 +23,7 @@ def available_cores() -> int:
 
 
 def cores_near(address: str, allowed: set[int], system: Path = _SYSTEM) -> set[int]:
-    """Those of the cores `allowed` that belong to the NUMA node of the PCI device at `address`, such as 0000:3b:00.0.
+    """Returns those of the cores `allowed` that are of the NUMA node of the PCI device at `address`, as 0000:3b:00.0.
 
     It is all of them if the system does not say which those are, or if that node has fewer of them than others have.
     """
