@@ -126,7 +126,7 @@ def worker(directory: Path) -> None:
     communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=600)
     watch = communicator.watch(lambda failure: os._exit(1))
     trainer = Trainer.build(config_of(directory), communicator)
-    vote, seconds, started = AsyncAnyReduce(communicator, 2), [], 0.0
+    vote, seconds, started = AsyncAnyReduce(communicator, 3), [], 0.0
     batches = [trainer.batches.make(step) for step in range(4)]
     for step in range(WARM_UP_STEPS + STEPS):
         if step == WARM_UP_STEPS:
@@ -135,7 +135,7 @@ def worker(directory: Path) -> None:
             counts.sent_bytes.clear()
             counts.store_requests, started = 0, time.perf_counter()
         begun = time.perf_counter()
-        vote.start(step + 1, False, False)
+        vote.start(step + 1, False, False, False)
         trainer.train_step(batches[step % len(batches)])
         vote.result()
         if (step + 1) % LOG_STEPS == 0:
