@@ -9,10 +9,10 @@ Contract, in three parts:
   rows of the log, and what it asks of the job's store in a second.
 - `checked`: what a model says of those jobs' steps, and what they take. By the model, all that ranks do in a step
   shares the cores: a step takes (V p + W (r + k K + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each
-  of W ranks, r for what every rank does by itself, K exchanges of k, M messages of m, and B bytes of b. p is processor
-  time, measured on one rank and, for more, on two that compute at once; r is what the step of one rank takes beside its
-  passes, so there the model holds by construction; k, m and b are the processor time of reductions on two and on four
-  ranks that do nothing else. No number of a job of more is used.
+  of W ranks, r for what every rank does by itself, K exchanges of k, M messages of m, and B bytes of b. p is the
+  processor time of a pass, measured in each job: ranks that take turns on a core empty each other's cache. r is what
+  the step of one rank takes beside its passes, so there the model holds by construction; k, m and b are the processor
+  time of reductions on two and on four ranks that do nothing else.
 - `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
   host starts kernels; none of these machines was measured.
 
@@ -150,8 +150,7 @@ def worker(directory: Path) -> None:
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
         "buckets": len(exact_bucket_bytes(MODEL)) + 1,
     }
-    if env.world_size <= 2:
-        row["pass_seconds"] = seconds_of_a_pass(trainer)
+    row["pass_seconds"] = seconds_of_a_pass(trainer)
     if env.world_size in MEASURED_ON:
         row["reduction_seconds"] = cost_of_reductions(communicator)
     rows = communicator.all_gather_object(row)
@@ -165,20 +164,18 @@ def worker(directory: Path) -> None:
 
 
 def seconds_of_a_pass(trainer: Trainer) -> float:
-    """Processor seconds of a pass but the last, which reduces: the median over some steps by hand."""
+    """Processor seconds of a pass on the thread that trains: the median over some steps by hand."""
     passes = []
     for step in range(STEPS // 2):
         batch = trainer.batches.make(step % 4)
         inputs, labels = batch.inputs.split(trainer.plan.micro_sizes), batch.labels.split(trainer.plan.micro_sizes)
-        of_step = []
         for images, targets in zip(inputs, labels, strict=True):
             begun = time.thread_time()
             logits = trainer.strategy.forward(images)
             loss = torch.nn.functional.cross_entropy(logits, targets)
             trainer.strategy.backward(loss)
             trainer.sums.add(loss, logits, targets)
-            of_step.append(time.thread_time() - begun)
-        passes += of_step[:-1]
+            passes.append(time.thread_time() - begun)
         trainer.strategy.step(1e-3)
     return statistics.median(passes)
 
@@ -243,8 +240,7 @@ def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]
         messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
         exchanges = 2 * row["buckets"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
         sending = per_exchange * exchanges + per_message * messages + per_byte * nbytes
-        passes = VIRTUAL_RANKS * by_size[min(ranks, cores, 2)]["pass_seconds"]
-        seconds = (passes + ranks * (rest + sending)) / min(ranks, cores)
+        seconds = (VIRTUAL_RANKS * row["pass_seconds"] + ranks * (rest + sending)) / min(ranks, cores)
         found.append(
             {
                 "world_size": ranks,
