@@ -526,14 +526,15 @@ def scale(result: dict[str, Any]) -> str:
         "Predicted, not measured, for ResNet-18 in bf16 with"
         f" {result['assumptions']['images_per_gpu']} images and one virtual rank a GPU:",
         "",
-        "| machine | GPUs | vote: messages a step, steps until it is read | log: messages | step, flat | two levels"
-        " | efficiency |",
-        "|---" * 7 + "|",
+        "| machine | GPUs | vote: messages a step, steps until it is read | exchange: messages, flat | in levels"
+        " | log: messages | step, flat | in levels | efficiency |",
+        "|---" * 9 + "|",
     ]
     for row in result["predicted"]:
         vote = f"{row['vote_messages']}, {row['vote_delay_steps'] + 1}"
-        steps = [f"{row[f'{kind}_milliseconds']:.2f} ms" for kind in ("flat", "two_levels")]
-        cells = [row["machine"], str(row["gpus"]), vote, str(row["log_messages"]), *steps, f"{row['efficiency']:.0%}"]
+        steps = [f"{row[f'{kind}_milliseconds']:.2f} ms" for kind in ("flat", "levels")]
+        messages = [f"{row[name]:,}" for name in ("exchange_messages_flat", "exchange_messages", "log_messages")]
+        cells = [row["machine"], f"{row['gpus']:,}", vote, *messages, *steps, f"{row['efficiency']:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from torch import nn
 from dist_cifar.config import ModelConfig
 from dist_cifar.models import build_model
 from dist_cifar.strategy import reduction_queue
+from dist_cifar.strategy.exchange import plan_levels
 
 HIDDEN_SHARE = 0.55
 """Of a pass: its backward takes two thirds, and in ResNet-18 the first bucket is ready after a sixth of that."""
@@ -34,6 +35,8 @@ class Cluster:
     """Of one collective, within a node."""
     between_latency_seconds: float = 50e-6
     """Of one collective over several nodes."""
+    message_seconds: float = 0.0
+    """What the sender spends on each message of an exchange of `exact`; 0 leaves it out."""
     memory_bytes_per_second: float = 2.5e12
     """Reads and writes of an element-wise kernel: three quarters of what HBM3 has."""
 
@@ -47,15 +50,15 @@ def predict(
     exact_buckets: Sequence[int],
     ddp_buckets: Sequence[int],
     cluster: Cluster,
-    levels: int = 1,
+    in_levels: bool = False,
 ) -> dict[str, float]:
     """Seconds of one step's communication and memory traffic beside the computation, for both strategies.
 
     `passes` forward and backward passes on each GPU take `compute_seconds` together and are the same on both sides;
     collectives hide in the last `hidden_share` of that time, but for the last bucket's. Buckets are bytes, in order.
-    With 2 `levels`, `exact` exchanges within nodes and then between them where there are several.
+    With `in_levels`, `exact` exchanges within nodes first, as `dist_cifar.strategy.exchange` has it.
     """
-    exact_seconds = [_exchange_seconds(n, ranks, cluster, levels) for n in exact_buckets]
+    exact_seconds = [_exchange_seconds(n, ranks, cluster, in_levels) for n in exact_buckets]
     # Twice the way of an all-gather, but one launch.
     ddp_seconds = [2 * _ring_seconds(n, ranks, cluster) - _latency(ranks, cluster) for n in ddp_buckets]
     size = sum(exact_buckets)
@@ -93,15 +96,27 @@ def _all_to_all_seconds(size: float, ranks: int, cluster: Cluster) -> float:
     return max(within, between) + _latency(ranks, cluster)
 
 
-def _exchange_seconds(size: float, ranks: int, cluster: Cluster, levels: int) -> float:
+def exchange_sizes(ranks: int, cluster: Cluster) -> list[int]:
+    """How many ranks exchange at once on each level, with a virtual rank each, which are powers of two."""
+    hosts = [str(rank // cluster.gpus_per_node) for rank in range(ranks)]
+    levels, _ = plan_levels(hosts, 0, leaves=ranks)
+    return [len(level.groups[0]) for level in levels]
+
+
+def _exchange_seconds(size: float, ranks: int, cluster: Cluster, in_levels: bool) -> float:
     """The exchange of strategy `exact`: parts to their ranks, and the sums to all."""
-    near = cluster.gpus_per_node
-    if levels == 1 or ranks <= near:
-        return _all_to_all_seconds(size, ranks, cluster) + _ring_seconds(size, ranks, cluster)
-    nodes, part = ranks // near, size / near
-    within = 2 * ((near - 1) / near * size / cluster.within_bytes_per_second + cluster.within_latency_seconds)
-    between = 2 * ((nodes - 1) / nodes * part / cluster.between_bytes_per_second + cluster.between_latency_seconds)
-    return within + between
+    if not in_levels or ranks <= cluster.gpus_per_node:
+        messages = 2 * (ranks - 1) * cluster.message_seconds
+        return _all_to_all_seconds(size, ranks, cluster) + _ring_seconds(size, ranks, cluster) + messages
+    seconds, exchanged = 0.0, 1
+    for count in exchange_sizes(ranks, cluster):
+        is_within = exchanged * count <= cluster.gpus_per_node
+        bandwidth = cluster.within_bytes_per_second if is_within else cluster.between_bytes_per_second
+        latency = cluster.within_latency_seconds if is_within else cluster.between_latency_seconds
+        latency += (count - 1) * cluster.message_seconds
+        seconds += 2 * ((count - 1) / count * size / exchanged / bandwidth + latency)
+        exchanged *= count
+    return seconds
 
 
 def exact_bucket_counts(model: str) -> list[int]:

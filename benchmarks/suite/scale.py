@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost_model import HIDDEN_SHARE, Cluster, exact_bucket_bytes, predict
+from cost_model import HIDDEN_SHARE, Cluster, exact_bucket_bytes, exchange_sizes, predict
 
 from dist_cifar.config import Config, load_config
 from dist_cifar.distributed import failure_detector
@@ -62,6 +62,10 @@ TAGS = {1: "vote", 2: "log"}
 IMAGES_PER_GPU = 128
 HOST_SECONDS = 4e-3
 """In which a host starts the kernels of one pass of ResNet-18: between the 3.5 and 6 ms that were estimated."""
+
+
+MESSAGE_SECONDS = 1e-6
+"""That a GPU's proxy is assumed to spend on one message."""
 
 
 class Counts:
@@ -253,11 +257,15 @@ def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]
 
 
 MACHINES = {
-    "nodes of 8 H100, 400 Gbit/s of InfiniBand each": Cluster(),
+    "nodes of 8 H100, 400 Gbit/s of InfiniBand each": Cluster(message_seconds=MESSAGE_SECONDS),
     "nodes of 8 A100, 200 Gbit/s of InfiniBand each": Cluster(
-        within_bytes_per_second=300e9, between_bytes_per_second=25e9, memory_bytes_per_second=1.5e12
+        message_seconds=MESSAGE_SECONDS,
+        within_bytes_per_second=300e9,
+        between_bytes_per_second=25e9,
+        memory_bytes_per_second=1.5e12,
     ),
     "nodes of 4 GPUs on PCI Express, 100 Gbit/s of Ethernet for all": Cluster(
+        message_seconds=MESSAGE_SECONDS,
         gpus_per_node=4,
         within_bytes_per_second=20e9,
         between_bytes_per_second=3.1e9,
@@ -269,8 +277,8 @@ GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
 def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]]:
-    """Steps of ResNet-18 in bf16 with 128 images a GPU, as many virtual ranks as GPUs: flat and in two levels."""
-    rows = []
+    """Steps of ResNet-18 in bf16 with 128 images a GPU, as many virtual ranks as GPUs: flat and in levels."""
+    rows, reductions = [], len(exact_bucket_bytes("resnet18")) + 1  # that of the statistics
     for name, cluster in (clusters or MACHINES).items():
         for gpus in GPUS:
             compute = max(IMAGES_PER_GPU / GPU_IMAGES_PER_SECOND, HOST_SECONDS)
@@ -283,9 +291,9 @@ def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]
                     exact_buckets=exact_bucket_bytes("resnet18"),
                     ddp_buckets=exact_bucket_bytes("resnet18"),
                     cluster=cluster,
-                    levels=levels,
+                    in_levels=kind == "levels",
                 )["exact_step_seconds"]
-                for kind, levels in (("flat", 1), ("two_levels", 2))
+                for kind in ("flat", "levels")
             }
             rows.append(
                 {
@@ -293,10 +301,12 @@ def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]
                     "gpus": gpus,
                     "vote_messages": 1 if gpus > 1 else 0,
                     "vote_delay_steps": max(0, (gpus - 1).bit_length() - 1),
+                    "exchange_messages": 2 * reductions * sum(size - 1 for size in exchange_sizes(gpus, cluster)),
+                    "exchange_messages_flat": 2 * reductions * (gpus - 1),
                     "log_messages": 2 * (gpus - 1).bit_length(),
                     "log_bytes": gpus * len(pickle.dumps({0: tuple(range(12))})),
                     **{f"{kind}_milliseconds": round(1e3 * seconds, 3) for kind, seconds in steps.items()},
-                    "efficiency": round(compute / steps["two_levels"], 3),
+                    "efficiency": round(compute / steps["levels"], 3),
                 }
             )
     return rows
@@ -333,6 +343,7 @@ def main() -> None:
             "images_per_gpu": IMAGES_PER_GPU,
             "gpu_images_per_second": GPU_IMAGES_PER_SECOND,
             "host_seconds": HOST_SECONDS,
+            "message_seconds": MESSAGE_SECONDS,
         },
         "predicted": predicted(),
     }

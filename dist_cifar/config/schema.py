@@ -249,8 +249,9 @@ class StrategyConfig:
     changes the result, as the batch size does. Any number of ranks up to it shares them, and does not affect the
     result."""
     exchange: Free[Literal["auto", "flat"]] = "auto"
-    """Strategy `exact`: `auto` exchanges first within hosts and then between them where ranks are placed so that it
-    can, which sends a fraction of the bytes between hosts; `flat` never does. The bits are the same."""
+    """Strategy `exact`: `auto` exchanges within hosts first and then between them, in groups of at most eight, where
+    ranks are placed so that it can. That sends a fraction of the bytes between hosts, and fewer messages; `flat` does
+    not. The bits are the same."""
     grad_compression: Rounding[Literal["none", "bf16"]] = "none"
     """Strategy `ddp`: `bf16` rounds gradients to half their size before they are sent."""
     zero_stage: Rounding[Annotated[int, Range(minimum=0, maximum=3)]] = 1

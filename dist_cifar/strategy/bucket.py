@@ -2,9 +2,9 @@
 
 Contract: across ranks a tensor moves as in a ring all-reduce. Each rank gets its shard of every rank's nodes
 (all-to-all), adds them up in the order of the tree, and sends the result to all (all-gather). Where each rank has one
-node, it sends 2 (W-1)/W times the bytes of the tensor, padded to a multiple of W `ALIGNMENT` elements. In two levels
-(`dist_cifar.strategy.exchange`) the ranks of a host do so, and then those with the same place on their hosts with what
-they have.
+node, it sends 2 (W-1)/W times the bytes of the tensor, padded to a multiple of W `ALIGNMENT` elements. In several
+levels (`dist_cifar.strategy.exchange`) some ranks do so, such as those of a host, and then those that have the same
+place in each of these groups, with what they have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_cifar.distributed.collectives import Communicator, Group
-from dist_cifar.strategy.exchange import plan_levels
+from dist_cifar.strategy.exchange import flat_level, plan_levels
 from dist_cifar.strategy.tree_nodes import Node
 from dist_cifar.strategy.tree_reduce import tree_sum
 
@@ -29,8 +29,10 @@ class Exchange:
     def __init__(self, communicator: Communicator, *, leaves: int, flat: bool = False) -> None:
         """A collective. `flat`: in one level, wherever the ranks are."""
         self.communicator, self.leaves = communicator, leaves
-        hosts = [""] * communicator.world_size if flat else [identity.host for identity in communicator.identities]
-        levels, _ = plan_levels(hosts, communicator.rank, leaves=leaves)
+        levels = [flat_level(communicator.world_size, leaves=leaves)]
+        if not flat:
+            hosts = [identity.host for identity in communicator.identities]
+            levels, _ = plan_levels(hosts, communicator.rank, leaves=leaves)
         self.levels = [(level.nodes, communicator.group(level.groups)) for level in levels]
         """The nodes that each rank of this rank's group brings, and the group, of each level."""
 

@@ -2,9 +2,10 @@
 
 Contract: pure functions of the hosts of the ranks and of the number of leaves; every plan gives the same bits. Flat is
 one level: all ranks with each other. Where several hosts have as many ranks each, which are neighbours and whose leaves
-are together one node of the tree, there are two: first the ranks of a host among each other, and then those that have
-the same place on their hosts, with what the first level has left them. With L ranks a host, that sends 1/L of the bytes
-of the flat exchange from host to host.
+are together one node of the tree, the ranks of a host exchange first, and then those that have the same place on their
+hosts, with what the level before has left them: with L ranks a host, that sends 1/L of the bytes of the flat exchange
+from host to host. In the same way more than `MOST_AT_ONCE` ranks, or hosts, exchange in several levels, so that the
+messages of a rank grow with the logarithm of the ranks; the bytes stay.
 
 Source: Cho et al., "BlueConnect", MLSys 2019, for all-reduces of levels.
 """
@@ -18,6 +19,9 @@ from itertools import groupby
 from dist_cifar.data.batching import share
 from dist_cifar.strategy.tree_nodes import Node, nodes_of
 
+MOST_AT_ONCE = 8
+"""Ranks that send to each other directly, where more can be shared out among levels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
@@ -29,34 +33,76 @@ class Level:
     """The nodes of the tree that each rank of this rank's group brings, from left to right."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """Ranks that have exchanged: each has a part of the sum of `held`, the first of every unit the same part."""
+
+    ranks: list[int]
+    held: range
+
+
 def plan_levels(hosts: Sequence[str], rank: int, *, leaves: int) -> tuple[list[Level], str | None]:
-    """The levels for `rank` of ranks on `hosts`; and why it is flat where ranks are neighbours on several hosts."""
+    """The levels for `rank` of ranks on `hosts`; and why hosts do not matter where ranks are neighbours on several."""
     world_size = len(hosts)
-    held = [share(other, parts=world_size, count=leaves) for other in range(world_size)]
-    flat = [Level(groups=[list(range(world_size))], nodes=[nodes_of(one, leaves=leaves) for one in held])]
-    runs = [list(ranks) for _, ranks in groupby(range(world_size), key=lambda other: hosts[other])]
-    if len(set(hosts)) in (1, world_size):
-        return flat, None
-    if len(runs) > len(set(hosts)):
-        return flat, "the ranks of a host are not neighbours"
-    if len({len(run) for run in runs}) > 1:
-        return flat, "hosts have different numbers of ranks"
-    of_hosts = [nodes_of(range(held[run[0]].start, held[run[-1]].stop), leaves=leaves) for run in runs]
-    if any(len(nodes) > 1 for nodes in of_hosts):
-        return flat, f"the virtual ranks of a host are no subtree of {leaves}"
-    own = next(run for run in runs if rank in run)
-    return [
-        Level(groups=runs, nodes=[nodes_of(held[other], leaves=leaves) for other in own]),
-        Level(groups=[list(places) for places in zip(*runs, strict=True)], nodes=of_hosts),
-    ], None
+    units = [_Unit(ranks=[r], held=share(r, parts=world_size, count=leaves)) for r in range(world_size)]
+    of_a_host, why_flat = _ranks_of_a_host(hosts, units, leaves=leaves)
+    levels: list[Level] = []
+    while len(units) > 1:
+        within = of_a_host // len(units[0].ranks)
+        size = _size_of_a_run(units, within if within > 1 else len(units), leaves=leaves)
+        runs = [units[i : i + size] for i in range(0, len(units), size)]
+        own = next(run for run in runs if any(rank in unit.ranks for unit in run))
+        groups = [list(places) for run in runs for places in zip(*(unit.ranks for unit in run), strict=True)]
+        levels.append(Level(groups=groups, nodes=[nodes_of(unit.held, leaves=leaves) for unit in own]))
+        units = [_merged(run) for run in runs]
+    return levels or [Level(groups=[[0]], nodes=[nodes_of(range(leaves), leaves=leaves)])], why_flat
+
+
+def flat_level(world_size: int, *, leaves: int) -> Level:
+    """All ranks with each other."""
+    held = (share(rank, parts=world_size, count=leaves) for rank in range(world_size))
+    return Level(groups=[list(range(world_size))], nodes=[nodes_of(one, leaves=leaves) for one in held])
 
 
 def describe_levels(hosts: Sequence[str], *, leaves: int) -> str | None:
-    """How ranks on `hosts` exchange, and if in one level, why; None where there could not be two."""
+    """How ranks on `hosts` exchange where that is not in one level, or could be in several."""
     levels, why_flat = plan_levels(hosts, 0, leaves=leaves)
+    sizes = [len(level.groups[0]) for level in levels]
     if why_flat is not None:
-        return f"in one level, since {why_flat}: all ranks send to all hosts"
+        return f"in groups of {' x '.join(map(str, sizes))} ranks wherever they are, since {why_flat}"
     if len(levels) == 1:
         return None
-    inner = levels[0].groups
-    return f"in two levels: among the {len(inner[0])} ranks of each of {len(inner)} hosts, then between hosts"
+    several = len(set(hosts)) not in (1, len(hosts))
+    return f"in {len(levels)} levels of {' x '.join(map(str, sizes))} ranks{', within hosts first' if several else ''}"
+
+
+def _ranks_of_a_host(hosts: Sequence[str], units: Sequence[_Unit], *, leaves: int) -> tuple[int, str | None]:
+    """How many ranks of a host exchange before others, else 1; and why it is 1 where several ranks are neighbours."""
+    runs = [list(ranks) for _, ranks in groupby(range(len(hosts)), key=lambda other: hosts[other])]
+    if len(set(hosts)) in (1, len(hosts)):
+        return 1, None
+    if len(runs) > len(set(hosts)):
+        return 1, "the ranks of a host are not neighbours"
+    if len({len(run) for run in runs}) > 1:
+        return 1, "hosts have different numbers of ranks"
+    if not _are_nodes([[units[rank] for rank in run] for run in runs], leaves=leaves):
+        return 1, f"the virtual ranks of a host are no subtree of {leaves}"
+    return len(runs[0]), None
+
+
+def _size_of_a_run(units: Sequence[_Unit], most: int, *, leaves: int) -> int:
+    """How many neighbours exchange next, a divisor of `most`: at most `MOST_AT_ONCE`, if what they hold are nodes."""
+    for size in range(min(most, MOST_AT_ONCE), 1, -1):
+        runs = [units[i : i + size] for i in range(0, len(units), size)]
+        if most % size == 0 and (size == len(units) or _are_nodes(runs, leaves=leaves)):
+            return size
+    return most
+
+
+def _are_nodes(runs: Sequence[Sequence[_Unit]], *, leaves: int) -> bool:
+    return all(len(nodes_of(_merged(run).held, leaves=leaves)) == 1 for run in runs)
+
+
+def _merged(run: Sequence[_Unit]) -> _Unit:
+    ranks = [rank for unit in run for rank in unit.ranks]
+    return _Unit(ranks=ranks, held=range(run[0].held.start, run[-1].held.stop))

@@ -350,14 +350,14 @@ def test_the_model_of_a_step_shares_the_cores_among_all_that_ranks_do(script):
     assert four["model_over_measured"] == pytest.approx(four["model_seconds"] / 0.2, abs=1e-3)
 
 
-def test_two_levels_are_predicted_to_gain_between_nodes_alone(script):
+def test_levels_are_predicted_to_gain_between_nodes_alone(script):
     scale, tables = script("scale"), script("tables")
     rows = scale.predicted()
     assert {row["gpus"] for row in rows} == set(scale.GPUS) and max(scale.GPUS) == 1024
     for row in rows:
         near = scale.MACHINES[row["machine"]].gpus_per_node
-        assert (row["two_levels_milliseconds"] == row["flat_milliseconds"]) is (row["gpus"] <= near) or (
-            row["two_levels_milliseconds"] < row["flat_milliseconds"]
+        assert (row["levels_milliseconds"] == row["flat_milliseconds"]) is (row["gpus"] <= near) or (
+            row["levels_milliseconds"] < row["flat_milliseconds"]
         )
         assert row["vote_messages"] <= 1 and row["vote_delay_steps"] <= 9 and 0.1 < row["efficiency"] <= 1
     shown = tables.scale(
@@ -373,12 +373,20 @@ def test_two_levels_are_predicted_to_gain_between_nodes_alone(script):
     assert "Predicted, not measured" in shown and "| 2 | 1.0 | 2.0 | 0.2 |" in shown
 
 
-def test_between_nodes_two_levels_send_a_part_of_the_bytes(script):
+def test_between_nodes_levels_send_a_part_of_the_bytes(script):
     model = script("cost_model")
     cluster = model.Cluster(within_bytes_per_second=1e30, within_latency_seconds=0.0, between_latency_seconds=0.0)
-    flat, levels = (model._exchange_seconds(8e9, 64, cluster, count) for count in (1, 2))
+    flat, levels = (model._exchange_seconds(8e9, 64, cluster, in_levels) for in_levels in (False, True))
     all_to_all = 56 / 64 * 8e9 / cluster.between_bytes_per_second
     assert flat > all_to_all and levels == pytest.approx(2 * all_to_all / cluster.gpus_per_node)
+
+
+def test_levels_send_few_messages(script):
+    model = script("cost_model")
+    cluster = model.Cluster(message_seconds=1.0)
+    assert model.exchange_sizes(1024, cluster) == [8, 8, 8, 2]
+    assert model._exchange_seconds(0, 1024, cluster, False) == pytest.approx(2 * 1023, abs=1e-3)
+    assert model._exchange_seconds(0, 1024, cluster, True) == pytest.approx(2 * 22, abs=1e-3)
 
 
 LAUNCHER = """

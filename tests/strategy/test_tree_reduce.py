@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dist_cifar.data.batching import share
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.strategy import bucket as bucket_module
-from dist_cifar.strategy import tree_nodes, tree_reduce
+from dist_cifar.strategy import exchange, tree_nodes, tree_reduce
 from dist_cifar.strategy.bucket import Bucket, Exchange, round_up
 from dist_cifar.strategy.exchange import plan_levels
 from dist_cifar.strategy.tree_nodes import nodes_of
@@ -245,6 +245,85 @@ def test_the_levels_follow_the_places_of_the_ranks(hosts, leaves, count, reason)
         assert (len(levels), why_flat) == (count, reason)
         for level in levels:
             assert sorted(member for group in level.groups for member in group) == list(range(len(hosts)))
+
+
+def simulated(hosts: str, leaves: int) -> list[np.ndarray]:
+    """The sum of all leaves on each of many ranks, by their plans, computed in this process."""
+    world_size = len(hosts)
+    plans = [plan_levels(hosts, rank, leaves=leaves)[0] for rank in range(world_size)]
+    assert len({len(levels) for levels in plans}) == 1
+    rng = np.random.default_rng(leaves)
+    values = torch.from_numpy(rng.standard_normal((leaves, 2 * world_size)).astype(np.float32))
+    rows = []
+    for rank in range(world_size):
+        held, tree = share(rank, parts=world_size, count=leaves), TreeAccumulator(leaves)
+        for index in held[:-1]:
+            tree.add((index, index + 1), [values[index].clone()])
+        sums = tree.finish((held[-1], held[-1] + 1), [values[held[-1]].clone()])
+        rows.append(torch.stack([row for (row,) in sums]))
+    for number in range(len(plans[0])):
+        received = {}
+        for group in plans[0][number].groups:
+            for place, rank in enumerate(group):
+                level = plans[rank][number]
+                assert group in level.groups and len(level.nodes) == len(group)
+                parts = [rows[other].chunk(len(group), dim=1)[place] for other in group]
+                assert [len(part) for part in parts] == [len(nodes) for nodes in level.nodes]
+                nodes = tuple(node for nodes in level.nodes for node in nodes)
+                received[rank] = tree_sum(torch.cat(parts), nodes, leaves=leaves)[None]
+        rows = [received[rank] for rank in range(world_size)]
+    wholes = [row[0] for row in rows]
+    for number in reversed(range(len(plans[0]))):
+        for group in plans[0][number].groups:
+            gathered = torch.cat([wholes[rank] for rank in group])
+            for rank in group:
+                wholes[rank] = gathered
+    expected = tree_sum(values.clone(), tuple((i, i + 1) for i in range(leaves)), leaves=leaves)
+    return [expected.numpy(), *(whole.numpy() for whole in wholes)]
+
+
+MANY = [
+    ("a" * 16, 16, [8, 2]),
+    ("a" * 12, 12, [4, 3]),
+    ("a" * 24, 48, [8, 3]),
+    ("abcdefghijklmnop", 32, [8, 2]),
+    ("a" * 16 + "b" * 16, 32, [8, 2, 2]),
+    ("".join(8 * chr(97 + host) for host in range(16)), 128, [8, 8, 2]),
+    ("".join(4 * chr(97 + host) for host in range(12)), 48, [4, 4, 3]),
+    ("ab" * 16, 32, [8, 4]),
+    ("a" * 11, 11, [11]),
+    ("a" * 9, 18, [9]),
+    ("a" * 20, 37, [20]),
+]
+
+
+@pytest.mark.parametrize(("hosts", "leaves", "sizes"), MANY, ids=lambda value: str(value)[:20])
+def test_many_ranks_send_to_few_and_get_the_same_sum(hosts, leaves, sizes):
+    levels, _ = plan_levels(hosts, 0, leaves=leaves)
+    assert [len(level.groups[0]) for level in levels] == sizes
+    expected, *found = simulated(hosts, leaves)
+    assert all(whole.tobytes() == expected.tobytes() for whole in found)
+
+
+def test_messages_grow_with_the_logarithm_of_the_ranks():
+    for doublings in range(4, 11):
+        hosts = [str(rank // 8) for rank in range(2**doublings)]
+        levels, _ = plan_levels(hosts, 0, leaves=len(hosts))
+        assert sum(len(level.groups[0]) - 1 for level in levels) <= 7 * -(-doublings // 3)
+
+
+def test_several_levels_have_the_bits_of_one(ranks):
+    for world_size, leaves in ((8, 8), (8, 16), (6, 12), (4, 8)):
+        expected = [value / np.float32(leaves) for value in by_definition(0, leaves)]
+        for result, sizes in ranks.run(world_size, in_pairs, leaves):
+            assert equal(result, expected) and sizes == {8: [2, 2, 2], 6: [2, 3], 4: [2, 2]}[world_size]
+
+
+def in_pairs(communicator: Communicator, leaves: int) -> tuple[list[np.ndarray], list[int]]:
+    """The mean, and the sizes of the groups, if few exchange at once."""
+    with mock.patch.object(exchange, "MOST_AT_ONCE", 3 if communicator.world_size == 6 else 2):
+        sizes = [len(group.ranks) for _, group in Exchange(communicator, leaves=leaves).levels]
+        return mean(communicator, leaves, None), sizes
 
 
 def test_hosts_whose_sums_are_taken_in_another_order_are_caught(ranks):
