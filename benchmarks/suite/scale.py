@@ -52,7 +52,7 @@ from dist_cifar.trainer import AsyncAnyReduce, Trainer
 WORLD_SIZES = (1, 2, 4, 8, 16)
 VIRTUAL_RANKS, GLOBAL_BATCH, MODEL = 16, 128, "resnet20"
 LOG_STEPS, WARM_UP_STEPS, STEPS = 10, 10, 40
-REPEATS, ELEMENTS = 30, (2**10, 2**18)
+REPEATS, ELEMENTS = 300, (2**10, 2**18)
 MEASURED_ON = (2, 4)
 """Numbers of ranks on which messages are measured."""
 CORES = os.cpu_count() or 1
@@ -146,13 +146,14 @@ def worker(directory: Path) -> None:
             trainer.log.take_totals(trainer.sums)
         seconds.append(time.perf_counter() - begun)
     elapsed = time.perf_counter() - started
+    levels = len(Exchange(communicator, leaves=VIRTUAL_RANKS).levels)
     row = {
         "world_size": env.world_size,
         "messages": {kind: counts.messages[kind] / STEPS for kind in KINDS},
         "bytes": {kind: counts.sent_bytes[kind] / STEPS for kind in KINDS},
         "store_requests_per_second": counts.store_requests / elapsed,
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
-        "buckets": len(exact_bucket_bytes(MODEL)) + 1,
+        "exchanges": 2 * levels * (len(exact_bucket_bytes(MODEL)) + 1),
     }
     row["pass_seconds"] = seconds_of_a_pass(trainer)
     if env.world_size in MEASURED_ON:
@@ -242,7 +243,7 @@ def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]
     found = []
     for ranks, row in by_size.items():
         messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
-        exchanges = 2 * row["buckets"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
+        exchanges = row["exchanges"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
         sending = per_exchange * exchanges + per_message * messages + per_byte * nbytes
         seconds = (VIRTUAL_RANKS * row["pass_seconds"] + ranks * (rest + sending)) / min(ranks, cores)
         found.append(

@@ -327,7 +327,7 @@ def counted_row(world_size: int, step_seconds: float, **more: Any) -> dict[str, 
         "messages": messages,
         "bytes": dict.fromkeys(messages, 1000.0),
         "step_seconds": step_seconds,
-        "buckets": 1,
+        "exchanges": 2,
         **more,
     }
 
