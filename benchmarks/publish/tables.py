@@ -519,8 +519,8 @@ def scale(result: dict[str, Any]) -> str:
         "",
         f"Of each rank and step: {MODELS[result['model']]}, global batch {result['global_batch']}, fp32,"
         f" {result['virtual_ranks']} virtual ranks, one row of the log in {result['log_every_steps']} steps,"
-        f" {result['hardware']}, whose cores all ranks share. *Model* is what the model makes of a pass by itself"
-        " and of messages on two and four ranks that do nothing else, over what the step took (median of"
+        f" {result['hardware']}, whose cores all ranks share. *Model* is what the model makes of the processor"
+        " time of a pass, and of messages on two and four ranks, over what the step took (median of"
         f" {result['steps']}).",
         "",
         "Predicted, not measured, for ResNet-18 in bf16 with"

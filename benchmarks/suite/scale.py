@@ -8,11 +8,11 @@ Contract, in three parts:
   ranks; each rank counts the messages that it sends and their bytes, by what they are for, over the steps between two
   rows of the log, and what it asks of the job's store in a second.
 - `checked`: what a model says of those jobs' steps, and what they take. By the model, all that ranks do in a step
-  shares the cores: a step takes (V p + W (r + k K + m M + b B)) / min(W, cores) seconds, of V passes of p and, on each
-  of W ranks, r for what every rank does by itself, K exchanges of k, M messages of m, and B bytes of b. p is the
-  processor time of a pass, measured in each job: ranks that take turns on a core empty each other's cache. r is what
-  the step of one rank takes beside its passes, so there the model holds by construction; k, m and b are the processor
-  time of reductions on two and on four ranks that do nothing else.
+  shares the cores: a step takes (V p + W (r + k + m M)) / min(W, cores) seconds, of V passes of p and, on each of W
+  ranks, r for what every rank does by itself, k for exchanging at all, and M messages of m. p is the processor time of
+  a pass, measured in each job: ranks that take turns on a core empty each other's cache. r is what a step of one rank
+  takes beside its passes; k and m are a line through what those of two and of four ranks take beside that, in processor
+  time. What more ranks take is not used.
 - `predicted`: the same counts on named machines, by the alpha-beta model of `cost_model.py`, with the time in which the
   host starts kernels; none of these machines was measured.
 
@@ -45,14 +45,12 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.strategy.bucket import Bucket, Exchange
 from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 from dist_cifar.trainer import AsyncAnyReduce, Trainer
 
 WORLD_SIZES = (1, 2, 4, 8, 16)
 VIRTUAL_RANKS, GLOBAL_BATCH, MODEL = 16, 128, "resnet20"
 LOG_STEPS, WARM_UP_STEPS, STEPS = 10, 10, 40
-REPEATS, ELEMENTS = 300, (2**10, 2**18)
 MEASURED_ON = (2, 4)
 """Numbers of ranks on which messages are measured."""
 CORES = os.cpu_count() or 1
@@ -130,14 +128,15 @@ def worker(directory: Path) -> None:
     communicator = Communicator(env, device=torch.device("cpu"), timeout_seconds=600)
     watch = communicator.watch(lambda failure: os._exit(1))
     trainer = Trainer.build(config_of(directory), communicator)
-    vote, seconds, started = AsyncAnyReduce(communicator, 3), [], 0.0
+    vote, seconds, started, started_processor = AsyncAnyReduce(communicator, 3), [], 0.0, 0.0
     batches = [trainer.batches.make(step) for step in range(4)]
     for step in range(WARM_UP_STEPS + STEPS):
         if step == WARM_UP_STEPS:
             communicator.barrier()
             counts.messages.clear()
             counts.sent_bytes.clear()
-            counts.store_requests, started = 0, time.perf_counter()
+            counts.store_requests = 0
+            started, started_processor = time.perf_counter(), time.process_time()
         begun = time.perf_counter()
         vote.start(step + 1, False, False, False)
         trainer.train_step(batches[step % len(batches)])
@@ -146,21 +145,20 @@ def worker(directory: Path) -> None:
             trainer.log.take_totals(trainer.sums)
         seconds.append(time.perf_counter() - begun)
     elapsed = time.perf_counter() - started
-    levels = len(Exchange(communicator, leaves=VIRTUAL_RANKS).levels)
+    processor_seconds = time.process_time() - started_processor
     row = {
         "world_size": env.world_size,
         "messages": {kind: counts.messages[kind] / STEPS for kind in KINDS},
         "bytes": {kind: counts.sent_bytes[kind] / STEPS for kind in KINDS},
         "store_requests_per_second": counts.store_requests / elapsed,
         "step_seconds": statistics.median(seconds[WARM_UP_STEPS:]),
-        "exchanges": 2 * levels * (len(exact_bucket_bytes(MODEL)) + 1),
+        "processor_seconds": processor_seconds / STEPS,
     }
     row["pass_seconds"] = seconds_of_a_pass(trainer)
-    if env.world_size in MEASURED_ON:
-        row["reduction_seconds"] = cost_of_reductions(communicator)
     rows = communicator.all_gather_object(row)
     if env.rank == 0:
         row["step_seconds"] = max(other["step_seconds"] for other in rows)
+        row["processor_seconds"] = statistics.mean(other["processor_seconds"] for other in rows)
         (directory / "row.json").write_text(json.dumps(row), encoding="utf-8")
     communicator.barrier()
     if watch is not None:
@@ -185,37 +183,6 @@ def seconds_of_a_pass(trainer: Trainer) -> float:
     return statistics.median(passes)
 
 
-def cost_of_reductions(communicator: Communicator) -> list[float]:
-    """Processor seconds of a reduction of each of `ELEMENTS`, on ranks that do nothing else."""
-    found = []
-    for elements in ELEMENTS:
-        bucket = Bucket([torch.empty(elements)], Exchange(communicator, leaves=VIRTUAL_RANKS))
-        bucket.warm_up()
-        communicator.barrier()
-        begun = time.process_time()
-        for _ in range(REPEATS):
-            bucket.warm_up()
-        found.append((time.process_time() - begun) / REPEATS)
-        communicator.barrier()
-    return found
-
-
-def cost_of_messages(reduction_seconds: dict[int, Sequence[float]]) -> tuple[float, float, float]:
-    """Processor seconds of an exchange, of a message and of a byte, from those of reductions of `ELEMENTS` on
-    `MEASURED_ON` ranks: a reduction is two exchanges, in each of which a rank sends to all others."""
-    few, many = ELEMENTS
-    two, four = MEASURED_ON
-
-    def sent_bytes(ranks: int, elements: int) -> float:
-        return 2 * (ranks - 1) / ranks * 4 * elements
-
-    (small, large), (small_of_four, _) = reduction_seconds[two], reduction_seconds[four]
-    per_byte = max(0.0, (large - small) / (sent_bytes(two, many) - sent_bytes(two, few)))
-    beside = [seconds - per_byte * sent_bytes(ranks, few) for ranks, seconds in ((two, small), (four, small_of_four))]
-    per_message = max(0.0, (beside[1] - beside[0]) / (2 * (four - two)))
-    return max(0.0, beside[0] / 2 - (two - 1) * per_message), per_message, per_byte
-
-
 def measure(world_size: int) -> dict[str, Any]:
     """The row of one job."""
     with tempfile.TemporaryDirectory() as directory:
@@ -236,16 +203,17 @@ def measure(world_size: int) -> dict[str, Any]:
 def checked(rows: Sequence[dict[str, Any]], cores: int) -> list[dict[str, float]]:
     """What the model says of each job, beside what it took."""
     by_size = {row["world_size"]: row for row in rows}
-    per_exchange, per_message, per_byte = cost_of_messages(
-        {ranks: by_size[ranks]["reduction_seconds"] for ranks in MEASURED_ON}
-    )
-    rest = by_size[1]["step_seconds"] - VIRTUAL_RANKS * by_size[1]["pass_seconds"]
+    messages = {ranks: sum(row["messages"].values()) for ranks, row in by_size.items()}
+    rest = by_size[1]["processor_seconds"] - VIRTUAL_RANKS * by_size[1]["pass_seconds"]
+    alone = {ranks: VIRTUAL_RANKS / ranks * row["pass_seconds"] + rest for ranks, row in by_size.items()}
+    few, many = (by_size[ranks]["processor_seconds"] - alone[ranks] for ranks in MEASURED_ON)
+    two, four = MEASURED_ON
+    per_message = max(0.0, (many - few) / (messages[four] - messages[two]))
+    per_step = few - per_message * messages[two]
     found = []
     for ranks, row in by_size.items():
-        messages, nbytes = sum(row["messages"].values()), sum(row["bytes"].values())
-        exchanges = row["exchanges"] + row["messages"]["vote"] + row["messages"]["log"] if ranks > 1 else 0
-        sending = per_exchange * exchanges + per_message * messages + per_byte * nbytes
-        seconds = (VIRTUAL_RANKS * row["pass_seconds"] + ranks * (rest + sending)) / min(ranks, cores)
+        sending = per_step + per_message * messages[ranks] if ranks > 1 else 0.0
+        seconds = ranks * (alone[ranks] + sending) / min(ranks, cores)
         found.append(
             {
                 "world_size": ranks,

@@ -312,14 +312,6 @@ def test_block_of_the_host_time(script):
 # --- scale.py, restart.py -----------------------------------------------------------------------------------------
 
 
-EXCHANGE, MESSAGE, BYTE = 1e-3, 1e-4, 1e-9
-"""Seconds."""
-
-
-def reductions(ranks: int, sizes: tuple[int, int]) -> list[float]:
-    return [2 * (EXCHANGE + (ranks - 1) * MESSAGE + (ranks - 1) / ranks * 4 * elements * BYTE) for elements in sizes]
-
-
 def counted_row(world_size: int, step_seconds: float, **more: Any) -> dict[str, Any]:
     messages = {"vote": 1.0, "exchange": 2.0 * (world_size - 1), "log": 0.2}
     return {
@@ -327,7 +319,6 @@ def counted_row(world_size: int, step_seconds: float, **more: Any) -> dict[str, 
         "messages": messages,
         "bytes": dict.fromkeys(messages, 1000.0),
         "step_seconds": step_seconds,
-        "exchanges": 2,
         **more,
     }
 
@@ -335,18 +326,17 @@ def counted_row(world_size: int, step_seconds: float, **more: Any) -> dict[str, 
 def test_the_model_of_a_step_shares_the_cores_among_all_that_ranks_do(script):
     scale = script("scale")
     rows = [
-        counted_row(1, 0.17, pass_seconds=0.01),
-        counted_row(2, 0.1, pass_seconds=0.02, reduction_seconds=reductions(2, scale.ELEMENTS)),
-        counted_row(4, 0.2, pass_seconds=0.03, reduction_seconds=reductions(4, scale.ELEMENTS)),
+        counted_row(1, 0.17, pass_seconds=0.01, processor_seconds=0.17),
+        counted_row(2, 0.1, pass_seconds=0.01, processor_seconds=0.08 + 0.01 + 0.002 + 3.2e-3),
+        counted_row(4, 0.2, pass_seconds=0.02, processor_seconds=0.08 + 0.01 + 0.002 + 7.2e-3),
+        counted_row(8, 0.3, pass_seconds=0.03, processor_seconds=9.0),  # which is not used
     ]
-    costs = scale.cost_of_messages({row["world_size"]: row["reduction_seconds"] for row in rows[1:]})
-    assert costs == pytest.approx((EXCHANGE, MESSAGE, BYTE))
     rows[0]["messages"] = rows[0]["bytes"] = dict.fromkeys(rows[0]["messages"], 0.0)
-    one, two, four = scale.checked(rows, 2)
+    one, two, four, eight = scale.checked(rows, 2)
     assert one["model_seconds"] == pytest.approx(0.17)
-    sending = 3.2 * EXCHANGE + 3000 * BYTE
-    assert two["model_seconds"] == pytest.approx((0.32 + 2 * (0.01 + sending + 3.2 * MESSAGE)) / 2, abs=1e-5)
-    assert four["model_seconds"] == pytest.approx((0.48 + 4 * (0.01 + sending + 7.2 * MESSAGE)) / 2, abs=1e-5)
+    assert two["model_seconds"] == pytest.approx(0.0952)
+    assert four["model_seconds"] == pytest.approx(2 * 0.0992)
+    assert eight["model_seconds"] == pytest.approx(4 * (0.06 + 0.01 + 0.002 + 15.2e-3))
     assert four["model_over_measured"] == pytest.approx(four["model_seconds"] / 0.2, abs=1e-3)
 
 
