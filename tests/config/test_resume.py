@@ -122,6 +122,7 @@ RULES = {
     "eval.tta": "free",
     "eval.tta_share": "free",
     "checkpoint.every_steps": "free",
+    "checkpoint.every_seconds": "free",
     "checkpoint.keep_last": "free",
     "checkpoint.keep_best": "free",
     "checkpoint.keep_every_steps": "free",
