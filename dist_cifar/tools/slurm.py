@@ -175,7 +175,10 @@ def _sbatch(script: str, *options: str) -> str:
         raise LaunchError(f"submit: sbatch has not answered in {_SBATCH_SECONDS:g} s; is the controller up?") from None
     printed = " ".join((done.stdout + done.stderr).split())
     if done.returncode:
-        raise LaunchError(f"submit: refused by sbatch ({printed}); see --dry-run for the script")
+        raise LaunchError(
+            f"submit: refused by sbatch ({printed}); see --dry-run for the script, and give --cpus-per-task if no node"
+            " has as many cores"
+        )
     return printed
 
 

@@ -29,7 +29,7 @@ def submit(cluster, *arguments: str) -> tuple[int, str, str]:
 
 
 SHAPES = [
-    [f"--nodes={nodes}", f"--gpus-per-node={gpus}", *array, *extra]
+    [f"--nodes={nodes}", f"--gpus-per-node={gpus}", "--cpus-per-task=8", *array, *extra]
     for (nodes, gpus), array, extra in itertools.product(
         ((1, 0), (1, 4), (2, 2)),
         ((), ("--sweep=SWEEP", "--at-once=2")),
@@ -49,11 +49,13 @@ def test_sbatch_accepts_it(cluster, shape, tmp_path):
     assert cluster.run("squeue", "-h") == ""
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--partition=nowhere"], ["--gpus-per-node=8"], ["--constraint=v100"], ["--time=soon"]], ids=str
-)
-def test_sbatch_refuses_it(cluster, arguments):
-    code, _, error = submit(cluster, *arguments)
+REFUSED = ("--partition=nowhere", "--gpus-per-node=8", "--gpus-per-node=4", "--constraint=v100", "--time=soon")
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_sbatch_refuses_it(cluster, argument):
+    """Its nodes have four GPUs and eight cores: two of these for each of those, and not eight."""
+    code, _, error = submit(cluster, argument)
     assert code == 2 and "submit: refused by sbatch" in error and error.count("\n") == 1
     assert cluster.run("squeue", "-h") == ""
 
