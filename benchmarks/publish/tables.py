@@ -90,11 +90,12 @@ def accuracy(result: dict[str, Any]) -> str:
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
     for (recipe, epochs, hardware), rows in sorted(runs.items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
-        seconds = f"{statistics.median(row['wall_seconds'] for row in rows):,.0f}"
+        alone = [row["wall_seconds"] for row in rows if row["alone"]]
+        seconds = f"{statistics.median(alone):,.0f}" if alone else ""
         ranks = f"{rows[0]['ranks']}, {hardware}"
         lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {seconds} | {len(rows)} | {ranks} |")
     (data,) = {run["data"] for run in result["runs"]}
-    note = "seconds: the median, also of runs beside other work (see `load_average_before` in the JSON)."
+    note = "seconds: the median of runs that had the machine for themselves."
     return "\n".join([*lines, "", f"Mean and standard deviation over n seeds, images of {data}; {note}"])
 
 
@@ -143,15 +144,17 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
     lines = ["| recipe | test accuracy | with TTA | minutes | n | hardware |", "|---" * 6 + "|"]
     best = sorted(table.items(), key=lambda item: -statistics.fmean(row["test_accuracy"] for row in item[1]))
     for (name, where, clock), rows in best:
-        minutes = statistics.median(row[clock] for row in rows) / 60
-        cells = [name, _mean(rows, "test_accuracy"), _mean(rows, "test_accuracy_tta"), f"{minutes:.1f}", str(len(rows))]
+        alone = [row[clock] for row in rows if row.get("alone", True)]
+        minutes = f"{statistics.median(alone) / 60:.1f}" if alone else ""
+        cells = [name, _mean(rows, "test_accuracy"), _mean(rows, "test_accuracy_tta"), minutes, str(len(rows))]
         lines.append(f"| {' | '.join([*cells, where])} |")
     return "\n".join(
         [
             *lines,
             "",
-            "Mean and standard deviation over n seeds, median minutes of training and test, on"
-            f" {accuracy['runs'][0]['data']}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell apart.",
+            "Mean and standard deviation over n seeds; median minutes of training and test, if the machine did nothing"
+            f" else. On {accuracy['runs'][0]['data']}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell"
+            " apart.",
         ]
     )
 

@@ -5,7 +5,8 @@
 Trains each recipe with each seed, seed by seed, in run directories below FOLDER, which are kept: started again, it
 resumes what was interrupted and does not repeat what is done. Each run that is done is a row of
 benchmarks/results/accuracy.json, in the place of an earlier row of its recipe, number of epochs, seed and hardware.
-Accuracies hold on a machine that does other work as well; seconds do only where the load average was near zero.
+Accuracies hold on a machine that does other work as well; `--beside-other-work` says that it does, and the pages then
+leave the seconds out.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def recipes() -> dict[str, list[str]]:
     return found
 
 
-def train(name: str, arguments: list[str], seed: int, data: Path, directory: Path, ranks: int) -> dict[str, Any]:
+def train(
+    name: str, arguments: list[str], seed: int, data: Path, directory: Path, ranks: int, alone: bool
+) -> dict[str, Any]:
     """One run, or what is left of it; its row."""
     load = os.getloadavg()[0]
     command = [
@@ -97,6 +100,7 @@ def train(name: str, arguments: list[str], seed: int, data: Path, directory: Pat
         "wall_seconds": round(summary["wall_seconds"]),
         "images_per_second": round(summary["images_per_second"]),
         "load_average_before": round(load, 2),
+        "alone": alone,
         "curve": [[round(row["epoch"], 3), row["accuracy"]] for row in rows if row["kind"] == "eval"],
         "weights_sha256": summary["weights_sha256"],
         "torch": summary["versions"]["torch"],
@@ -122,11 +126,13 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=known, default=list(_CHANGES), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--beside-other-work", action="store_true")
     options = parser.parse_args()
     for seed in options.seeds:
         for name in options.recipes:
             directory = options.runs.resolve() / f"{name.replace(' ', '_')}-{seed}"
-            row = train(name, known[name], seed, options.data.resolve(), directory, options.ranks)
+            data, alone = options.data.resolve(), not options.beside_other_work
+            row = train(name, known[name], seed, data, directory, options.ranks, alone)
             keep(row)
             print(f"{name}, seed {seed}: {row['test_accuracy']:.2%} in {row['wall_seconds']} s", flush=True)
 
