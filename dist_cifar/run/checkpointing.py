@@ -18,6 +18,7 @@ from dist_cifar.config import AtResume, Config, at_resume, batch_differences, di
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.distributed.failure_detector import is_lost_peer
 from dist_cifar.errors import CheckpointError, ConfigError, one_line
+from dist_cifar.ops.transfer import download
 from dist_cifar.run.checkpoint import Checkpoint, CheckpointStore, Tensors, weights_sha256
 from dist_cifar.run.checkpoint_state import require_state
 from dist_cifar.run.provenance import numerics_fingerprint, versions
@@ -128,6 +129,7 @@ class RunCheckpoints:
 
         `tensors`: `model`, `optimizer` and `ranks`, by name. `totals`: those of all ranks since the last log.
         """
+        tensors = {**tensors, "model": download(tensors["model"])}  # once, for the digest and for the file
         self._communicator.assert_tensors_equal_across_ranks("the weights", tensors["model"], weights_sha256)
         state = {
             "train_state": dataclasses.asdict(train_state),

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.ops.precision import compiles
 from dist_cifar.optim.base import (
     OptimizerFactory,
     load_optimizer_state_dict,
@@ -55,7 +56,7 @@ class ExactStrategy:
     ) -> None:
         """`module` is moved to the communicator's device in channels-last."""
         device = communicator.device
-        self._is_compiled = config.compute.compile == "on"
+        self._is_compiled = compiles(config.compute, device, auto_compile=False)
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._all_passes = plan.virtual_ranks * plan.passes
         # A CPU adds a gradient while it is in the cache; a GPU adds all of them at once, in one launch.

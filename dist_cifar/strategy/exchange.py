@@ -55,7 +55,7 @@ def plan_levels(hosts: Sequence[str], rank: int, *, leaves: int) -> tuple[list[L
         groups = [list(places) for run in runs for places in zip(*(unit.ranks for unit in run), strict=True)]
         levels.append(Level(groups=groups, nodes=[nodes_of(unit.held, leaves=leaves) for unit in own]))
         units = [_merged(run) for run in runs]
-    return levels or [Level(groups=[[0]], nodes=[nodes_of(range(leaves), leaves=leaves)])], why_flat
+    return levels or [flat_level(world_size, leaves=leaves)], why_flat
 
 
 def flat_level(world_size: int, *, leaves: int) -> Level:
@@ -72,14 +72,19 @@ def describe_levels(hosts: Sequence[str], *, leaves: int) -> str | None:
         return f"in groups of {' x '.join(map(str, sizes))} ranks wherever they are, since {why_flat}"
     if len(levels) == 1:
         return None
-    several = len(set(hosts)) not in (1, len(hosts))
-    return f"in {len(levels)} levels of {' x '.join(map(str, sizes))} ranks{', within hosts first' if several else ''}"
+    order = ", within hosts first" if _share_hosts(hosts) else ""
+    return f"in {len(levels)} levels of {' x '.join(map(str, sizes))} ranks{order}"
+
+
+def _share_hosts(hosts: Sequence[str]) -> bool:
+    """Whether there are several hosts, and several ranks on one of them."""
+    return len(set(hosts)) not in (1, len(hosts))
 
 
 def _ranks_of_a_host(hosts: Sequence[str], units: Sequence[_Unit], *, leaves: int) -> tuple[int, str | None]:
     """How many ranks of a host exchange before others, else 1; and why it is 1 where several ranks are neighbours."""
     runs = [list(ranks) for _, ranks in groupby(range(len(hosts)), key=lambda other: hosts[other])]
-    if len(set(hosts)) in (1, len(hosts)):
+    if not _share_hosts(hosts):
         return 1, None
     if len(runs) > len(set(hosts)):
         return 1, "the ranks of a host are not neighbours"

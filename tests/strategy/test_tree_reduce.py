@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -131,12 +132,16 @@ def test_an_all_reduce_is_another_sum(ranks):
     assert not equal(ranks.run(4, all_reduced)[0], expected)
 
 
-def sums_of(held: range, leaves: int) -> list[torch.Tensor]:
+def one_of(index: int) -> torch.Tensor:
+    return leaf(index)[1]
+
+
+def sums_of(held: range, leaves: int, value: Callable[[int], torch.Tensor] = one_of) -> list[torch.Tensor]:
     """What a rank with these leaves brings."""
     tree = TreeAccumulator(leaves)
     for index in held[:-1]:
-        tree.add((index, index + 1), leaf(index)[1:2])
-    return [row.flatten() for (row,) in tree.finish((held[-1], held[-1] + 1), leaf(held[-1])[1:2])]
+        tree.add((index, index + 1), [value(index)])
+    return [row.flatten() for (row,) in tree.finish((held[-1], held[-1] + 1), [value(held[-1])])]
 
 
 def local_means(leaves: int, world_size: int) -> np.ndarray:
@@ -254,13 +259,8 @@ def simulated(hosts: str, leaves: int) -> list[np.ndarray]:
     assert len({len(levels) for levels in plans}) == 1
     rng = np.random.default_rng(leaves)
     values = torch.from_numpy(rng.standard_normal((leaves, 2 * world_size)).astype(np.float32))
-    rows = []
-    for rank in range(world_size):
-        held, tree = share(rank, parts=world_size, count=leaves), TreeAccumulator(leaves)
-        for index in held[:-1]:
-            tree.add((index, index + 1), [values[index].clone()])
-        sums = tree.finish((held[-1], held[-1] + 1), [values[held[-1]].clone()])
-        rows.append(torch.stack([row for (row,) in sums]))
+    all_held = (share(rank, parts=world_size, count=leaves) for rank in range(world_size))
+    rows = [torch.stack(sums_of(held, leaves, lambda index: values[index].clone())) for held in all_held]
     for number in range(len(plans[0])):
         received = {}
         for group in plans[0][number].groups:

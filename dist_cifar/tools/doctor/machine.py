@@ -21,6 +21,7 @@ from dist_cifar.distributed.launch_env import DistEnv
 from dist_cifar.errors import counted
 from dist_cifar.run.provenance import installed_version
 from dist_cifar.tools.doctor.findings import GIB, Finding, failed, graded, ok, size, warning
+from dist_cifar.tools.slurm import CORES_OF_GPU
 
 OLDEST = {"torch": (2, 11), "torchvision": (0, 26), "accelerate": (1, 10), "numpy": (2, 0), "safetensors": (0, 5)}
 """The oldest versions that are supported."""
@@ -92,7 +93,7 @@ def check_cores(device: torch.device, env: DistEnv) -> Finding:
     text = f"{cores} for {counted(env.local_world_size, 'rank')} of this host"
     if device.type != "cuda":
         return ok("cores", text)
-    hint = f"ask for more, e.g. sbatch --cpus-per-task={8 * env.local_world_size} of one torchrun a node"
+    hint = f"ask for more, e.g. sbatch --cpus-per-task={CORES_OF_GPU * env.local_world_size} of one torchrun a node"
     return graded("cores", f"{text}, {_CORES_OF_GPU[0]} a GPU wanted", hint, each, *_CORES_OF_GPU)
 
 
