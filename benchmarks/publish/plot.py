@@ -2,9 +2,10 @@
 
     python benchmarks/publish/plot.py benchmarks/results/augment.json docs/augment.png
     python benchmarks/publish/plot.py benchmarks/results/peers.json docs/peers.png
-    python benchmarks/publish/plot.py benchmarks/results/time_to_accuracy.json docs/time_to_accuracy.png
+    python benchmarks/publish/plot.py benchmarks/results/time_to_accuracy.json benchmarks/results/accuracy.json \\
+        docs/time_to_accuracy.png
 
-Contract: everything in the picture comes from the JSON file. Bars from zero on a linear axis: their lengths are the
+Contract: everything in the picture comes from the JSON files. Bars from zero on a linear axis: their lengths are the
 rates. A whisker runs from the slowest to the fastest round. The background is opaque, for light and dark pages.
 """
 
@@ -21,7 +22,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.legend_handler import HandlerTuple
-from tables import rounds
+from tables import PEER, rounds
 
 OURS, OTHERS, INK, FAINT = "#c2410c", "#64748b", "#1e293b", "#cbd5e1"
 OURS_LIGHT, OTHERS_LIGHT = "#fdba74", "#b6c2d1"
@@ -157,31 +158,47 @@ def _pairs(axes: Any, rows: list[dict[str, Any]], programs: list[str]) -> None:
     _clean(axes)
 
 
-def draw_time_to_accuracy(result: dict[str, Any], path: Path) -> None:
-    """A point for each run, and a ring at the mean of each program; seconds from zero."""
-    programs = list(dict.fromkeys(row["program"] for row in result["runs"]))
-    shades = iter(["#c2410c", "#f59e0b", "#7c2d12"])
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained", facecolor="white")
+CURVES = {"resnet18_sgd": "#0f766e", "seed_resnet18": "#7c3aed"}
+"""Recipes whose accuracy is drawn after each of their epochs, and the colours."""
+LEAST_PERCENT = 80.0
+
+
+def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path: Path) -> None:
+    """Time as a multiple of the peer's on the same machine: a point for each run of the peer and the recipe, and the
+    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs."""
+    peers: dict[str, list[float]] = {}
+    for row in result["runs"]:
+        if row["program"] == PEER:
+            peers.setdefault(row["hardware"], []).append(row["seconds"])
+    unit = {machine: statistics.median(seconds) for machine, seconds in peers.items()}
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
+    programs = [PEER, *(name for name in dict.fromkeys(row["program"] for row in result["runs"]) if name != PEER)]
+    shades = iter([OTHERS, OURS, OURS_LIGHT])
     for program in programs:
-        rows = [row for row in result["runs"] if row["program"] == program]
-        colour = OTHERS if program == programs[0] else next(shades)
-        seconds, accuracies = [row["seconds"] for row in rows], [100 * row["test_accuracy_tta"] for row in rows]
-        axes.scatter(seconds, accuracies, color=colour, s=22, zorder=3)
-        middle = statistics.fmean(seconds), statistics.fmean(accuracies)
-        axes.scatter(*middle, s=260, facecolors="none", edgecolors=colour, linewidths=1.5, zorder=3)
-        text = f"{program}\n{middle[1]:.2f} % in {middle[0]:.0f} s (n = {len(rows)})"
-        lowest = (middle[0], min(accuracies))
-        axes.annotate(
-            text, lowest, (0, -8), textcoords="offset points", ha="center", va="top", color=colour, fontsize=10
-        )
-    axes.set_xlim(0, max(row["seconds"] for row in result["runs"]) * 1.25)
-    axes.set_xlabel("seconds of initialisation, training and test")
-    axes.set_ylabel("test accuracy with TTA, percent")
-    axes.margins(y=0.35)
+        rows = [row for row in result["runs"] if row["program"] == program and row["hardware"] in unit]
+        times = [row["seconds"] / unit[row["hardware"]] for row in rows]
+        colour = next(shades)
+        plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
+        label = f"{program}: {statistics.fmean(averaged):.1f} % with TTA in {statistics.median(times):.2f}x"
+        axes.scatter(times, plain, color=colour, s=24, zorder=3, label=label)
+        axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
+    for row in accuracy["runs"]:
+        if row["recipe"] in CURVES and row["hardware"] in unit and row["alone"]:
+            epoch_time = row["wall_seconds"] / row["epochs"] / unit[row["hardware"]]
+            points = [(epoch * epoch_time, 100 * share) for epoch, share in row["curve"]]
+            label = f"{row['recipe']}: {points[-1][1]:.1f} % in {points[-1][0]:.1f}x"
+            axes.plot(*zip(*points, strict=True), color=CURVES[row["recipe"]], marker=".", linewidth=1.5, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(LEAST_PERCENT)
+    axes.set_xlabel("time of initialisation, training and test, as a multiple of airbench94's")
+    axes.set_ylabel("test accuracy, percent")
+    axes.legend(frameon=False, loc="lower left", fontsize=10)
     _clean(axes)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
-    note = f"A dot is a run, a ring the mean. Images of {result['data']}; {result['hardware']}."
+    machines = ",\n".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
+    note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}. 1x is {machines}."
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=130)
 
@@ -201,12 +218,12 @@ DRAWINGS = {"augment": draw_augment, "peers": draw_peers, "time_to_accuracy": dr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of benchmarks/results")
+    parser.add_argument("results", type=Path, nargs="+", metavar="result", help="JSON files of benchmarks/results")
     parser.add_argument("picture", type=Path, help="file to write; its ending names the format")
     arguments = parser.parse_args()
-    result = json.loads(arguments.result.read_text(encoding="utf-8"))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
     plt.rcParams.update({"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "ytick.color": INK})
-    DRAWINGS[result["benchmark"]](result, arguments.picture)
+    DRAWINGS[results[0]["benchmark"]](*results, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -84,79 +84,136 @@ def headline(
 
 def accuracy(result: dict[str, Any]) -> str:
     """What the recipes reach: the mean over seeds, and how far they lie apart."""
-    runs: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for run in result["runs"]:
-        runs.setdefault((run["recipe"], run["epochs"], run["hardware"]), []).append(run)
+    shown = [row for row in result["runs"] if row["change"] is None]
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
-    for (recipe, epochs, hardware), rows in sorted(runs.items()):
+    for (recipe, epochs, hardware), rows in sorted(_grouped(shown, "recipe", "epochs", "hardware").items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
         alone = [row["wall_seconds"] for row in rows if row["alone"]]
         seconds = f"{statistics.median(alone):,.0f}" if alone else ""
         ranks = f"{rows[0]['ranks']}, {hardware}"
         lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {seconds} | {len(rows)} | {ranks} |")
-    (data,) = {run["data"] for run in result["runs"]}
-    note = "seconds: the median of runs that had the machine for themselves."
-    return "\n".join([*lines, "", f"Mean and standard deviation over n seeds, images of {data}; {note}"])
+    note = (
+        f"Mean and standard deviation over n seeds, images of {_one(result, 'data')}; seconds: the median of runs that"
+    )
+    return "\n".join([*lines, "", f"{note} had the machine for themselves."])
+
+
+def adam(result: dict[str, Any]) -> str:
+    """What each change to Adam's recipe gains on the recipe above it, within a seed."""
+    runs = sorted((row for row in result["runs"] if row["change"] is not None), key=lambda row: row["change"])
+    if not runs:
+        return "Not measured yet."
+    lines = ["| recipe | test accuracy | gain, points | n |", "|---" * 4 + "|"]
+    before: dict[int, float] = {}
+    for (name,), rows in _grouped(runs, "recipe").items():
+        reached = {row["seed"]: row["test_accuracy"] for row in rows}
+        gains = [f"{100 * (share - before[seed]):+.2f}" for seed, share in sorted(reached.items()) if seed in before]
+        lines.append(f"| {name} | {_mean(rows, 'test_accuracy')} | {', '.join(gains)} | {len(rows)} |")
+        before = reached
+    machines = " and ".join(f"an {name}" for name in sorted({row["hardware"] for row in runs}))
+    note = (
+        f"Images of {_one(result, 'data')}, {_one({'runs': runs}, 'epochs'):g} epochs, on {machines}; the gain of each"
+    )
+    return "\n".join([*lines, "", f"{note} seed on the line above."])
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """The values that rows have."""
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> str:
     """The mean of a share over rows, and its standard deviation, in percent."""
-    values = [row[name] for row in rows if row.get(name) is not None]
+    values = _column(rows, name)
     spread = f" +- {statistics.stdev(values):.2%}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2%}{spread}" if values else ""
 
 
+PEER = "airbench94"
+"""The program that `time_to_accuracy.py` compares with."""
+
+
 def time_to_accuracy(result: dict[str, Any]) -> str:
-    """Accuracy and seconds of a recipe, and of the peer in turns with it."""
-    lines = ["| program | test accuracy | with TTA | seconds | over airbench94 | n |", "|---" * 6 + "|"]
-    compared = {row["program"]: row for row in result["comparisons"]}
-    for program in dict.fromkeys(row["program"] for row in result["runs"]):
-        rows = [row for row in result["runs"] if row["program"] == program]
+    """Accuracy and seconds of a recipe, and of the peer in turns with it, on each machine."""
+    lines = ["| program | test accuracy | with TTA | seconds | over airbench94 | n | hardware |", "|---" * 7 + "|"]
+    compared = {(row["hardware"], row["program"], row["against"]): row for row in result["comparisons"]}
+    for (hardware, program), rows in _grouped(result["runs"], "hardware", "program").items():
         seconds = [row["seconds"] for row in rows]
         spread = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(rows) > 1 else ""
-        ratio = _ratio(compared[program], "seconds_over_peer") if program in compared else "1"
+        found = compared.get((hardware, program, PEER))
+        ratio = _ratio(found, "seconds_ratio") if found else "1"
         lines.append(
             f"| {program} | {_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')} |"
-            f" {statistics.median(seconds):.0f}{spread} | {ratio} | {len(rows)} |"
+            f" {statistics.median(seconds):.0f}{spread} | {ratio} | {len(rows)} | {hardware} |"
         )
+    between = [
+        f"{row['program']} over {row['against']} with the same cores: {_ratio(row, 'seconds_ratio')} of the seconds"
+        f" (n = {row['n']}, {row['hardware']})."
+        for row in result["comparisons"]
+        if row["against"] != PEER
+    ]
     return "\n".join(
         [
             *lines,
             "",
-            "Accuracy: mean and standard deviation over n seeds. Seconds of initialisation, training and test: median"
-            f" (and range), in turns on an {result['hardware']}; the ratio within a seed. Images of {result['data']}.",
+            " ".join(
+                [
+                    "Accuracy: mean and standard deviation over n seeds. Seconds of initialisation, training and test:"
+                    " median (and range), in turns on one machine; the ratio within a seed. Images of"
+                    f" {_one(result, 'data')}.",
+                    *between,
+                ]
+            ),
         ]
     )
 
 
 def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
-    """What each recipe reaches as it stands in configs/, in how much time, beside the peer; the most accurate first."""
-    runs = [row for row in accuracy["runs"] if row["epochs"] == _epochs(row["recipe"])]
-    table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in runs:
-        where = f"{row['hardware']}, {row['ranks']} ranks"
-        table.setdefault((f"`{row['recipe']}`", where, "wall_seconds"), []).append(row)
-    for row in time_to_accuracy["runs"]:
-        program, _, ranks = row["program"].partition(", ")
-        name = f"`{program}`" if ranks else program
-        where = f"{time_to_accuracy['hardware']}, {ranks or 'plain PyTorch'}"
-        table.setdefault((name, where, "seconds"), []).append(row)
+    """What each recipe reaches as it stands in configs/, in how much time, beside the peer: the most accurate first,
+    and each on the machine that ran most of its seeds."""
+    timed = [
+        row | {"recipe": row["program"].partition(", ")[0], "where": row["program"].partition(", ")[2]}
+        for row in time_to_accuracy["runs"]
+    ]
+    others = [
+        row | {"where": f"{row['ranks']} ranks", "seconds": row["wall_seconds"]}
+        for row in accuracy["runs"]
+        if row["epochs"] == _epochs(row["recipe"])
+    ]
+    table: dict[str, list[dict[str, Any]]] = {}
+    for (recipe, _, _), rows in _grouped(timed + others, "recipe", "where", "hardware").items():
+        if len(rows) > len(table.get(recipe, [])):
+            table[recipe] = rows
     lines = ["| recipe | test accuracy | with TTA | minutes | n | hardware |", "|---" * 6 + "|"]
-    best = sorted(table.items(), key=lambda item: -statistics.fmean(row["test_accuracy"] for row in item[1]))
-    for (name, where, clock), rows in best:
-        alone = [row[clock] for row in rows if row.get("alone", True)]
+    for recipe, rows in sorted(table.items(), key=lambda item: -statistics.fmean(_column(item[1], "test_accuracy"))):
+        alone = [row["seconds"] for row in rows if row.get("alone", True)]
         minutes = f"{statistics.median(alone) / 60:.1f}" if alone else ""
-        cells = [name, _mean(rows, "test_accuracy"), _mean(rows, "test_accuracy_tta"), minutes, str(len(rows))]
-        lines.append(f"| {' | '.join([*cells, where])} |")
+        cells = [f"`{recipe}`" if rows[0]["where"] else recipe, _mean(rows, "test_accuracy")]
+        cells += [_mean(rows, "test_accuracy_tta"), minutes, str(len(rows))]
+        lines.append(f"| {' | '.join([*cells, rows[0]['hardware']])}, {rows[0]['where'] or 'plain PyTorch'} |")
     return "\n".join(
         [
             *lines,
             "",
             "Mean and standard deviation over n seeds; median minutes of training and test, if the machine did nothing"
-            f" else. On {accuracy['runs'][0]['data']}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell"
+            f" else. On {_one(accuracy, 'data')}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell"
             " apart.",
         ]
     )
+
+
+def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows by these of their values, in the order in which they come."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+def _one(result: dict[str, Any], name: str) -> Any:
+    """The value that all runs have."""
+    (value,) = {run[name] for run in result["runs"]}
+    return value
 
 
 def _epochs(recipe: str) -> float | None:
@@ -637,12 +694,13 @@ BLOCKS: dict[str, dict[str, Callable[..., str]]] = {
         "restart": restart,
         "host_time": host_time,
     },
-    "docs/recipes.md": {"accuracy": accuracy, "time_to_accuracy": time_to_accuracy},
+    "docs/recipes.md": {"accuracy": accuracy, "adam": adam, "time_to_accuracy": time_to_accuracy},
     "docs/slurm.md": {"slurm": slurm, "preemption": preemption},
 }
 
 
 SOURCES = {
+    "adam": ("accuracy",),
     "constant": ("peers",),
     "headline": ("exactness", "world_sizes", "schedules", "checkpoint_damage", "peers", "augment", "real_job"),
     "preemption": ("slurm",),

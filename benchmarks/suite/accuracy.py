@@ -90,6 +90,7 @@ def train(
     )
     return {
         "recipe": name,
+        "change": list(_CHANGES).index(name) if name in _CHANGES else None,
         "seed": seed,
         "arguments": arguments,
         "data": data.name,

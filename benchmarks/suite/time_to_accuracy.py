@@ -5,8 +5,8 @@
 For each seed the peer (`benchmarks/peers/airbench94.py`, one process on all cores) and then the recipe, by
 `dist-cifar train`, on the numbers of ranks that are asked for. Seconds are those of what depends on the images: initial
 weights, training and the final evaluation; the images are decoded before. What is done is kept in FOLDER and not
-repeated. Writes benchmarks/results/time_to_accuracy.json. Run it on a machine that does nothing else: each row has the
-load average at its start.
+repeated. Each run is a row of benchmarks/results/time_to_accuracy.json, in the place of an earlier row of its program,
+seed and hardware. Run it on a machine that does nothing else: each row has the load average at its start.
 """
 
 from __future__ import annotations
@@ -76,31 +76,42 @@ def run_ours(config: str, ranks: int, data: Path, seed: int, directory: Path, ov
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each program that is not the peer: what it gains on the peer within a seed."""
-    peers = {row["seed"]: row for row in rows if row["program"] == PEERS_NAME}
+    """Each program against the peer, and against itself on one rank, within a seed and on one machine."""
+    programs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        programs.setdefault((row["hardware"], row["program"]), {})[row["seed"]] = row
     found = []
-    for program in sorted({row["program"] for row in rows} - {PEERS_NAME}):
-        pairs = [(row, peers[row["seed"]]) for row in rows if row["program"] == program and row["seed"] in peers]
-        if pairs:
-            seconds = [ours["seconds"] / peer["seconds"] for ours, peer in pairs]
-            points = [ours["test_accuracy_tta"] - peer["test_accuracy_tta"] for ours, peer in pairs]
-            found.append(
-                {
-                    "program": program,
-                    "n": len(pairs),
-                    "seconds_over_peer_median": statistics.median(seconds),
-                    "seconds_over_peer_min": min(seconds),
-                    "seconds_over_peer_max": max(seconds),
-                    "accuracy_tta_minus_peer_mean": statistics.fmean(points),
-                }
-            )
+    for (machine, program), ours in programs.items():
+        one_rank = f"{program.partition(',')[0]}, 1 rank"
+        for against in (PEERS_NAME, one_rank):
+            theirs = programs.get((machine, against), {})
+            pairs = [(row, theirs[seed]) for seed, row in ours.items() if seed in theirs]
+            if pairs and against != program != PEERS_NAME:
+                seconds = [row["seconds"] / other["seconds"] for row, other in pairs]
+                points = [row["test_accuracy_tta"] - other["test_accuracy_tta"] for row, other in pairs]
+                found.append(
+                    {
+                        "program": program,
+                        "against": against,
+                        "hardware": machine,
+                        "n": len(pairs),
+                        "seconds_ratio_median": statistics.median(seconds),
+                        "seconds_ratio_min": min(seconds),
+                        "seconds_ratio_max": max(seconds),
+                        "accuracy_tta_difference_mean": statistics.fmean(points),
+                    }
+                )
     return found
 
 
-def done(runs: Path) -> list[dict[str, Any]]:
-    """The rows of all runs that are done: the peer's first, and each program's by seed."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*-seed-*.json")]
-    return sorted(rows, key=lambda row: (row["program"] != PEERS_NAME, row["program"], row["seed"]))
+def keep(row: dict[str, Any]) -> None:
+    """Writes the row into the result: a machine's peer first, and each program's rows by seed."""
+    rows = json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
+    identity = ("hardware", "program", "seed")
+    rows = [other for other in rows if any(other[key] != row[key] for key in identity)] + [row]
+    rows.sort(key=lambda row: (row["hardware"], row["program"] != PEERS_NAME, row["program"], row["seed"]))
+    result = {"benchmark": "time_to_accuracy", "comparisons": compared(rows), "runs": rows}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -131,17 +142,10 @@ def main() -> None:
                 threads = [f"run.threads_per_rank={os.cpu_count()}"] if ranks == 1 else []
                 row = run_ours(options.config, ranks, data, seed, runs / path.stem, threads)
             row = {"program": program, **row, "load_average_before": round(load, 2)}
+            row |= {"hardware": hardware(), "data": data.name, "versions": versions()}
             path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            keep(row)
             print(row, flush=True)
-            rows = done(runs)
-            result = {
-                "benchmark": "time_to_accuracy",
-                "hardware": hardware(),
-                "data": data.name,
-                "versions": versions(),
-            }
-            result |= {"comparisons": compared(rows), "runs": rows}
-            RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

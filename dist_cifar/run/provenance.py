@@ -99,8 +99,12 @@ def _processor(*keys: str) -> str:
 
 
 def hardware() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The processor's name and how many cores this process may use. Family and model are added to a name without a
+    number, such as a hypervisor's "AMD EPYC", which may stand for processors of different speeds."""
     name = _processor("model name") or platform.processor() or platform.machine()
+    family, model = _processor("cpu family"), _processor("model")
+    if family and not any(letter.isdigit() for letter in name):
+        name += f" (family {family}, model {model})"
     return f"{name}, {available_cores()} cores"
 
 

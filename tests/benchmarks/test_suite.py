@@ -269,23 +269,110 @@ def test_a_run_takes_the_place_of_the_same_run_in_the_result(script, tmp_path, m
     ]
 
 
+def test_block_of_the_changes_to_adam(script):
+    rows = [
+        {"recipe": recipe, "change": change, "seed": seed, "epochs": 10.0, "test_accuracy": share}
+        | {"hardware": "A", "data": "images.zip"}
+        for recipe, change, seed, share in (
+            ("+ all images", 2, 0, 0.84),
+            ("adam", 0, 1, 0.80),
+            ("adam", 0, 0, 0.79),
+            ("+ cosine", 1, 1, 0.8025),
+            ("+ cosine", 1, 0, 0.80),
+            ("fast90", None, 0, 0.87),
+        )
+    ]
+    lines = script("tables").adam({"runs": rows}).splitlines()
+    assert lines[2:5] == [
+        "| adam | 79.50% +- 0.71% |  | 2 |",
+        "| + cosine | 80.12% +- 0.18% | +1.00, +0.25 | 2 |",
+        "| + all images | 84.00% | +4.00 | 1 |",
+    ]
+    assert lines[-1] == "Images of images.zip, 10 epochs, on an A; the gain of each seed on the line above."
+
+
 # --- time_to_accuracy.py ------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_is_compared_with_the_peer_of_its_seed(script):
-    rows = [
-        {"program": program, "seed": seed, "seconds": seconds, "test_accuracy_tta": accuracy}
-        for program, seed, seconds, accuracy in (
-            ("airbench94", 0, 100.0, 0.91),
-            ("fast, 1 rank", 0, 50.0, 0.912),
-            ("airbench94", 1, 200.0, 0.90),
-            ("fast, 1 rank", 1, 120.0, 0.90),
-            ("fast, 1 rank", 2, 1.0, 0.99),
-        )
+def timed_row(program: str, seed: int, seconds: float, accuracy: float, hardware: str = "A") -> dict[str, Any]:
+    row = {"program": program, "seed": seed, "seconds": seconds, "hardware": hardware, "data": "images.zip"}
+    return row | {"test_accuracy": accuracy - 0.01, "test_accuracy_tta": accuracy}
+
+
+TIMED = [
+    timed_row("airbench94", 0, 100.0, 0.91),
+    timed_row("airbench94", 1, 200.0, 0.90),
+    timed_row("fast, 1 rank", 0, 50.0, 0.912),
+    timed_row("fast, 1 rank", 1, 120.0, 0.90),
+    timed_row("fast, 1 rank", 2, 1.0, 0.99),
+    timed_row("fast, 2 ranks", 1, 126.0, 0.90),
+    timed_row("airbench94", 0, 10.0, 0.91, "B"),
+    timed_row("fast, 2 ranks", 0, 7.0, 0.92, "B"),
+]
+
+
+def test_a_recipe_is_compared_within_a_seed_and_a_machine(script):
+    rows = script("time_to_accuracy").compared(TIMED)
+    found = {(row["hardware"], row["program"], row["against"]): row for row in rows}
+    assert {key: (row["n"], row["seconds_ratio_min"], row["seconds_ratio_max"]) for key, row in found.items()} == {
+        ("A", "fast, 1 rank", "airbench94"): (2, 0.5, 0.6),
+        ("A", "fast, 2 ranks", "airbench94"): (1, 0.63, 0.63),
+        ("A", "fast, 2 ranks", "fast, 1 rank"): (1, 1.05, 1.05),
+        ("B", "fast, 2 ranks", "airbench94"): (1, 0.7, 0.7),
+    }
+    assert found["A", "fast, 1 rank", "airbench94"]["accuracy_tta_difference_mean"] == pytest.approx(0.001)
+
+
+def test_a_machine_keeps_the_rows_of_the_others(script, tmp_path, monkeypatch):
+    module, tables = script("time_to_accuracy"), script("tables")
+    monkeypatch.setattr(module, "RESULT", tmp_path / "time_to_accuracy.json")
+    for row in [*TIMED[::-1], TIMED[0] | {"seconds": 80.0}]:
+        module.keep(row)
+    result = json.loads(module.RESULT.read_text())
+    assert result["runs"] == [TIMED[0] | {"seconds": 80.0}, *TIMED[1:]]
+    text = tables.time_to_accuracy(result)
+    assert "| fast, 2 ranks | 91.00% | 92.00% | 7 | 0.70x (0.70 to 0.70) | 1 | B |" in text
+    assert "fast, 2 ranks over fast, 1 rank with the same cores: 1.05x (1.05 to 1.05) of the seconds (n = 1, A)" in text
+
+
+def test_the_recipes_of_the_readme_are_of_the_machine_that_ran_most_seeds(script):
+    row = {
+        "recipe": "fast90",
+        "epochs": 8.0,
+        "ranks": 2,
+        "test_accuracy": 0.8,
+        "wall_seconds": 90.0,
+        "data": "images.zip",
+    }
+    runs = [row | {"hardware": "A", "alone": True}, row | {"hardware": "A", "alone": False}, row | {"hardware": "B"}]
+    runs.append(row | {"hardware": "B", "epochs": 5.0})
+    text = script("tables").recipes({"runs": runs}, {"runs": TIMED})
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| `fast` | 92.40% +- 4.89% | 93.40% +- 4.89% | 0.8 | 3 | A, 1 rank |",
+        "| airbench94 | 89.50% +- 0.71% | 90.50% +- 0.71% | 2.5 | 2 | A, plain PyTorch |",
+        "| `fast90` | 80.00% +- 0.00% |  | 1.5 | 2 | A, 2 ranks |",
     ]
-    (row,) = script("time_to_accuracy").compared(rows)
-    assert (row["n"], row["seconds_over_peer_min"], row["seconds_over_peer_max"]) == (2, 0.5, 0.6)
-    assert row["accuracy_tta_minus_peer_mean"] == pytest.approx(0.001)
+
+
+def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
+    plot = script("plot")
+    figures: list[Any] = []
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    run = {"recipe": "resnet18_sgd", "epochs": 2.0, "wall_seconds": 600.0, "alone": True, "hardware": "A"}
+    run |= {"curve": [[1.0, 0.5], [2.0, 0.9]]}
+    others = [run | change for change in ({"alone": False}, {"hardware": "C"}, {"recipe": "fast90"})]
+    plot.draw_time_to_accuracy({"runs": TIMED}, {"runs": [run, *others]}, tmp_path / "time.png")
+    (axes,) = figures[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [
+        "airbench94: 90.7 % with TTA in 1.00x",
+        "fast, 1 rank: 93.4 % with TTA in 0.33x",
+        "fast, 2 ranks: 91.0 % with TTA in 0.77x",
+        "resnet18_sgd: 90.0 % in 4.0x",
+    ]
+    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[2.0, 50.0], [4.0, 90.0]]]
+    plot.plt.close(figures[0])
 
 
 # --- exactness.py, host_time.py ----------------------------------------------------------------------------------

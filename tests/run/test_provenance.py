@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import dist_cifar
+from dist_cifar.run import provenance
 from dist_cifar.run.provenance import (
     choose_kernels,
     git_revision,
+    hardware,
     numerics_fingerprint,
 )
 
@@ -28,6 +30,20 @@ def test_the_history_of_a_project_around_the_package_is_not_its_own(tmp_path, mo
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert git_revision() == head
+
+
+@pytest.mark.parametrize(
+    ("processor", "named"),
+    [
+        ({"model name": "AMD EPYC", "cpu family": "25", "model": "17"}, "AMD EPYC (family 25, model 17), 2 cores"),
+        ({"model name": "AMD EPYC 9654", "cpu family": "25", "model": "17"}, "AMD EPYC 9654, 2 cores"),
+        ({"model name": "Some ARM"}, "Some ARM, 2 cores"),
+    ],
+)
+def test_processors_that_a_hypervisor_gives_one_name_are_told_apart(monkeypatch, processor, named):
+    monkeypatch.setattr(provenance, "_processor", lambda *keys: next(processor.get(key, "") for key in keys))
+    monkeypatch.setattr(provenance, "available_cores", lambda: 2)
+    assert hardware() == named
 
 
 def test_cudnn_chooses_by_the_clock_only_where_no_bits_are_promised(monkeypatch):
