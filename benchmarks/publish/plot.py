@@ -189,7 +189,8 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
             label = f"{row['recipe']}: {points[-1][1]:.1f} % in {points[-1][0]:.1f}x"
             axes.plot(*zip(*points, strict=True), color=CURVES[row["recipe"]], marker=".", linewidth=1.5, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_ylim(LEAST_PERCENT)
+    axes.set_xlim(0.5)
+    axes.set_ylim(LEAST_PERCENT, axes.dataLim.ymax + 0.5)
     axes.set_xlabel("time of initialisation, training and test, as a multiple of airbench94's")
     axes.set_ylabel("test accuracy, percent")
     axes.legend(frameon=False, loc="lower left", fontsize=10)
