@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -172,21 +173,22 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
             peers.setdefault(row["hardware"], []).append(row["seconds"])
     unit = {machine: statistics.median(seconds) for machine, seconds in peers.items()}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
-    programs = [PEER, *(name for name in dict.fromkeys(row["program"] for row in result["runs"]) if name != PEER)]
+    counts = Counter(row["program"] for row in result["runs"])
+    programs = sorted(counts, key=lambda name: (name != PEER, -counts[name]))
     shades = iter([OTHERS, OURS, OURS_LIGHT])
     for program in programs:
         rows = [row for row in result["runs"] if row["program"] == program and row["hardware"] in unit]
         times = [row["seconds"] / unit[row["hardware"]] for row in rows]
         colour = next(shades)
         plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
-        label = f"{program}: {statistics.fmean(averaged):.1f} % with TTA in {statistics.median(times):.2f}x"
+        label = f"{program}: {statistics.fmean(averaged):.2f} % with TTA in {statistics.median(times):.2f}x"
         axes.scatter(times, plain, color=colour, s=24, zorder=3, label=label)
         axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
     for row in accuracy["runs"]:
         if row["recipe"] in CURVES and row["hardware"] in unit and row["alone"]:
             epoch_time = row["wall_seconds"] / row["epochs"] / unit[row["hardware"]]
             points = [(epoch * epoch_time, 100 * share) for epoch, share in row["curve"]]
-            label = f"{row['recipe']}: {points[-1][1]:.1f} % in {points[-1][0]:.1f}x"
+            label = f"{row['recipe']}: {points[-1][1]:.2f} % in {points[-1][0]:.1f}x"
             axes.plot(*zip(*points, strict=True), color=CURVES[row["recipe"]], marker=".", linewidth=1.5, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.5)
@@ -198,8 +200,8 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
-    machines = ",\n".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
-    note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}. 1x is {machines}."
+    machines = " and ".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
+    note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}.\n1x is {machines}."
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=130)
 
