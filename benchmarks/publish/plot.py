@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.legend_handler import HandlerTuple
-from tables import PEER, rounds
+from tables import PEER, grouped, rounds
 
 OURS, OTHERS, INK, FAINT = "#c2410c", "#64748b", "#1e293b", "#cbd5e1"
 OURS_LIGHT, OTHERS_LIGHT = "#fdba74", "#b6c2d1"
@@ -167,11 +167,8 @@ LEAST_PERCENT = 80.0
 def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path: Path) -> None:
     """Time as a multiple of the peer's on the same machine: a point for each run of the peer and the recipe, and the
     curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs."""
-    peers: dict[str, list[float]] = {}
-    for row in result["runs"]:
-        if row["program"] == PEER:
-            peers.setdefault(row["hardware"], []).append(row["seconds"])
-    unit = {machine: statistics.median(seconds) for machine, seconds in peers.items()}
+    peers = grouped([row for row in result["runs"] if row["program"] == PEER], "hardware")
+    unit = {machine: statistics.median(row["seconds"] for row in rows) for (machine,), rows in peers.items()}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
     counts = Counter(row["program"] for row in result["runs"])
     programs = sorted(counts, key=lambda name: (name != PEER, -counts[name]))

@@ -86,7 +86,7 @@ def accuracy(result: dict[str, Any]) -> str:
     """What the recipes reach: the mean over seeds, and how far they lie apart."""
     shown = [row for row in result["runs"] if row["change"] is None]
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
-    for (recipe, epochs, hardware), rows in sorted(_grouped(shown, "recipe", "epochs", "hardware").items()):
+    for (recipe, epochs, hardware), rows in sorted(grouped(shown, "recipe", "epochs", "hardware").items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
         alone = [row["wall_seconds"] for row in rows if row["alone"]]
         seconds = f"{statistics.median(alone):,.0f}" if alone else ""
@@ -103,7 +103,7 @@ def adam(result: dict[str, Any]) -> str:
     runs = sorted((row for row in result["runs"] if row["change"] is not None), key=lambda row: row["change"])
     lines = ["| recipe | test accuracy | gain, points | n |", "|---" * 4 + "|"]
     before: dict[int, float] = {}
-    for (name,), rows in _grouped(runs, "recipe").items():
+    for (name,), rows in grouped(runs, "recipe").items():
         reached = {row["seed"]: row["test_accuracy"] for row in rows}
         gains = [f"{100 * (share - before[seed]):+.2f}" for seed, share in sorted(reached.items()) if seed in before]
         lines.append(f"| {name} | {_mean(rows, 'test_accuracy')} | {', '.join(gains)} | {len(rows)} |")
@@ -135,7 +135,7 @@ def time_to_accuracy(result: dict[str, Any]) -> str:
     """Accuracy and seconds of a recipe, and of the peer in turns with it, on each machine."""
     lines = ["| program | test accuracy | with TTA | seconds | over airbench94 | n | hardware |", "|---" * 7 + "|"]
     compared = {(row["hardware"], row["program"], row["against"]): row for row in result["comparisons"]}
-    for (hardware, program), rows in _grouped(result["runs"], "hardware", "program").items():
+    for (hardware, program), rows in grouped(result["runs"], "hardware", "program").items():
         seconds = [row["seconds"] for row in rows]
         spread = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(rows) > 1 else ""
         found = compared.get((hardware, program, PEER))
@@ -179,7 +179,7 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
         if row["epochs"] == _epochs(row["recipe"])
     ]
     table: dict[str, list[dict[str, Any]]] = {}
-    for (recipe, _, _), rows in _grouped(timed + others, "recipe", "where", "hardware").items():
+    for (recipe, _, _), rows in grouped(timed + others, "recipe", "where", "hardware").items():
         if len(rows) > len(table.get(recipe, [])):
             table[recipe] = rows
     lines = ["| recipe | test accuracy | with TTA | minutes | n | hardware |", "|---" * 6 + "|"]
@@ -200,7 +200,7 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
     )
 
 
-def _grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """The rows by these of their values, in the order in which they come."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:

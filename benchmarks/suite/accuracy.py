@@ -109,11 +109,16 @@ def train(
     }
 
 
+def with_row(result: Path, row: dict[str, Any], identity: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The runs of a result, with this row in the place of one that has the same values of `identity`."""
+    rows = json.loads(result.read_text(encoding="utf-8"))["runs"] if result.exists() else []
+    return [other for other in rows if any(other[key] != row[key] for key in identity)] + [row]
+
+
 def keep(row: dict[str, Any]) -> None:
     """Writes the row into the result."""
-    rows = json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
     identity = ("recipe", "epochs", "seed", "hardware")
-    rows = [other for other in rows if any(other[key] != row[key] for key in identity)] + [row]
+    rows = with_row(RESULT, row, identity)
     rows.sort(key=lambda row: [str(row[key]) for key in identity])
     RESULT.write_text(json.dumps({"runs": rows}, indent=1) + "\n", encoding="utf-8")
 

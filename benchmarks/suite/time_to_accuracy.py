@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy import with_row
 
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
@@ -106,9 +107,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def keep(row: dict[str, Any]) -> None:
     """Writes the row into the result: a machine's peer first, and each program's rows by seed."""
-    rows = json.loads(RESULT.read_text(encoding="utf-8"))["runs"] if RESULT.exists() else []
-    identity = ("hardware", "program", "seed")
-    rows = [other for other in rows if any(other[key] != row[key] for key in identity)] + [row]
+    rows = with_row(RESULT, row, ("hardware", "program", "seed"))
     rows.sort(key=lambda row: (row["hardware"], row["program"] != PEERS_NAME, row["program"], row["seed"]))
     result = {"benchmark": "time_to_accuracy", "comparisons": compared(rows), "runs": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
