@@ -185,8 +185,13 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
         if row["recipe"] in CURVES and row["hardware"] in unit and row["alone"]:
             epoch_time = row["wall_seconds"] / row["epochs"] / unit[row["hardware"]]
             points = [(epoch * epoch_time, 100 * share) for epoch, share in row["curve"]]
-            label = f"{row['recipe']}: {points[-1][1]:.2f} % in {points[-1][0]:.1f}x"
-            axes.plot(*zip(*points, strict=True), color=CURVES[row["recipe"]], marker=".", linewidth=1.5, label=label)
+            averaged = row["test_accuracy_tta"]
+            with_tta = "" if averaged is None else f", {100 * averaged:.2f} % with TTA,"
+            label = f"{row['recipe']}: {points[-1][1]:.2f} %{with_tta} in {points[-1][0]:.1f}x"
+            colour = CURVES[row["recipe"]]
+            axes.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1.5, label=label)
+            if averaged is not None:
+                axes.scatter(points[-1][0], 100 * averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.5)
     axes.set_ylim(LEAST_PERCENT, axes.dataLim.ymax + 0.5)

@@ -85,6 +85,7 @@ def headline(
 def accuracy(result: dict[str, Any]) -> str:
     """What the recipes reach: the mean over seeds, and how far they lie apart."""
     shown = [row for row in result["runs"] if row["change"] is None]
+    plateaus: list[str] = []
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
     for (recipe, epochs, hardware), rows in sorted(grouped(shown, "recipe", "epochs", "hardware").items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
@@ -95,7 +96,11 @@ def accuracy(result: dict[str, Any]) -> str:
     note = (
         f"Mean and standard deviation over n seeds, images of {_one(result, 'data')}; seconds: the median of runs that"
     )
-    return "\n".join([*lines, "", f"{note} had the machine for themselves."])
+    for row in shown:
+        if row["lr_reductions"]:
+            cuts = ", ".join(f"to {lr:.1e} after epoch {epoch:g}" for epoch, lr in row["lr_reductions"])
+            plateaus.append(f"The plateau of `{row['recipe']}` (seed {row['seed']}) cut the learning rate {cuts}.")
+    return "\n".join([*lines, "", " ".join([f"{note} had the machine for themselves.", *plateaus])])
 
 
 def adam(result: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from compare_commits import rows_of
+
 from dist_cifar.run.provenance import hardware
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -76,7 +78,8 @@ def train(
     ]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(directory / "metrics.jsonl")
+    cuts = [event for event in rows_of(directory / "events.jsonl") if event["event"] == "lr_reduction"]
     kept = (
         "epochs",
         "steps",
@@ -103,6 +106,7 @@ def train(
         "load_average_before": round(load, 2),
         "alone": alone,
         "curve": [[round(row["epoch"], 3), row["accuracy"]] for row in rows if row["kind"] == "eval"],
+        "lr_reductions": [[round(cut["step"] * summary["epochs"] / summary["steps"], 3), cut["lr"]] for cut in cuts],
         "weights_sha256": summary["weights_sha256"],
         "torch": summary["versions"]["torch"],
         "git_revision": summary["git_revision"],

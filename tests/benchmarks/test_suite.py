@@ -269,6 +269,24 @@ def test_a_run_takes_the_place_of_the_same_run_in_the_result(script, tmp_path, m
     ]
 
 
+def test_a_run_says_where_its_plateau_cut_the_learning_rate(script, tmp_path, monkeypatch):
+    accuracy = script("accuracy")
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda *arguments, **options: None)
+    summary = {"world_size": 2, "threads_per_rank": 1, "wall_seconds": 60.4, "images_per_second": 9.9, "epochs": 3.0}
+    summary |= {"steps": 12, "weights_sha256": "ab", "versions": {"torch": "2"}, "git_revision": "cd"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    tests = [{"kind": "eval", "epoch": epoch, "accuracy": epoch / 10} for epoch in (1.0, 2.0, 3.0)]
+    events = [{"event": "started", "step": 0}, {"event": "lr_reduction", "step": 8, "lr": 0.05}]
+    for name, rows in (("metrics", [{"kind": "train"}, *tests]), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    row = accuracy.train("seed_resnet20", [], 0, Path("images.zip"), tmp_path, 2, True)
+    assert row["lr_reductions"] == [[2.0, 0.05]]
+    assert row["curve"] == [[1.0, 0.1], [2.0, 0.2], [3.0, 0.3]]
+    text = script("tables").accuracy({"runs": [row | {"test_accuracy": 0.8, "hardware": "A"}]})
+    assert "| `seed_resnet20` | 3 | 80.00% |  | 60 | 1 | 2, A |" in text
+    assert text.endswith("The plateau of `seed_resnet20` (seed 0) cut the learning rate to 5.0e-02 after epoch 2.")
+
+
 def test_block_of_the_changes_to_adam(script):
     rows = [
         {"recipe": recipe, "change": change, "seed": seed, "epochs": 10.0, "test_accuracy": share}
@@ -360,18 +378,21 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
     run = {"recipe": "resnet18_sgd", "epochs": 2.0, "wall_seconds": 600.0, "alone": True, "hardware": "A"}
-    run |= {"curve": [[1.0, 0.5], [2.0, 0.9]]}
+    run |= {"curve": [[1.0, 0.5], [2.0, 0.9]], "test_accuracy_tta": 0.91}
+    plain = run | {"recipe": "seed_resnet18", "test_accuracy_tta": None}
     others = [run | change for change in ({"alone": False}, {"hardware": "C"}, {"recipe": "fast90"})]
-    plot.draw_time_to_accuracy({"runs": TIMED}, {"runs": [run, *others]}, tmp_path / "time.png")
+    plot.draw_time_to_accuracy({"runs": TIMED}, {"runs": [run, plain, *others]}, tmp_path / "time.png")
     (axes,) = figures[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
         "airbench94: 90.67 % with TTA in 1.00x",
         "fast, 1 rank: 93.40 % with TTA in 0.33x",
         "fast, 2 ranks: 91.00 % with TTA in 0.77x",
-        "resnet18_sgd: 90.00 % in 4.0x",
+        "resnet18_sgd: 90.00 %, 91.00 % with TTA, in 4.0x",
+        "seed_resnet18: 90.00 % in 4.0x",
     ]
-    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[2.0, 50.0], [4.0, 90.0]]]
+    assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[2.0, 50.0], [4.0, 90.0]]] * 2
+    assert axes.collections[-1].get_offsets().tolist() == [[4.0, 91.0]]
     plot.plt.close(figures[0])
 
 
