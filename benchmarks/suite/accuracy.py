@@ -79,7 +79,8 @@ def train(
     subprocess.run(command, cwd=REPOSITORY, check=True)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     rows = rows_of(directory / "metrics.jsonl")
-    cuts = [event for event in rows_of(directory / "events.jsonl") if event["event"] == "lr_reduction"]
+    events = rows_of(directory / "events.jsonl")
+    cuts = {event["step"]: event["lr"] for event in events if event["event"] == "lr_reduction"}  # a resume repeats some
     kept = (
         "epochs",
         "steps",
@@ -106,7 +107,7 @@ def train(
         "load_average_before": round(load, 2),
         "alone": alone,
         "curve": [[round(row["epoch"], 3), row["accuracy"]] for row in rows if row["kind"] == "eval"],
-        "lr_reductions": [[round(cut["step"] * summary["epochs"] / summary["steps"], 3), cut["lr"]] for cut in cuts],
+        "lr_reductions": [[round(step * summary["epochs"] / summary["steps"], 3), lr] for step, lr in cuts.items()],
         "weights_sha256": summary["weights_sha256"],
         "torch": summary["versions"]["torch"],
         "git_revision": summary["git_revision"],

@@ -276,7 +276,8 @@ def test_a_run_says_where_its_plateau_cut_the_learning_rate(script, tmp_path, mo
     summary |= {"steps": 12, "weights_sha256": "ab", "versions": {"torch": "2"}, "git_revision": "cd"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     tests = [{"kind": "eval", "epoch": epoch, "accuracy": epoch / 10} for epoch in (1.0, 2.0, 3.0)]
-    events = [{"event": "started", "step": 0}, {"event": "lr_reduction", "step": 8, "lr": 0.05}]
+    cut = {"event": "lr_reduction", "step": 8, "lr": 0.05}
+    events = [{"event": "started", "step": 0}, cut, {"event": "started", "step": 7}, cut]
     for name, rows in (("metrics", [{"kind": "train"}, *tests]), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     row = accuracy.train("seed_resnet20", [], 0, Path("images.zip"), tmp_path, 2, True)
