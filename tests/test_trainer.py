@@ -174,7 +174,7 @@ def test_augmentation_from_a_generator_with_a_state_is_caught(ranks, tiny):
     assert samples(ranks, 2, tiny(), [0], mutant=True) != samples(ranks, 1, tiny(), [0], mutant=True)
 
 
-@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
+@pytest.mark.parametrize("policy", ["default", "flip_crop", "none"])
 def test_each_policy_trains(ranks, tiny, policy):
     config = tiny(f"augment.policy={policy}", "train.max_steps=2")
     assert ranks.run(2, train, config) == [True, True]

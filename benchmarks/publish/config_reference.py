@@ -53,11 +53,11 @@ optimizer:
 
 ## The augmentation
 
-`augment.policy` is `seed` (flip, rotation, colour jitter, sharpness and erasing), `flip_crop` (flip, and a crop after
-reflecting four pixels of border) or `none`; the other fields of `augment` are the strengths. `crop_padding`, `flip` and
-`cutout_size` hold in both policies, and `resolution` in all three. On a GPU a Triton kernel
-with the same bits does the work (`augment.backend`); before it is used it is compared with the CPU's on 128 images,
-and the CPU takes over if one bit differs. It has been checked through Triton's interpreter and its compiled
+`augment.policy` is `default` (flip, rotation, colour jitter, sharpness and erasing), `flip_crop` (flip, and a crop
+after reflecting four pixels of border) or `none`; the other fields of `augment` are the strengths. `crop_padding`,
+`flip` and `cutout_size` hold in the first two policies, and `resolution` in all three. On a GPU a Triton kernel with
+the same bits does the work (`augment.backend`); before it is used it is compared with the CPU's on 128 images, and the
+CPU takes over if one bit differs. It has been checked through Triton's interpreter and its compiled
 instructions, and not yet been run on a GPU.
 
 ![Augmented images per second on one core](augment.png)

@@ -159,7 +159,7 @@ def _pairs(axes: Any, rows: list[dict[str, Any]], programs: list[str]) -> None:
     _clean(axes)
 
 
-CURVES = {"resnet18_sgd": "#0f766e", "seed_resnet18": "#7c3aed"}
+CURVES = {"resnet18_sgd": "#0f766e", "default_resnet18": "#7c3aed"}
 """Recipes whose accuracy is drawn after each of their epochs, and the colours."""
 LEAST_PERCENT = 80.0
 

@@ -223,7 +223,7 @@ def _epochs(recipe: str) -> float | None:
     """The epochs of a recipe of configs/; of one that is not there, those that were run."""
     path = REPOSITORY / f"configs/{recipe}.yaml"
     if not path.exists():
-        return {"seed_resnet18": 30.0, "seed_resnet20": 30.0}.get(recipe)
+        return {"default_resnet18": 30.0, "default_resnet20": 30.0}.get(recipe)
     found = re.search(r"(?m)^  epochs: (\S+)$", path.read_text(encoding="utf-8").partition("\ntrain:")[2])
     return float(found[1]) if found else None
 

@@ -43,7 +43,7 @@ _CHANGES = {
     "+ label smoothing": ["train.label_smoothing=0.1"],
     "+ beta2 0.99": ["optimizer.betas=[0.9, 0.99]"],
 }
-"""The seed's recipe on a ResNet-20 for ten epochs, its patience scaled to them, and what is changed in addition."""
+"""The default recipe on a ResNet-20 for ten epochs, its patience scaled to them, and what is changed in addition."""
 
 
 def recipes() -> dict[str, list[str]]:
@@ -56,13 +56,13 @@ def recipes() -> dict[str, list[str]]:
         found[name] = arguments
     for name in ("fast", "fast90", "resnet20_sgd", "resnet18_sgd", "cpu_resnet20", "adamw"):
         found[name] = ["--config", f"configs/{name}.yaml"]
-    found["seed_resnet20"] = [
+    found["default_resnet20"] = [
         "model.name=resnet20",
         "batch.global_size=256",
         "train.epochs=30",
         "compute.precision=auto",
     ]
-    found["seed_resnet18"] = ["train.epochs=30", "compute.precision=auto"]
+    found["default_resnet18"] = ["train.epochs=30", "compute.precision=auto"]
     return found
 
 

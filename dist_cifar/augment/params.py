@@ -1,10 +1,10 @@
 """Samples the augmentation parameters of a batch in one vectorised call.
 
 Contract: row i of the result is a function of (config, seed, epoch, indices[i]) alone. The distributions are those of
-torchvision's transforms. Policy `seed`: RandomHorizontalFlip, RandomRotation, ColorJitter (its order sampled for each
-image), RandomAdjustSharpness and RandomErasing. Policy `flip_crop`: RandomCrop(32, padding=4, padding_mode="reflect")
-and RandomHorizontalFlip. Both take what `crop_padding`, `flip` and `cutout_size` add or change. Policy `none` changes
-nothing.
+torchvision's transforms. Policy `default`: RandomHorizontalFlip, RandomRotation, ColorJitter (its order sampled for
+each image), RandomAdjustSharpness and RandomErasing. Policy `flip_crop`: RandomCrop(32, padding=4,
+padding_mode="reflect") and RandomHorizontalFlip. Both take what `crop_padding`, `flip` and `cutout_size` add or change.
+Policy `none` changes nothing.
 
 Source of the alternating flip and of the cutout that stays inside the image: Jordan, "94% on CIFAR-10 in 3.29 seconds
 on a single GPU", 2024; of cutout: DeVries and Taylor, "Improved regularization of convolutional neural networks with
@@ -28,7 +28,7 @@ from dist_cifar.config import AugmentConfig
 from dist_cifar.ops.numba_jit import compiled
 from dist_cifar.ops.philox import STREAM_AUGMENT, uniform
 
-CROP_PADDING = {"seed": 0, "flip_crop": 4}
+CROP_PADDING = {"default": 0, "flip_crop": 4}
 """Pixels by which a policy pads an image on each side before it crops, unless `crop_padding` says otherwise."""
 MAX_CROP_PADDING = 8
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -38,7 +38,7 @@ _ORDERS = np.array(list(permutations((BRIGHTNESS, CONTRAST, SATURATION))), np.ui
 _SIDE = 32
 assert _SIDE == IMAGE_SIZE
 _ERASING_ATTEMPTS = 10
-_UNIFORMS = {"seed": 8 + 4 * _ERASING_ATTEMPTS, "flip_crop": 3}
+_UNIFORMS = {"default": 8 + 4 * _ERASING_ATTEMPTS, "flip_crop": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def _sample_policy(config: AugmentConfig, seed: int, epoch: int, indices: npt.Ar
     if config.flip == "alternating":
         in_first_epoch = uniform(seed, STREAM_AUGMENT, 0, indices, 1)[:, 0] < 0.5
         fields["flip"] = in_first_epoch != (epoch % 2 == 1)
-    if config.policy == "seed":
+    if config.policy == "default":
         fields |= _sample_seed_policy(config, u)
     if padding:
         place = u[:, 1:3] if config.policy == "flip_crop" else u[:, draws : draws + 2]
@@ -117,7 +117,7 @@ _UNCHANGED: dict[str, Callable[[int], npt.NDArray[Any]]] = {
 
 
 def _sample_seed_policy(config: AugmentConfig, u: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Fields of `AugmentParams` that the policy `seed` alone draws, from `u` [n, 48 or more]."""
+    """Fields of `AugmentParams` that the policy `default` alone draws, from `u` [n, 48 or more]."""
     jitter = np.array([config.brightness, config.contrast, config.saturation])
     low, high = np.maximum(0.0, 1.0 - jitter), 1.0 + jitter
     return {
@@ -127,7 +127,7 @@ def _sample_seed_policy(config: AugmentConfig, u: npt.NDArray[np.float64]) -> di
         "sharpness": np.where(u[:, 3] < config.sharpness_probability, config.sharpness_factor, 1.0),
         "box": _sample_boxes(
             u[:, 7] < config.erasing_probability,
-            u[:, 8 : _UNIFORMS["seed"]].reshape(-1, _ERASING_ATTEMPTS, 4),
+            u[:, 8 : _UNIFORMS["default"]].reshape(-1, _ERASING_ATTEMPTS, 4),
             *config.erasing_area,
             *np.log(config.erasing_aspect),
         ),

@@ -107,10 +107,10 @@ class ResolutionPhase:
 class AugmentConfig:
     """The training augmentation: a policy, and the strengths of its operations in the order in which they are applied.
     Zero switches an operation off. The fields from `rotation_degrees` to `erasing_aspect` belong to the policy
-    `seed`."""
+    `default`."""
 
-    policy: Literal["seed", "flip_crop", "none"] = "seed"
-    """`seed`: the operations of all fields below; `flip_crop`: the crop, the flip and the cutout; `none`: no
+    policy: Literal["default", "flip_crop", "none"] = "default"
+    """`default`: the operations of all fields below; `flip_crop`: the crop, the flip and the cutout; `none`: no
     operation, only the size of `resolution`."""
     backend: Free[Literal["auto", "cpu", "device"]] = "auto"
     """Where the training images are augmented, with the same bits: `device` on the GPU, which then holds them all;
@@ -124,7 +124,7 @@ class AugmentConfig:
     """Processes of each rank that call the function; their number does not change the result."""
     crop_padding: Annotated[int, Range(minimum=0, maximum=8)] | None = None
     """Pixels by which the border is padded by reflection, before a random place of 32x32 is cut out; null is 4 in the
-    policy `flip_crop` and 0, no crop, in `seed`."""
+    policy `flip_crop` and 0, no crop, in `default`."""
     flip: Literal["random", "alternating"] = "random"
     """Horizontal flip: `random`, with `flip_probability`; `alternating`, half of the images in the first epoch, the
     other half in the second, and so on in turn."""
@@ -151,7 +151,7 @@ class AugmentConfig:
     """Range of the box's ratio of height to width."""
     cutout_size: Annotated[int, Range(minimum=0, maximum=32)] = 0
     """Side in pixels of a square of the normalised image, at a random place inside it, that is set to zero; policies
-    `seed` and `flip_crop`."""
+    `default` and `flip_crop`."""
     resolution: tuple[ResolutionPhase, ...] = ()
     """Sizes of the training images before the last part of the run, which has 32 pixels, e.g. `[{until: 0.25, size:
     20}, {until: 0.5, size: 24}]`. Images are averaged over areas just before they are normalised; boxes shrink with

@@ -34,7 +34,7 @@ _WINDOWS = 7
 
 
 def bench_augment(*, window_seconds: float = 0.25) -> None:
-    """Measures the policy `seed` at its default strengths and prints how many GPUs one core can feed."""
+    """Measures the default policy at its default strengths and prints how many GPUs one core can feed."""
     numba_jit.warm_up(cpu.warm_up)
     images, _ = synthetic_split(0, _IMAGES)
     batches = np.random.default_rng(0).permutation(_IMAGES).reshape(-1, BATCH)
@@ -50,7 +50,7 @@ def augment_report(rates: Mapping[str, Sequence[float]], window_seconds: float) 
     """The rates of each output type, in images/s, as the text that the user sees."""
     windows = {len(values) for values in rates.values()}
     lines = [
-        f"augmentation: policy seed at its default strengths, sampling included; batch {BATCH}, one thread",
+        f"augmentation: default policy and strengths, sampling included; batch {BATCH}, one thread",
         f"machine:      {hardware()}; generated images; {max(windows)} windows of {window_seconds:g} s each",
         "",
         f"{'output':10}{'images/s':>12}{'min':>12}{'max':>12}{'GPUs fed':>12}",

@@ -54,7 +54,7 @@ def plain_box(config: AugmentConfig, u: list[float]) -> list[int]:
     return [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
+@pytest.mark.parametrize("policy", ["default", "flip_crop", "none"])
 def test_types_and_shapes(policy):
     params = sample_params(AugmentConfig(policy=policy), seed=0, epoch=0, indices=np.arange(N))
     shapes = {name: (getattr(params, name).dtype.name, getattr(params, name).shape) for name in FIELDS}
@@ -170,14 +170,14 @@ def changed(params: AugmentParams) -> set[str]:
 
 @pytest.mark.parametrize(
     ("policy", "operations"),
-    [("seed", NOTHING.keys() - {"shift", "cutout"}), ("flip_crop", {"shift", "flip"}), ("none", set())],
+    [("default", NOTHING.keys() - {"shift", "cutout"}), ("flip_crop", {"shift", "flip"}), ("none", set())],
 )
 def test_a_policy_has_its_own_operations_only(policy, operations):
     """Every strength stands at its default, so each operation would show."""
     assert changed(sample_params(AugmentConfig(policy=policy), seed=0, epoch=0, indices=np.arange(500))) == operations
 
 
-def test_the_words_of_the_policy_seed_stay():
+def test_the_words_of_the_default_policy_stay():
     """Other words, or another use of them, would change the runs that are resumed or repeated."""
     params = sample_params(CONFIG, seed=7, epoch=3, indices=[0, 49_999])
     found = {name: getattr(params, name).tolist() for name in FIELDS}
@@ -225,7 +225,7 @@ def test_flip_crop_reads_the_flip_probability_alone():
     assert not never.flip.any() and np.array_equal(never.shift, plain.shift)
 
 
-@pytest.mark.parametrize("policy", ["seed", "flip_crop", "none"])
+@pytest.mark.parametrize("policy", ["default", "flip_crop", "none"])
 @settings(max_examples=30, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20),
@@ -251,7 +251,7 @@ def with_policy(policy: str, module: Any = params_module, *, epoch: int = 0, **f
 
 def check_alternating_flip(module: Any) -> None:
     """Half of the images, others in the next epoch, the same after two; the flip that `random` has in epoch 0."""
-    for policy in ("seed", "flip_crop"):
+    for policy in ("default", "flip_crop"):
         flips = [with_policy(policy, module, epoch=epoch, flip="alternating").flip for epoch in range(4)]
         assert_rate(flips[0], 0.5)
         assert np.array_equal(flips[0], with_policy(policy).flip)
@@ -260,7 +260,7 @@ def check_alternating_flip(module: Any) -> None:
 
 
 def check_crop(module: Any) -> None:
-    for policy, padding in product(("seed", "flip_crop"), (1, 2, 8)):
+    for policy, padding in product(("default", "flip_crop"), (1, 2, 8)):
         shift = with_policy(policy, module, crop_padding=padding).shift
         for axis, distance in product((0, 1), range(-padding, padding + 1)):
             assert_rate(shift[:, axis] == distance, 1 / (2 * padding + 1))
@@ -269,7 +269,7 @@ def check_crop(module: Any) -> None:
 
 def check_cutout(module: Any) -> None:
     """Every corner with which the square lies inside the image, as often as another; none depends on the crop."""
-    for policy, size in product(("seed", "flip_crop"), (1, 12, 29)):
+    for policy, size in product(("default", "flip_crop"), (1, 12, 29)):
         params = with_policy(policy, module, crop_padding=2, cutout_size=size)
         assert (params.cutout[:, 2:] == size).all()
         for axis, corner in product((0, 1), range(33 - size)):
@@ -315,7 +315,7 @@ def test_a_mutant_is_caught(name):
 
 
 def test_new_operations_leave_the_draws_of_the_policy_alone():
-    for policy in ("seed", "flip_crop"):
+    for policy in ("default", "flip_crop"):
         plain, more = with_policy(policy), with_policy(policy, crop_padding=4, cutout_size=8)
         for name in set(FIELDS) - {"shift", "cutout"}:
             assert np.array_equal(getattr(plain, name), getattr(more, name))

@@ -246,7 +246,8 @@ def test_every_recipe_is_a_config_and_each_change_to_adam_keeps_the_ones_before(
     for name, arguments in accuracy.recipes().items():
         file = Path(arguments[1]) if arguments[0] == "--config" else None
         configs[name] = flatten(load_config(file, [] if file else arguments))
-    assert configs["resnet20_sgd"]["optimizer.name"] == "sgd" and configs["seed_resnet18"]["augment.policy"] == "seed"
+    assert configs["resnet20_sgd"]["optimizer.name"] == "sgd"
+    assert configs["default_resnet18"]["augment.policy"] == "default"
     changed = set()
     for before, after in itertools.pairwise(accuracy._CHANGES):
         differing = {key for key, value in configs[after].items() if configs[before][key] != value}
@@ -280,12 +281,12 @@ def test_a_run_says_where_its_plateau_cut_the_learning_rate(script, tmp_path, mo
     events = [{"event": "started", "step": 0}, cut, {"event": "started", "step": 7}, cut]
     for name, rows in (("metrics", [{"kind": "train"}, *tests]), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    row = accuracy.train("seed_resnet20", [], 0, Path("images.zip"), tmp_path, 2, True)
+    row = accuracy.train("default_resnet20", [], 0, Path("images.zip"), tmp_path, 2, True)
     assert row["lr_reductions"] == [[2.0, 0.05]]
     assert row["curve"] == [[1.0, 0.1], [2.0, 0.2], [3.0, 0.3]]
     text = script("tables").accuracy({"runs": [row | {"test_accuracy": 0.8, "hardware": "A"}]})
-    assert "| `seed_resnet20` | 3 | 80.00% |  | 60 | 1 | 2, A |" in text
-    assert text.endswith("The plateau of `seed_resnet20` (seed 0) cut the learning rate to 5.0e-02 after epoch 2.")
+    assert "| `default_resnet20` | 3 | 80.00% |  | 60 | 1 | 2, A |" in text
+    assert text.endswith("The plateau of `default_resnet20` (seed 0) cut the learning rate to 5.0e-02 after epoch 2.")
 
 
 def test_block_of_the_changes_to_adam(script):
@@ -380,7 +381,7 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
     monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
     run = {"recipe": "resnet18_sgd", "epochs": 2.0, "wall_seconds": 600.0, "alone": True, "hardware": "A"}
     run |= {"curve": [[1.0, 0.5], [2.0, 0.9]], "test_accuracy_tta": 0.91}
-    plain = run | {"recipe": "seed_resnet18", "test_accuracy_tta": None}
+    plain = run | {"recipe": "default_resnet18", "test_accuracy_tta": None}
     others = [run | change for change in ({"alone": False}, {"hardware": "C"}, {"recipe": "fast90"})]
     plot.draw_time_to_accuracy({"runs": TIMED}, {"runs": [run, plain, *others]}, tmp_path / "time.png")
     (axes,) = figures[0].axes
@@ -390,7 +391,7 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
         "fast, 1 rank: 93.40 % with TTA in 0.33x",
         "fast, 2 ranks: 91.00 % with TTA in 0.77x",
         "resnet18_sgd: 90.00 %, 91.00 % with TTA, in 4.0x",
-        "seed_resnet18: 90.00 % in 4.0x",
+        "default_resnet18: 90.00 % in 4.0x",
     ]
     assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[2.0, 50.0], [4.0, 90.0]]] * 2
     assert axes.collections[-1].get_offsets().tolist() == [[4.0, 91.0]]
