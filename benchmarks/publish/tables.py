@@ -85,7 +85,6 @@ def headline(
 def accuracy(result: dict[str, Any]) -> str:
     """What the recipes reach: the mean over seeds, and how far they lie apart."""
     shown = [row for row in result["runs"] if row["change"] is None]
-    plateaus: list[str] = []
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
     for (recipe, epochs, hardware), rows in sorted(grouped(shown, "recipe", "epochs", "hardware").items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
@@ -95,12 +94,13 @@ def accuracy(result: dict[str, Any]) -> str:
         lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {seconds} | {len(rows)} | {ranks} |")
     note = (
         f"Mean and standard deviation over n seeds, images of {_one(result, 'data')}; seconds: the median of runs that"
+        " had the machine for themselves."
     )
     for row in shown:
         if row["lr_reductions"]:
             cuts = ", ".join(f"to {lr:.1e} after epoch {epoch:g}" for epoch, lr in row["lr_reductions"])
-            plateaus.append(f"The plateau of `{row['recipe']}` (seed {row['seed']}) cut the learning rate {cuts}.")
-    return "\n".join([*lines, "", " ".join([f"{note} had the machine for themselves.", *plateaus])])
+            note += f" The plateau of `{row['recipe']}` (seed {row['seed']}) cut the learning rate {cuts}."
+    return "\n".join([*lines, "", note])
 
 
 def adam(result: dict[str, Any]) -> str:

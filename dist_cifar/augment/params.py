@@ -87,7 +87,7 @@ def _sample_policy(config: AugmentConfig, seed: int, epoch: int, indices: npt.Ar
         in_first_epoch = uniform(seed, STREAM_AUGMENT, 0, indices, 1)[:, 0] < 0.5
         fields["flip"] = in_first_epoch != (epoch % 2 == 1)
     if config.policy == "default":
-        fields |= _sample_seed_policy(config, u)
+        fields |= _sample_default_policy(config, u)
     if padding:
         place = u[:, 1:3] if config.policy == "flip_crop" else u[:, draws : draws + 2]
         fields["shift"] = (place * (2 * padding + 1)).astype(np.int16) - np.int16(padding)
@@ -116,7 +116,7 @@ _UNCHANGED: dict[str, Callable[[int], npt.NDArray[Any]]] = {
 """What each field of the parameters of n images is where nothing is changed."""
 
 
-def _sample_seed_policy(config: AugmentConfig, u: npt.NDArray[np.float64]) -> dict[str, Any]:
+def _sample_default_policy(config: AugmentConfig, u: npt.NDArray[np.float64]) -> dict[str, Any]:
     """Fields of `AugmentParams` that the policy `default` alone draws, from `u` [n, 48 or more]."""
     jitter = np.array([config.brightness, config.contrast, config.saturation])
     low, high = np.maximum(0.0, 1.0 - jitter), 1.0 + jitter
