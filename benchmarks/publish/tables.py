@@ -181,7 +181,7 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
     others = [
         row | {"where": f"{row['ranks']} ranks", "seconds": row["wall_seconds"]}
         for row in accuracy["runs"]
-        if row["epochs"] == _epochs(row["recipe"])
+        if row["change"] is None and _epochs(row["recipe"]) in (None, row["epochs"])
     ]
     table: dict[str, list[dict[str, Any]]] = {}
     for (recipe, _, _), rows in grouped(timed + others, "recipe", "where", "hardware").items():
@@ -220,10 +220,10 @@ def _one(result: dict[str, Any], name: str) -> Any:
 
 
 def _epochs(recipe: str) -> float | None:
-    """The epochs of a recipe of configs/; of one that is not there, those that were run."""
+    """The epochs of a recipe of configs/; None of one that is not there."""
     path = REPOSITORY / f"configs/{recipe}.yaml"
     if not path.exists():
-        return {"default_resnet18": 30.0, "default_resnet20": 30.0}.get(recipe)
+        return None
     found = re.search(r"(?m)^  epochs: (\S+)$", path.read_text(encoding="utf-8").partition("\ntrain:")[2])
     return float(found[1]) if found else None
 

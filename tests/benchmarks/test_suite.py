@@ -358,6 +358,7 @@ def test_a_machine_keeps_the_rows_of_the_others(script, tmp_path, monkeypatch):
 def test_the_recipes_of_the_readme_are_of_the_machine_that_ran_most_seeds(script):
     row = {
         "recipe": "fast90",
+        "change": None,
         "epochs": 8.0,
         "ranks": 2,
         "test_accuracy": 0.8,
@@ -365,13 +366,15 @@ def test_the_recipes_of_the_readme_are_of_the_machine_that_ran_most_seeds(script
         "data": "images.zip",
     }
     runs = [row | {"hardware": "A", "alone": True}, row | {"hardware": "A", "alone": False}, row | {"hardware": "B"}]
-    runs.append(row | {"hardware": "B", "epochs": 5.0})
+    runs += [row | {"hardware": "B", "epochs": 5.0}, row | {"hardware": "A", "recipe": "+ cosine", "change": 3}]
+    runs.append(row | {"recipe": "default_resnet20", "hardware": "B", "alone": True, "test_accuracy": 0.7})
     text = script("tables").recipes({"runs": runs}, {"runs": TIMED})
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| `fast` | 92.40% +- 4.89% | 93.40% +- 4.89% | 0.8 | 3 | A, 1 rank |",
         "| airbench94 | 89.50% +- 0.71% | 90.50% +- 0.71% | 2.5 | 2 | A, plain PyTorch |",
         "| `fast90` | 80.00% +- 0.00% |  | 1.5 | 2 | A, 2 ranks |",
+        "| `default_resnet20` | 70.00% |  | 1.5 | 1 | B, 2 ranks |",
     ]
 
 
