@@ -166,7 +166,8 @@ LEAST_PERCENT = 80.0
 
 def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path: Path) -> None:
     """Time as a multiple of the peer's on the same machine: a point for each run of the peer and the recipe, and the
-    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs."""
+    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs. A program's
+    accuracy in the legend is the mean over seeds, whichever machines ran them."""
     peers = grouped([row for row in result["runs"] if row["program"] == PEER], "hardware")
     unit = {machine: statistics.median(row["seconds"] for row in rows) for (machine,), rows in peers.items()}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
@@ -178,7 +179,10 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
         times = [row["seconds"] / unit[row["hardware"]] for row in rows]
         colour = next(shades)
         plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
-        label = f"{program}: {statistics.fmean(averaged):.2f} % with TTA in {statistics.median(times):.2f}x"
+        of_seeds = [
+            statistics.fmean(row["test_accuracy_tta"] for row in same) for same in grouped(rows, "seed").values()
+        ]
+        label = f"{program}: {100 * statistics.fmean(of_seeds):.2f} % with TTA in {statistics.median(times):.2f}x"
         axes.scatter(times, plain, color=colour, s=24, zorder=3, label=label)
         axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
     for row in accuracy["runs"]:
@@ -202,7 +206,7 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
-    machines = " and ".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
+    machines = "; ".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
     note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}.\n1x is {machines}."
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -390,7 +390,7 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
     (axes,) = figures[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
-        "airbench94: 90.67 % with TTA in 1.00x",
+        "airbench94: 90.50 % with TTA in 1.00x",
         "fast, 1 rank: 93.40 % with TTA in 0.33x",
         "fast, 2 ranks: 91.00 % with TTA in 0.77x",
         "resnet18_sgd: 90.00 %, 91.00 % with TTA, in 4.0x",
