@@ -206,7 +206,7 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
-    machines = "; ".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
+    machines = ";\n".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
     note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}.\n1x is {machines}."
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=130)
