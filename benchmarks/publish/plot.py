@@ -166,8 +166,8 @@ LEAST_PERCENT = 80.0
 
 def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path: Path) -> None:
     """Time as a multiple of the peer's on the same machine: a point for each run of the peer and the recipe, and the
-    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs. A program's
-    accuracy in the legend is the mean over seeds, whichever machines ran them."""
+    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs. The legend has
+    the median times; the accuracies stand in the tables, for one machine each."""
     peers = grouped([row for row in result["runs"] if row["program"] == PEER], "hardware")
     unit = {machine: statistics.median(row["seconds"] for row in rows) for (machine,), rows in peers.items()}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
@@ -179,22 +179,15 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
         times = [row["seconds"] / unit[row["hardware"]] for row in rows]
         colour = next(shades)
         plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
-        of_seeds = [
-            statistics.fmean(row["test_accuracy_tta"] for row in same) for same in grouped(rows, "seed").values()
-        ]
-        label = f"{program}: {100 * statistics.fmean(of_seeds):.2f} % with TTA in {statistics.median(times):.2f}x"
-        axes.scatter(times, plain, color=colour, s=24, zorder=3, label=label)
+        axes.scatter(times, plain, color=colour, s=24, zorder=3, label=f"{program}: {statistics.median(times):.2f}x")
         axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
     for row in accuracy["runs"]:
         if row["recipe"] in CURVES and row["hardware"] in unit and row["alone"]:
             epoch_time = row["wall_seconds"] / row["epochs"] / unit[row["hardware"]]
             points = [(epoch * epoch_time, 100 * share) for epoch, share in row["curve"]]
-            averaged = row["test_accuracy_tta"]
-            with_tta = "" if averaged is None else f", {100 * averaged:.2f} % with TTA,"
-            label = f"{row['recipe']}: {points[-1][1]:.2f} %{with_tta} in {points[-1][0]:.1f}x"
-            colour = CURVES[row["recipe"]]
+            label, colour = f"{row['recipe']}: {points[-1][0]:.1f}x", CURVES[row["recipe"]]
             axes.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1.5, label=label)
-            if averaged is not None:
+            if (averaged := row["test_accuracy_tta"]) is not None:
                 axes.scatter(points[-1][0], 100 * averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.5)
