@@ -149,12 +149,11 @@ def time_to_accuracy(result: dict[str, Any]) -> str:
             f"| {program} | {_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')} |"
             f" {statistics.median(seconds):.0f}{spread} | {ratio} | {len(rows)} | {hardware} |"
         )
-    between = [
-        f"{row['program']} over {row['against']} with the same cores: {_ratio(row, 'seconds_ratio')} of the seconds"
-        f" (n = {row['n']}, {row['hardware']})."
-        for row in result["comparisons"]
-        if row["against"] != PEER
-    ]
+    between = []
+    ours = [row for row in result["comparisons"] if row["against"] != PEER]
+    for (program, against), rows in grouped(ours, "program", "against").items():
+        ratios = [f"{_ratio(row, 'seconds_ratio')} (n = {row['n']}, {row['hardware']})" for row in rows]
+        between.append(f"Seconds of {program} over {against}, on the same cores: {', '.join(ratios)}.")
     return "\n".join(
         [
             *lines,
@@ -344,7 +343,7 @@ def _program(row: dict[str, Any]) -> str | None:
 
 def _ratio(row: dict[str, Any], name: str) -> str:
     median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
-    return f"{median:.2f}x ({low:.2f} to {high:.2f})"
+    return f"{median:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
 
 
 def constant(result: dict[str, Any]) -> str:
