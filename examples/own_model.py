@@ -1,6 +1,6 @@
 """Networks of one's own: a small vision transformer and a ConvMixer.
 
-    dist-cifar train --ranks 2 --config configs/quickstart.yaml model.name=examples.own_model:ViT model.options.width=96
+    dist-cifar train --ranks 2 --config configs/quickstart.yaml model.name=examples.own_model:ViT optimizer.lr=1e-3
 
 A network is built as `Net(num_classes=..., **options)` and maps float32 [n, 3, 32, 32] to logits [n, num_classes]. What
 it draws from torch's generators while it is trained, as dropout does, is the same on every number of ranks.
