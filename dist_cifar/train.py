@@ -22,3 +22,8 @@ if __name__ == "__main__":
         return main(["train", *sys.argv[1:]])
 
     sys.exit(stopping.run_stoppable(run))
+elif __name__ == "dist_cifar.train":
+    # Imported, the module would hide the package's function of this name: `import dist_cifar.train` gives the function.
+    from dist_cifar.api.training import train
+
+    sys.modules[__name__] = train  # type: ignore[assignment]

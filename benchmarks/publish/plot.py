@@ -22,6 +22,8 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.legend_handler import HandlerTuple
 from tables import PEER, grouped, rounds
 
@@ -173,11 +175,10 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
     counts = Counter(row["program"] for row in result["runs"])
     programs = sorted(counts, key=lambda name: (name != PEER, -counts[name]))
-    shades = iter([OTHERS, OURS, OURS_LIGHT])
-    for program in programs:
+    ours = LinearSegmentedColormap.from_list("ours", [OURS, OURS_LIGHT])(np.linspace(0, 1, len(programs) - 1))
+    for program, colour in zip(programs, [OTHERS, *ours], strict=True):
         rows = [row for row in result["runs"] if row["program"] == program and row["hardware"] in unit]
         times = [row["seconds"] / unit[row["hardware"]] for row in rows]
-        colour = next(shades)
         plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
         axes.scatter(times, plain, color=colour, s=24, zorder=3, label=f"{program}: {statistics.median(times):.2f}x")
         axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)

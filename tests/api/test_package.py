@@ -41,3 +41,9 @@ def test_what_only_launches_imports_no_torch():
         " sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_the_front_door_does_not_hide_the_function_of_its_name():
+    code = "import dist_cifar.train; from dist_cifar.api.training import train; assert dist_cifar.train is train"
+    for before in ("", "import dist_cifar; dist_cifar.train; "):
+        subprocess.run([sys.executable, "-c", before + code], cwd=REPOSITORY, check=True)

@@ -386,13 +386,15 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
     run |= {"curve": [[1.0, 0.5], [2.0, 0.9]], "test_accuracy_tta": 0.91}
     plain = run | {"recipe": "default_resnet18", "test_accuracy_tta": None}
     others = [run | change for change in ({"alone": False}, {"hardware": "C"}, {"recipe": "fast90"})]
-    plot.draw_time_to_accuracy({"runs": TIMED}, {"runs": [run, plain, *others]}, tmp_path / "time.png")
+    runs = [*TIMED, timed_row("fast, 4 ranks", 0, 40.0, 0.91)]
+    plot.draw_time_to_accuracy({"runs": runs}, {"runs": [run, plain, *others]}, tmp_path / "time.png")
     (axes,) = figures[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == [
         "airbench94: 1.00x",
         "fast, 1 rank: 0.33x",
         "fast, 2 ranks: 0.77x",
+        "fast, 4 ranks: 0.27x",
         "resnet18_sgd: 4.0x",
         "default_resnet18: 4.0x",
     ]
