@@ -91,7 +91,7 @@ requeue() { # requeue KIND LIMIT REASON: ends the script
     leave_to_slurm "$3"
     times=$(times_of "$1")
     if ((times >= $2)); then
-        die "$code" "$3; not requeued: it was $1 $times times before and the limit is $2"
+        die "$code" "$3; not requeued: already started again $times times ($1), and the limit is $2"
     fi
     if ! note "$1" "$3"; then
         die "$code" "$3; not requeued: $run_dir/requeues.log cannot be written, so they could not be counted"

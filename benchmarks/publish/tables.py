@@ -32,9 +32,8 @@ def headline(
     (measured_on,) = {part["hardware"] for part in (exactness, checkpoint_damage, peers, augment, real_job)}
     (proved_on,) = {part["hardware"] for part in (world_sizes, schedules)}
     compared = exactness["results"] + world_sizes["results"]
-    models = " and ".join(dict.fromkeys(MODELS[row["model"]] for row in compared))
+    models = [f"{MODELS[model]} on {_world_sizes(rows)} ranks" for (model,), rows in grouped(compared, "model").items()]
     lengths = " or ".join(map(str, sorted({row["steps"] for row in compared})))
-    most = max(size for row in compared for trial in row["trials"] for size in trial["world_sizes"])
     ours, pil = (
         next(row for row in augment["results"] if row["name"] == name) for name in ("dist_cifar", "torchvision PIL")
     )
@@ -46,9 +45,9 @@ def headline(
     accuracy, wall = real_job["spread"]["test_accuracy"], real_job["spread"]["wall_seconds"]
     rows = [
         (
-            f"same bits on every number of ranks from 1 to {most}, and killed and resumed on others",
-            f"{sum(row['equal'] for row in compared)} of {len(compared)} comparisons ({models}, each in fp32 and bf16,"
-            f" {lengths} steps)",
+            "same bits on every number of ranks, and killed and resumed on others",
+            f"{sum(row['equal'] for row in compared)} of {len(compared)} comparisons ({'; '.join(models)}; each in fp32"
+            f" and bf16, {lengths} steps)",
         ),
         (
             "runs killed at random moments that end with the weights of an undisturbed run",
@@ -76,10 +75,17 @@ def headline(
             "|---|---|",
             *(f"| {what} | {measured} |" for what, measured in rows),
             "",
-            f"Median (minimum to maximum) of n on an {measured_on}; bits and kills on an {proved_on} too. No GPU has"
-            " been measured yet.",
+            f"Median (minimum to maximum) of n on an {measured_on}; kills and every number of ranks on an"
+            f" {proved_on}. No GPU has been measured yet.",
         ]
     )
+
+
+def _world_sizes(rows: list[dict[str, Any]]) -> str:
+    """The numbers of ranks of some comparisons, as `1 to 8` or `1, 2, 4`."""
+    sizes = sorted({size for row in rows for trial in row["trials"] for size in trial["world_sizes"]})
+    is_whole = sizes == list(range(sizes[0], sizes[-1] + 1))
+    return f"{sizes[0]} to {sizes[-1]}" if is_whole else ", ".join(map(str, sizes))
 
 
 def accuracy(result: dict[str, Any]) -> str:
@@ -392,7 +398,7 @@ def startup(result: dict[str, Any]) -> str:
 
 
 def scaling(result: dict[str, Any]) -> str:
-    """What a second rank gains on this machine, and what is predicted of GPUs."""
+    """What a second rank gains on this machine."""
 
     def ratio(values: dict[str, float]) -> str:
         return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})"
@@ -412,22 +418,13 @@ def scaling(result: dict[str, Any]) -> str:
         f"Median and range of n = {result['rounds']} interleaved rounds, ratios within a round; global batch"
         f" {result['global_batch']}, constant data, {result['hardware']}. The hand-written loops have the same model,"
         " precision, channels-last and fused Adam.",
-        "",
-        "**Predicted, not measured**: efficiency of ResNet-18 on nodes of eight H100, by the assumptions in"
-        " `benchmarks/results/scaling.json`.",
-        "",
-        "| GPUs | images a GPU and step | `ddp` | `exact` |",
-        "|---|---|---|---|",
     ]
-    for row in result["predictions"]:
-        shares = f"{row['ddp_efficiency']:.0%} | {row['exact_efficiency']:.0%}"
-        lines.append(f"| {row['gpus']} | {row['images_per_gpu']} | {shares} |")
     return "\n".join(lines)
 
 
 def overhead(result: dict[str, Any]) -> str:
     """What stands beside the training, as shares of a step."""
-    names = {"progress": "bar", "vote": "vote", "log": "log", "checkpoint": "checkpoint", "writing": "writing it"}
+    names = {"progress": "bar", "vote": "stop check", "log": "log", "checkpoint": "checkpoint", "writing": "writing it"}
     lines = [f"| share of a step | {' | '.join(names.values())} | together |", "|---" * (len(names) + 2) + "|"]
     for row in result["results"]:
         cells = [f"{row[name]['share_of_a_step']:.2%}" for name in names] + [f"{row['share_of_a_step']:.2%}"]
@@ -501,7 +498,7 @@ def host_time(result: dict[str, Any]) -> str:
 
 
 def strategy(result: dict[str, Any]) -> str:
-    """The cost of strategy exact, its bytes, and the prediction."""
+    """The cost of strategy exact, and its bytes."""
 
     def ratio(row: dict[str, Any], name: str) -> str:
         median, low, high = (row[f"{name}_{kind}"] for kind in ("median", "min", "max"))
@@ -530,15 +527,7 @@ def strategy(result: dict[str, Any]) -> str:
         " sends in a step, counted by the network interface. *Efficiency*: the processor time of the average rank of"
         " `exact` over that of the busiest, for which the others wait (in brackets what the shares of the virtual ranks"
         " predict); `ddp` shares passes of 16 images as unequally.",
-        "",
-        "No GPU was measured. Predicted for ResNet-18 from the assumptions in `benchmarks/results/strategy.json`:",
-        "",
-        "| GPUs | virtual ranks | images a GPU and step | exact / ddp |",
-        "|---|---|---|---|",
     ]
-    for row in result["predictions"]:
-        cells = (row["gpus"], row["virtual_ranks"], row["images_per_gpu"], f"{row['exact_over_ddp']:.3f}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -565,7 +554,8 @@ def exchange(result: dict[str, Any]) -> str:
 def scale(result: dict[str, Any]) -> str:
     """What a step sends as ranks grow, whether the model holds here, and what it says of machines that are not here."""
     lines = [
-        "| ranks | messages: vote | exchange | log | bytes: vote | exchange | log | asked of store | step | model |",
+        "| ranks | messages: stop check | exchange | log | bytes: stop check | exchange | log | asked of store | step"
+        " | model |",
         "|---" * 10 + "|",
     ]
     of_model = {row["world_size"]: row for row in result["checked"]}
@@ -585,18 +575,20 @@ def scale(result: dict[str, Any]) -> str:
         " time of a pass, and of messages on two and four ranks, over what the step took (median of"
         f" {result['steps']}).",
         "",
-        "Predicted, not measured, for ResNet-18 in bf16 with"
-        f" {result['assumptions']['images_per_gpu']} images and one virtual rank a GPU:",
+        f"Predicted, not measured, for ResNet-18 in bf16 with {result['assumptions']['images_per_gpu']} images and one"
+        f" virtual rank a GPU, whose host takes {1e3 * result['assumptions']['host_seconds']:g} ms to start a pass."
+        " Efficiency is the time of the pass over that of the step:",
         "",
-        "| machine | GPUs | vote: messages a step, steps until it is read | exchange: messages, flat | in levels"
-        " | log: messages | step, flat | in levels | efficiency |",
-        "|---" * 9 + "|",
+        "| machine | GPUs | stop check: messages a step, steps until it is read | exchange: messages, flat | in levels"
+        " | log: messages | step, flat | in levels | efficiency | of `ddp` |",
+        "|---" * 10 + "|",
     ]
     for row in result["predicted"]:
         vote = f"{row['vote_messages']}, {row['vote_delay_steps'] + 1}"
         steps = [f"{row[f'{kind}_milliseconds']:.2f} ms" for kind in ("flat", "levels")]
+        efficiencies = [f"{row[f'{name}_efficiency']:.0%}" for name in ("exact", "ddp")]
         messages = [f"{row[name]:,}" for name in ("exchange_messages_flat", "exchange_messages", "log_messages")]
-        cells = [row["machine"], f"{row['gpus']:,}", vote, *messages, *steps, f"{row['efficiency']:.0%}"]
+        cells = [row["machine"], f"{row['gpus']:,}", vote, *messages, *steps, *efficiencies]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

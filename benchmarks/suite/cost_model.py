@@ -44,36 +44,32 @@ class Cluster:
 def predict(
     *,
     ranks: int,
-    passes: int,
     compute_seconds: float,
-    hidden_share: float,
     exact_buckets: Sequence[int],
     ddp_buckets: Sequence[int],
     cluster: Cluster,
-    in_levels: bool = False,
+    in_levels: bool,
 ) -> dict[str, float]:
-    """Seconds of one step's communication and memory traffic beside the computation, for both strategies.
+    """Seconds of a step of both strategies: one pass on each GPU, what of the communication does not hide in it, and
+    memory traffic.
 
-    `passes` forward and backward passes on each GPU take `compute_seconds` together and are the same on both sides;
-    collectives hide in the last `hidden_share` of that time, but for the last bucket's. Buckets are bytes, in order.
-    With `in_levels`, `exact` exchanges within nodes first, as `dist_cifar.strategy.exchange` has it.
+    The pass takes `compute_seconds` on both sides; collectives hide in the last `HIDDEN_SHARE` of it, but for the last
+    bucket's. Buckets are bytes, in order. With `in_levels`, `exact` exchanges within nodes first, as
+    `dist_cifar.strategy.exchange` has it unless it is told otherwise.
     """
     exact_seconds = [_exchange_seconds(n, ranks, cluster, in_levels) for n in exact_buckets]
     # Twice the way of an all-gather, but one launch.
     ddp_seconds = [2 * _ring_seconds(n, ranks, cluster) - _latency(ranks, cluster) for n in ddp_buckets]
     size = sum(exact_buckets)
-    # Reads and writes of: adding up passes; packing; the sum over ranks in a tree; the division of a shard.
-    exact_memory = size * (3 * (passes - 1) + 2 + 3 * (ranks - 1) / ranks + 2 / ranks)
-    # Of: adding up passes; packing; the division before the all-reduce. The all-reduce's own are left out.
-    ddp_memory = sum(ddp_buckets) * (3 * (passes - 1) + 2 + 2)
+    # Reads and writes of: packing; the sum over ranks in a tree; the division of a shard.
+    exact_memory = size * (2 + 3 * (ranks - 1) / ranks + 2 / ranks)
+    # Of: packing; the division before the all-reduce. The all-reduce's own are left out.
+    ddp_memory = sum(ddp_buckets) * (2 + 2)
     steps = {}
     for name, seconds, memory in (("exact", exact_seconds, exact_memory), ("ddp", ddp_seconds, ddp_memory)):
-        steps[f"{name}_communication_seconds"] = sum(seconds)
-        exposed = max(sum(seconds) - hidden_share * compute_seconds, seconds[-1]) if ranks > 1 else 0.0
-        steps[f"{name}_exposed_seconds"] = exposed
-        steps[f"{name}_memory_seconds"] = memory / cluster.memory_bytes_per_second
-        steps[f"{name}_step_seconds"] = compute_seconds + exposed + steps[f"{name}_memory_seconds"]
-    return steps | {"exact_over_ddp": steps["exact_step_seconds"] / steps["ddp_step_seconds"]}
+        exposed = max(sum(seconds) - HIDDEN_SHARE * compute_seconds, seconds[-1]) if ranks > 1 else 0.0
+        steps[name] = compute_seconds + exposed + memory / cluster.memory_bytes_per_second
+    return steps
 
 
 def _latency(ranks: int, cluster: Cluster) -> float:

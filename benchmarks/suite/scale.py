@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost_model import HIDDEN_SHARE, Cluster, exact_bucket_bytes, exchange_sizes, predict
+from cost_model import Cluster, ddp_bucket_bytes, exact_bucket_bytes, exchange_sizes, predict
 
 from dist_cifar.config import Config, load_config
 from dist_cifar.distributed import failure_detector
@@ -246,24 +246,25 @@ GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 
 
 def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]]:
-    """Steps of ResNet-18 in bf16 with 128 images a GPU, as many virtual ranks as GPUs: flat and in levels."""
-    rows, reductions = [], len(exact_bucket_bytes("resnet18")) + 1  # that of the statistics
+    """Steps of ResNet-18 in bf16 with 128 images a GPU: of `exact`, with as many virtual ranks as GPUs, flat and in
+    levels, and of `ddp`."""
+    exact_buckets, ddp_buckets = exact_bucket_bytes("resnet18"), ddp_bucket_bytes("resnet18")
+    rows, reductions = [], len(exact_buckets) + 1  # that of the statistics
     for name, cluster in (clusters or MACHINES).items():
         for gpus in GPUS:
             compute = max(IMAGES_PER_GPU / GPU_IMAGES_PER_SECOND, HOST_SECONDS)
-            steps = {
-                kind: predict(
+            flat, levels = (
+                predict(
                     ranks=gpus,
-                    passes=1,
                     compute_seconds=compute,
-                    hidden_share=HIDDEN_SHARE,
-                    exact_buckets=exact_bucket_bytes("resnet18"),
-                    ddp_buckets=exact_bucket_bytes("resnet18"),
+                    exact_buckets=exact_buckets,
+                    ddp_buckets=ddp_buckets,
                     cluster=cluster,
-                    in_levels=kind == "levels",
-                )["exact_step_seconds"]
-                for kind in ("flat", "levels")
-            }
+                    in_levels=in_levels,
+                )
+                for in_levels in (False, True)
+            )
+            steps = {"flat": flat["exact"], "levels": levels["exact"], "ddp": levels["ddp"]}
             rows.append(
                 {
                     "machine": name,
@@ -275,7 +276,8 @@ def predicted(clusters: dict[str, Cluster] | None = None) -> list[dict[str, Any]
                     "log_messages": 2 * (gpus - 1).bit_length(),
                     "log_bytes": gpus * len(pickle.dumps({0: tuple(range(12))})),
                     **{f"{kind}_milliseconds": round(1e3 * seconds, 3) for kind, seconds in steps.items()},
-                    "efficiency": round(compute / steps["levels"], 3),
+                    "exact_efficiency": round(compute / steps["levels"], 3),
+                    "ddp_efficiency": round(compute / steps["ddp"], 3),
                 }
             )
     return rows

@@ -1,4 +1,4 @@
-"""What more ranks gain: measured on this machine's cores, against a hand-written loop; and a prediction for GPUs.
+"""What more ranks gain on this machine's cores, and the trainer against a hand-written loop.
 
     python benchmarks/suite/scaling.py --out benchmarks/results/scaling.json
 
@@ -10,8 +10,6 @@ within a round, the first round warms up. The sides are named by ranks x threads
 - `2x1`: the global batch of 128 on two ranks with one thread each: `ddp`, `exact` and `plain`, the hand-written loop;
 - `1x2`: the same batch on one rank with two threads: `ddp` and `plain`, which has no DistributedDataParallel there;
 - `1x1`: half of the batch on one rank with one thread, the share of a rank of `2x1`: `ddp` and `exact`.
-
-`predictions` are arithmetic for GPUs (`prediction.py`), of which none was measured.
 
 Run it on a machine that does nothing else: about ten minutes on two cores.
 """
@@ -28,13 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, predict
+from cost_model import exact_bucket_bytes
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, OptimizerConfig, load_config
@@ -44,7 +42,6 @@ from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.models import build_model
 from dist_cifar.ops.malloc import keep_freed_memory
 from dist_cifar.run.provenance import hardware, versions
-from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 from dist_cifar.trainer import Trainer
 
 MODELS = ("resnet20", "resnet18")
@@ -277,43 +274,6 @@ def spread(values: Sequence[float], digits: int) -> dict[str, float]:
     return {kind: round(function(values), digits) for kind, function in functions.items()}
 
 
-PREDICTED = ((8, 64, 512), (256, 64))
-"""Numbers of GPUs, and of images of one step on each."""
-
-
-def predictions(cluster: Cluster) -> list[dict[str, Any]]:
-    """Efficiency for ResNet-18 with fp32 gradients: images/s of a GPU among others over those of a GPU alone.
-
-    A GPU takes its images in one pass, in `exact` as one virtual rank.
-    """
-
-    def steps(ranks: int, images: int) -> dict[str, float]:
-        return predict(
-            ranks=ranks,
-            passes=1,
-            compute_seconds=images / GPU_IMAGES_PER_SECOND,
-            hidden_share=HIDDEN_SHARE,
-            exact_buckets=exact_bucket_bytes("resnet18"),
-            ddp_buckets=ddp_bucket_bytes("resnet18"),
-            cluster=cluster,
-        )
-
-    rows = []
-    for images in PREDICTED[1]:
-        # One GPU alone neither divides gradients nor packs them for others: it only computes.
-        compute_seconds = images / GPU_IMAGES_PER_SECOND
-        for gpus in PREDICTED[0]:
-            found = steps(gpus, images)
-            rows.append(
-                {"model": "resnet18", "gpus": gpus, "images_per_gpu": images}
-                | {
-                    f"{name}_efficiency": round(compute_seconds / found[f"{name}_step_seconds"], 4)
-                    for name in ("ddp", "exact")
-                }
-            )
-    return rows
-
-
 def table(result: dict[str, Any]) -> str:
     """What a person reads."""
 
@@ -329,12 +289,6 @@ def table(result: dict[str, Any]) -> str:
     for row in result["reductions"]:
         lines.append(
             f"all-reduce of {row['bytes'] / 1e6:.1f} MB alone, {row['ranks']} ranks: {1e3 * row['seconds']:.1f} ms"
-        )
-    lines += ["", "prediction for ResNet-18 on H100; NO GPU WAS MEASURED, see `assumptions` in the result"]
-    for row in result["predictions"]:
-        lines.append(
-            f"{row['gpus']:4} GPUs, {row['images_per_gpu']} images each: efficiency ddp {row['ddp_efficiency']:.1%},"
-            f" exact {row['exact_efficiency']:.1%}"
         )
     return "\n".join(lines)
 
@@ -365,7 +319,6 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 rows.append(measure(model, precision, options, Path(scratch)))
             print(f"{model} {precision}: done", file=sys.stderr, flush=True)
-    cluster = Cluster()
     result = {
         "benchmark": "scaling",
         "hardware": hardware(),
@@ -375,13 +328,6 @@ def main() -> None:
         "versions": versions(),
         "results": rows,
         "reductions": reductions,
-        "assumptions": {
-            "measured": "nothing: no GPU was at hand",
-            "images_per_second_of_a_gpu": GPU_IMAGES_PER_SECOND,
-            "hidden_share_of_a_pass": HIDDEN_SHARE,
-        }
-        | asdict(cluster),
-        "predictions": predictions(cluster),
     }
     print(table(result))
     if options.out:

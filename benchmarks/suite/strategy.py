@@ -1,5 +1,4 @@
-"""What strategy `exact` costs against `ddp` at the same global batch, on 1 to 4 ranks; the bytes on the wire; and a
-prediction for GPUs, of which none was measured.
+"""What strategy `exact` costs against `ddp` at the same global batch, on 1 to 4 ranks, and the bytes on the wire.
 
     python benchmarks/suite/strategy.py --out benchmarks/results/strategy.json
 
@@ -36,14 +35,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
-from cost_model import HIDDEN_SHARE, Cluster, ddp_bucket_bytes, exact_bucket_bytes, exact_bucket_counts, predict
+from cost_model import exact_bucket_counts
 from torch.nn.functional import cross_entropy
 
 from dist_cifar.config import ModelConfig, load_config
@@ -58,7 +56,6 @@ from dist_cifar.strategy import bucket, build_strategy, reduction_queue, slice_c
 from dist_cifar.strategy.batchnorm_stats import BatchNormStats
 from dist_cifar.strategy.compute import kept_casts
 from dist_cifar.strategy.tree_nodes import nodes_of
-from dist_cifar.tools.bench import GPU_IMAGES_PER_SECOND
 
 RANKS = (1, 2, 3, 4)
 MODELS = ("resnet20", "resnet18")
@@ -87,38 +84,6 @@ def wire_bytes_exact(counts: Iterable[int], ranks: int) -> float:
 def wire_bytes_ring(count: int, ranks: int) -> float:
     """Bytes that one rank sends in a ring all-reduce of `count` float32."""
     return 2 * (ranks - 1) / ranks * 4 * count
-
-
-PREDICTED = ((8, 8, 256), (8, 64, 256), (64, 64, 256), (64, 64, 64))
-"""GPUs, virtual ranks, images of one step on one GPU."""
-
-
-def predictions(cluster: Cluster) -> list[dict[str, Any]]:
-    """ResNet-18 in fp32 gradients on H100."""
-    exact_buckets, ddp_buckets = exact_bucket_bytes("resnet18"), ddp_bucket_bytes("resnet18")
-    rows = []
-    for ranks, virtual_ranks, images in PREDICTED:
-        passes = virtual_ranks // ranks
-        compute_seconds = images / GPU_IMAGES_PER_SECOND
-        found = predict(
-            ranks=ranks,
-            passes=passes,
-            compute_seconds=compute_seconds,
-            hidden_share=HIDDEN_SHARE / passes,
-            exact_buckets=exact_buckets,
-            ddp_buckets=ddp_buckets,
-            cluster=cluster,
-        )
-        rows.append(
-            {
-                "gpus": ranks,
-                "virtual_ranks": virtual_ranks,
-                "images_per_gpu": images,
-                "compute_seconds": round(compute_seconds, 6),
-            }
-            | {name: round(value, 6) for name, value in found.items()}
-        )
-    return rows
 
 
 class Side:
@@ -365,13 +330,6 @@ def table(result: dict[str, Any]) -> str:
             parts = row["milliseconds_per_step"][side]
             line = f"{row['model']:10}{row['precision']:6}{row['ranks']:2} " + side[:5]
             lines.append(line + "".join(f"{parts[name]:16.1f}" if name in parts else " " * 16 for name in names))
-    lines += ["", "prediction for ResNet-18 on H100; NO GPU WAS MEASURED, see `assumptions` in the result"]
-    for row in result["predictions"]:
-        lines.append(
-            f"{row['gpus']:3} GPUs, {row['virtual_ranks']:2} virtual ranks, {row['images_per_gpu']:3} images a GPU:"
-            f" compute {1e3 * row['compute_seconds']:.2f} ms, exposed {1e3 * row['exact_exposed_seconds']:.2f} ms"
-            f" (ddp {1e3 * row['ddp_exposed_seconds']:.2f}), exact / ddp {row['exact_over_ddp']:.3f}"
-        )
     return "\n".join(lines)
 
 
@@ -404,7 +362,6 @@ def main() -> None:
             command = [sys.executable, *(torchrun if ranks > 1 else []), *sys.argv, "--worker", str(out)]
             subprocess.run([*(NAMESPACE if isolated else []), *command], check=True, env=variables)
             rows += json.loads(out.read_text(encoding="utf-8"))
-    cluster = Cluster()
     result = {
         "benchmark": "strategy",
         "hardware": hardware(),
@@ -418,14 +375,6 @@ def main() -> None:
         "own_network_namespace": isolated,
         "versions": versions(),
         "results": rows,
-        "assumptions": {
-            "measured": "nothing: no GPU was at hand",
-            "model": "resnet18, fp32 gradients, passes of one shape on both sides",
-            "images_per_second_of_a_gpu": GPU_IMAGES_PER_SECOND,
-            "hidden_share_of_a_pass": HIDDEN_SHARE,
-        }
-        | asdict(cluster),
-        "predictions": predictions(cluster),
     }
     print(table(result))
     if options.out:

@@ -50,7 +50,8 @@ class TrainedModel:
     def predict(
         self, images: Picture | Sequence[Picture], *, top: int | None = None, tta: bool = False
     ) -> list[list[tuple[str, float]]]:
-        """The classes of each image with their probabilities, the most probable first; of `top` only the first so many.
+        """The classes of each image with their probabilities, the most probable first; with `top` only
+        that many.
 
         Images are paths, images of Pillow's or pixels, one or a sequence of them. Files and Pillow's images may have
         any format and size and are decoded as those of a training are; pixels are uint8 [32, 32, 3] or

@@ -214,7 +214,8 @@ class BatchConfig:
     """The samples of one optimizer step. Setting one of `global_size` and `per_rank_size` unsets the other."""
 
     global_size: PositiveInt | None = 1024
-    """Samples of one step over all ranks; must be divisible by the world size."""
+    """Samples of one step over all ranks: in `exact` a multiple of `strategy.virtual_ranks`, in `deepspeed` of the
+    world size."""
     per_rank_size: PositiveInt | None = None
     """Samples of one step on each rank: the global batch then grows with the world size."""
     max_micro_batch: PositiveInt | None = None
@@ -227,9 +228,11 @@ class TrainConfig:
     """Length and loss of the training."""
 
     epochs: Free[Annotated[float, Range(above=0, maximum=MANY)]] = 100.0
-    """Passes over the training split; with a fraction, the last step is the one that completes it."""
+    """Passes over the training split, in whole global batches: the images that are left over are dropped, others in
+    each epoch. With a fraction, the last step is the one that completes it. Not free if a step depends on the length of
+    the run, as with a cosine or a triangle (docs/runs.md)."""
     max_steps: Free[PositiveInt | None] = None
-    """Stop after this many steps even if the epochs are not complete."""
+    """Stop after this many steps even if the epochs are not complete. Not free where `epochs` is not."""
     patience_evaluations: Free[PositiveInt | None] = None
     """End the run early, as done, when so many evaluations in a row have not bettered the best accuracy."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0

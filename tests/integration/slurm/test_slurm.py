@@ -188,7 +188,7 @@ def test_a_job_that_always_crashes_is_given_up(cluster, submit, tmp_path):
     job, run = submit(script, ONE_RANK, seconds="0", crash="2 9")
     assert cluster.wait(job)["JobState"] == "FAILED", run.log()
     assert run.requeues() == ["crashed"] and cluster.job(job)["Restarts"] == "1"
-    assert "not requeued: it was crashed 1 times before and the limit is 1" in run.log()
+    assert "not requeued: already started again 1 times (crashed), and the limit is 1" in run.log()
 
 
 def test_refused_arguments_are_not_tried_again(cluster, submit):
