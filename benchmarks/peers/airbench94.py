@@ -24,7 +24,7 @@ from torch import nn
 
 BATCH, LR, DECAY, MOMENTUM, BIAS_SCALE, SMOOTHING = 1024, 11.5, 0.0153, 0.85, 64.0, 0.2
 """The rate belongs to 1,024 images and to a summed loss, the decay to 1,024 images; both to a momentum of 0.85."""
-WIDTHS, TRANSLATE, WHITEN_BIAS_EPOCHS, LOOKAHEAD_EVERY = (64, 256, 256), 2, 3, 5
+WIDTHS, TRANSLATE, EPOCHS, WHITEN_BIAS_EPOCHS, LOOKAHEAD_EVERY = (64, 256, 256), 2, 9.9, 3, 5
 PRECISION = torch.bfloat16 if any("bf16" in k and v is True for k, v in torch.cpu.get_capabilities().items()) else None
 
 
@@ -108,7 +108,7 @@ def accuracies(net, images, labels):
     return [count / len(labels) for count in right]
 
 
-def train(data, seed, epochs, max_steps):
+def train(data, seed, max_steps):
     torch.manual_seed(seed)
     statistics = json.loads((data / "statistics.json").read_text())
     mean, std = (torch.tensor(statistics[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
@@ -121,7 +121,7 @@ def train(data, seed, epochs, max_steps):
     start = time.perf_counter()
     net = Net(images["train"][torch.randperm(len(labels["train"]))[:5000]]).to(memory_format=torch.channels_last)
     steps_per_epoch = len(labels["train"]) // BATCH
-    total = math.ceil(epochs * steps_per_epoch)
+    total = math.ceil(EPOCHS * steps_per_epoch)
     kilostep = 1024 * (1 + 1 / (1 - MOMENTUM))
     full, decay = LR / kilostep, DECAY * BATCH / kilostep
     norms = [p for name, p in net.named_parameters() if "norm" in name and p.requires_grad]
@@ -138,7 +138,7 @@ def train(data, seed, epochs, max_steps):
     slow = {name: value.clone() for name, value in net.state_dict().items()}
     flipped = torch.rand(len(labels["train"])) < 0.5
     step = 0
-    for epoch in range(math.ceil(epochs)):
+    for epoch in range(math.ceil(EPOCHS)):
         inputs = augmented(images["train"], flipped, epoch)
         net.whiten.bias.requires_grad_(epoch < WHITEN_BIAS_EPOCHS)
         order = torch.randperm(len(inputs))[: steps_per_epoch * BATCH].view(-1, BATCH)
@@ -170,11 +170,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=9.9)
     parser.add_argument("--max-steps", type=int, default=10**9)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    result = train(options.data, options.seed, options.epochs, options.max_steps)
+    result = train(options.data, options.seed, options.max_steps)
     result |= {"seed": options.seed, "threads": torch.get_num_threads(), "precision": str(PRECISION or torch.float32)}
     options.out.write_text(json.dumps(result) + "\n")
     print(result)

@@ -167,9 +167,9 @@ LEAST_PERCENT = 80.0
 
 
 def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path: Path) -> None:
-    """Time as a multiple of the peer's on the same machine: a point for each run of the peer and the recipe, and the
-    curve of a recipe that has a test after each epoch, whose seconds are shared evenly among the epochs. The legend has
-    the median times; the accuracies stand in the tables, for one machine each."""
+    """Time as a multiple of the peer's on the same machine: a dot and a ring for each run of the peer and the recipe,
+    and of other recipes a curve of what was watched, too, whose seconds are shared evenly among the epochs. The legend
+    has the median times; the accuracies stand in the tables, for one machine each."""
     peers = grouped([row for row in result["runs"] if row["program"] == PEER], "hardware")
     unit = {machine: statistics.median(row["seconds"] for row in rows) for (machine,), rows in peers.items()}
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained", facecolor="white")
@@ -179,19 +179,17 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     for program, colour in zip(programs, [OTHERS, *ours], strict=True):
         rows = [row for row in result["runs"] if row["program"] == program and row["hardware"] in unit]
         times = [row["seconds"] / unit[row["hardware"]] for row in rows]
-        plain, averaged = ([100 * row[name] for row in rows] for name in ("test_accuracy", "test_accuracy_tta"))
-        axes.scatter(times, plain, color=colour, s=24, zorder=3, label=f"{program}: {statistics.median(times):.2f}x")
-        axes.scatter(times, averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
+        _tests(axes, times, rows, colour, label=f"{program}: {statistics.median(times):.2f}x")
     for row in accuracy["runs"]:
         if row["recipe"] in CURVES and row["hardware"] in unit and row["alone"]:
             epoch_time = row["wall_seconds"] / row["epochs"] / unit[row["hardware"]]
             points = [(epoch * epoch_time, 100 * share) for epoch, share in row["curve"]]
-            label, colour = f"{row['recipe']}: {points[-1][0]:.1f}x", CURVES[row["recipe"]]
-            axes.plot(*zip(*points, strict=True), color=colour, marker=".", linewidth=1.5, label=label)
-            if (averaged := row["test_accuracy_tta"]) is not None:
-                axes.scatter(points[-1][0], 100 * averaged, facecolors="none", edgecolors=colour, s=36, zorder=3)
+            watched = "" if row["best_chosen_on"] == "test" else " (curve: validation)"
+            label, colour = f"{row['recipe']}: {points[-1][0]:.1f}x{watched}", CURVES[row["recipe"]]
+            axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=label)
+            _tests(axes, [points[-1][0]], [row], colour)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.5)
+    axes.set_xlim(min(0.5, 0.9 * axes.dataLim.xmin))
     axes.set_ylim(LEAST_PERCENT, axes.dataLim.ymax + 0.5)
     axes.set_xlabel("time of initialisation, training and test, as a multiple of airbench94's")
     axes.set_ylabel("test accuracy, percent")
@@ -201,9 +199,17 @@ def draw_time_to_accuracy(result: dict[str, Any], accuracy: dict[str, Any], path
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     figure.suptitle("Accuracy against time", x=0.01, ha="left", fontweight="bold", fontsize=13)
     machines = ";\n".join(f"{seconds / 60:.1f} minutes on an {machine}" for machine, seconds in unit.items())
-    note = f"A dot is a test, a ring one with TTA; images of {result['runs'][0]['data']}.\n1x is {machines}."
+    note = f"A dot is the final test, a ring that with TTA; images of {result['runs'][0]['data']}.\n1x is {machines}."
     figure.supxlabel(note, x=0.01, ha="left", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def _tests(axes: Any, times: list[float], rows: list[dict[str, Any]], colour: Any, **options: Any) -> None:
+    """The final test of each run, and that with TTA of those that have one."""
+    axes.scatter(times, [100 * row["test_accuracy"] for row in rows], color=colour, s=24, zorder=3, **options)
+    for time, row in zip(times, rows, strict=True):
+        if row["test_accuracy_tta"] is not None:
+            axes.scatter(time, 100 * row["test_accuracy_tta"], facecolors="none", edgecolors=colour, s=36, zorder=3)
 
 
 def _clean(axes: Any) -> None:

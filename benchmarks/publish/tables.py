@@ -92,15 +92,17 @@ def accuracy(result: dict[str, Any]) -> str:
     """What the recipes reach: the mean over seeds, and how far they lie apart."""
     shown = [row for row in result["runs"] if row["change"] is None]
     lines = ["| recipe | epochs | test accuracy | with TTA | seconds | n | ranks, hardware |", "|---" * 7 + "|"]
-    for (recipe, epochs, hardware), rows in sorted(grouped(shown, "recipe", "epochs", "hardware").items()):
+    several = len({row["data"] for row in shown}) > 1
+    kinds = grouped(shown, "recipe", "epochs", "hardware", "ranks", "data")
+    for (recipe, epochs, hardware, ranks, data), rows in sorted(kinds.items()):
         accuracies = f"{_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')}"
         alone = [row["wall_seconds"] for row in rows if row["alone"]]
         seconds = f"{statistics.median(alone):,.0f}" if alone else ""
-        ranks = f"{rows[0]['ranks']}, {hardware}"
-        lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {seconds} | {len(rows)} | {ranks} |")
+        where = f"{ranks}, {hardware}" + (f", {data}" if several else "")
+        lines.append(f"| `{recipe}` | {epochs:g} | {accuracies} | {seconds} | {len(rows)} | {where} |")
     note = (
-        f"Mean and standard deviation over n seeds, images of {_one(result, 'data')}; seconds: the median of runs that"
-        " had the machine for themselves."
+        f"Mean and standard deviation over n seeds, images of {' or '.join(sorted({row['data'] for row in shown}))};"
+        " seconds: the median of runs that had the machine for themselves."
     )
     for row in shown:
         if row["lr_reductions"]:
@@ -113,17 +115,16 @@ def adam(result: dict[str, Any]) -> str:
     """What each change to Adam's recipe gains on the recipe above it, within a seed."""
     runs = sorted((row for row in result["runs"] if row["change"] is not None), key=lambda row: row["change"])
     lines = ["| recipe | test accuracy | gain, points | n |", "|---" * 4 + "|"]
-    before: dict[int, float] = {}
+    before: dict[tuple[int, str], float] = {}
     for (name,), rows in grouped(runs, "recipe").items():
-        reached = {row["seed"]: row["test_accuracy"] for row in rows}
-        gains = [f"{100 * (share - before[seed]):+.2f}" for seed, share in sorted(reached.items()) if seed in before]
+        reached = {(row["seed"], row["hardware"]): row["test_accuracy"] for row in rows}
+        gains = [f"{100 * (share - before[run]):+.2f}" for run, share in sorted(reached.items()) if run in before]
         lines.append(f"| {name} | {_mean(rows, 'test_accuracy')} | {', '.join(gains)} | {len(rows)} |")
         before = reached
     machines = " and ".join(f"an {name}" for name in sorted({row["hardware"] for row in runs}))
-    note = (
-        f"Images of {_one(result, 'data')}, {_one({'runs': runs}, 'epochs'):g} epochs, on {machines}; the gain of each"
-    )
-    return "\n".join([*lines, "", f"{note} seed on the line above."])
+    data, epochs = (_one({"runs": runs}, name) for name in ("data", "epochs"))
+    note = f"Images of {data}, {epochs:g} epochs, on {machines}; the gain of each seed on the line above."
+    return "\n".join([*lines, "", note])
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
@@ -150,7 +151,9 @@ def time_to_accuracy(result: dict[str, Any]) -> str:
         seconds = [row["seconds"] for row in rows]
         spread = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(rows) > 1 else ""
         found = compared.get((hardware, program, PEER))
-        ratio = _ratio(found, "seconds_ratio") if found else "1"
+        ratio = _ratio(found, "seconds_ratio") if found else "1" if program == PEER else ""
+        if found and found["n"] < len(rows):
+            ratio += f", n = {found['n']}"
         lines.append(
             f"| {program} | {_mean(rows, 'test_accuracy')} | {_mean(rows, 'test_accuracy_tta')} |"
             f" {statistics.median(seconds):.0f}{spread} | {ratio} | {len(rows)} | {hardware} |"
@@ -178,16 +181,22 @@ def time_to_accuracy(result: dict[str, Any]) -> str:
 
 def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
     """What each recipe reaches as it stands in configs/, in how much time, beside the peer: the most accurate first,
-    and each on the machine that ran most of its seeds."""
+    and each on the machine that ran most of its seeds. All that is timed against the peer is of one machine, that of
+    most comparisons."""
+    compared = [row for row in time_to_accuracy["comparisons"] if row["against"] == PEER]
+    machine = max(compared, key=lambda row: row["n"])["hardware"]
     timed = [
         row | {"recipe": row["program"].partition(", ")[0], "where": row["program"].partition(", ")[2]}
         for row in time_to_accuracy["runs"]
+        if row["hardware"] == machine
     ]
+    is_timed = {(row["recipe"], row["where"], row["hardware"], row["seed"]) for row in timed}
     others = [
-        row | {"where": f"{row['ranks']} ranks", "seconds": row["wall_seconds"]}
+        row | {"where": f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}", "seconds": row["wall_seconds"]}
         for row in accuracy["runs"]
         if row["change"] is None and _epochs(row["recipe"]) in (None, row["epochs"])
     ]
+    others = [row for row in others if (row["recipe"], row["where"], row["hardware"], row["seed"]) not in is_timed]
     table: dict[str, list[dict[str, Any]]] = {}
     for (recipe, _, _), rows in grouped(timed + others, "recipe", "where", "hardware").items():
         if len(rows) > len(table.get(recipe, [])):

@@ -4,9 +4,9 @@
 
 Trains each recipe with each seed, seed by seed, in run directories below FOLDER, which are kept: started again, it
 resumes what was interrupted and does not repeat what is done. Each run that is done is a row of
-benchmarks/results/accuracy.json, in the place of an earlier row of its recipe, number of epochs, seed and hardware.
-Accuracies hold on a machine that does other work as well; `--beside-other-work` says that it does, and the pages then
-leave the seconds out.
+benchmarks/results/accuracy.json, in the place of an earlier row of its recipe, number of epochs, seed, images, ranks
+and hardware. Accuracies hold on a machine that does other work as well; `--beside-other-work` says that it does, and
+the pages then leave the seconds out. A run stays on the machine that began it, and was alone if it was each time.
 """
 
 from __future__ import annotations
@@ -66,11 +66,27 @@ def recipes() -> dict[str, list[str]]:
     return found
 
 
+def begun(directory: Path, *, alone: bool) -> dict[str, Any]:
+    """The machine of a run and whether it was the run's alone, from its first start on; kept beside `directory`."""
+    path = directory.with_name(f"{directory.name}.json")
+    found = {"hardware": hardware(), "load_average_before": round(os.getloadavg()[0], 2), "alone": alone}
+    if path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        if (directory / "summary.json").exists():
+            return first
+        if first["hardware"] != found["hardware"]:
+            raise SystemExit(f"{directory} was begun on an {first['hardware']}, and this is an {found['hardware']}")
+        found = first | {"alone": first["alone"] and alone}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found
+
+
 def train(
     name: str, arguments: list[str], seed: int, data: Path, directory: Path, ranks: int, alone: bool
 ) -> dict[str, Any]:
     """One run, or what is left of it; its row."""
-    load = os.getloadavg()[0]
+    machine = begun(directory, alone=alone)
     command = [
         *(sys.executable, "-m", "dist_cifar", "train", "--ranks", str(ranks), *arguments),
         *("data.source=folder", f"data.root={data}", f"run.seed={seed}", f"run.dir={directory}", "run.device=cpu"),
@@ -98,14 +114,12 @@ def train(
         "seed": seed,
         "arguments": arguments,
         "data": data.name,
-        "hardware": hardware(),
+        **machine,
         "ranks": summary["world_size"],
         "threads_per_rank": summary["threads_per_rank"],
         **{key: summary.get(key) for key in kept},
         "wall_seconds": round(summary["wall_seconds"]),
         "images_per_second": round(summary["images_per_second"]),
-        "load_average_before": round(load, 2),
-        "alone": alone,
         "curve": [[round(row["epoch"], 3), row["accuracy"]] for row in rows if row["kind"] == "eval"],
         "lr_reductions": [[round(step * summary["epochs"] / summary["steps"], 3), lr] for step, lr in cuts.items()],
         "weights_sha256": summary["weights_sha256"],
@@ -122,7 +136,7 @@ def with_row(result: Path, row: dict[str, Any], identity: tuple[str, ...]) -> li
 
 def keep(row: dict[str, Any]) -> None:
     """Writes the row into the result."""
-    identity = ("recipe", "epochs", "seed", "hardware")
+    identity = ("recipe", "epochs", "seed", "data", "ranks", "hardware")
     rows = with_row(RESULT, row, identity)
     rows.sort(key=lambda row: [str(row[key]) for key in identity])
     RESULT.write_text(json.dumps({"runs": rows}, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,8 @@ For each seed the peer (`benchmarks/peers/airbench94.py`, one process on all cor
 `dist-cifar train`, on the numbers of ranks that are asked for. Seconds are those of what depends on the images: initial
 weights, training and the final evaluation; the images are decoded before. What is done is kept in FOLDER and not
 repeated. Each run is a row of benchmarks/results/time_to_accuracy.json, in the place of an earlier row of its program,
-seed and hardware. Run it on a machine that does nothing else: each row has the load average at its start.
+seed and hardware. Run it on a machine that does nothing else: each row has the share of the cores' time that went to
+other processes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from accuracy import with_row
 
 from dist_cifar.config import load_config
 from dist_cifar.data.dataset import load_dataset
+from dist_cifar.distributed.cores import available_cores
 from dist_cifar.errors import counted
 from dist_cifar.run.provenance import hardware, versions
 
@@ -77,7 +82,8 @@ def run_ours(config: str, ranks: int, data: Path, seed: int, directory: Path, ov
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each program against the peer, and against itself on one rank, within a seed and on one machine."""
+    """Each program against the peer, and against itself on one rank, within a seed, on one machine and on as many of
+    its cores."""
     programs: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         programs.setdefault((row["hardware"], row["program"]), {})[row["seed"]] = row
@@ -87,9 +93,13 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for against in (PEERS_NAME, one_rank):
             theirs = programs.get((machine, against), {})
             pairs = [(row, theirs[seed]) for seed, row in ours.items() if seed in theirs]
+            pairs = [(row, other) for row, other in pairs if row["threads"] == other["threads"]]
             if pairs and against != program != PEERS_NAME:
                 seconds = [row["seconds"] / other["seconds"] for row, other in pairs]
-                points = [row["test_accuracy_tta"] - other["test_accuracy_tta"] for row, other in pairs]
+                points = {
+                    name: [row[name] - other[name] for row, other in pairs if None not in (row[name], other[name])]
+                    for name in ("test_accuracy", "test_accuracy_tta")
+                }
                 found.append(
                     {
                         "program": program,
@@ -99,10 +109,32 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "seconds_ratio_median": statistics.median(seconds),
                         "seconds_ratio_min": min(seconds),
                         "seconds_ratio_max": max(seconds),
-                        "accuracy_tta_difference_mean": statistics.fmean(points),
+                        **{
+                            f"{name}_difference_mean": statistics.fmean(differences)
+                            for name, differences in points.items()
+                            if differences
+                        },
                     }
                 )
     return found
+
+
+class OtherWork:
+    """What this machine does beside the processes that are started from here and waited for."""
+
+    def __init__(self) -> None:
+        self._begun = self._seconds()
+
+    def share(self) -> float:
+        """The share of all cores' time since the start."""
+        elapsed, busy, own = (now - then for now, then in zip(self._seconds(), self._begun, strict=True))
+        return max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1))
+
+    def _seconds(self) -> tuple[float, float, float]:
+        """Of the clock, of all cores that were not idle, and of processes that have ended here."""
+        cores, own = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy = sum(getattr(cores, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
+        return time.monotonic(), busy, own.ru_utime + own.ru_stime
 
 
 def keep(row: dict[str, Any]) -> None:
@@ -132,17 +164,17 @@ def main() -> None:
         for ranks in (0, *options.ranks):
             program = f"{options.config}, {counted(ranks, 'rank')}" if ranks else PEERS_NAME
             path = runs / f"{program.replace(', ', '-').replace(' ', '-')}-seed-{seed}.json"
-            if path.exists():
-                continue
-            load = os.getloadavg()[0]
-            if ranks == 0:
-                row = run_peer(images, seed, runs / "peer.json")
-            else:
-                threads = [f"run.threads_per_rank={os.cpu_count()}"] if ranks == 1 else []
-                row = run_ours(options.config, ranks, data, seed, runs / path.stem, threads)
-            row = {"program": program, **row, "load_average_before": round(load, 2)}
-            row |= {"hardware": hardware(), "data": data.name, "versions": versions()}
-            path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            if not path.exists():
+                others = OtherWork()
+                if ranks == 0:
+                    row = run_peer(images, seed, runs / "peer.json")
+                else:
+                    threads = [f"run.threads_per_rank={available_cores()}"] if ranks == 1 else []
+                    row = run_ours(options.config, ranks, data, seed, runs / path.stem, threads)
+                row = {"program": program, **row, "other_work_share": round(others.share(), 4)}
+                row |= {"hardware": hardware(), "data": data.name, "versions": versions()}
+                path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            row = json.loads(path.read_text(encoding="utf-8"))
             keep(row)
             print(row, flush=True)
 

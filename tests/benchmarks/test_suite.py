@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_cifar.config import flatten, load_config
@@ -248,6 +249,7 @@ def test_a_run_takes_the_place_of_the_same_run_in_the_result(script, tmp_path, m
     accuracy = script("accuracy")
     monkeypatch.setattr(accuracy, "RESULT", tmp_path / "accuracy.json")
     row = {"recipe": "adam", "epochs": 10.0, "seed": 0, "hardware": "A", "test_accuracy": 0.8}
+    row |= {"data": "images.zip", "ranks": 2}
     for change in ({}, {"seed": 1}, {"hardware": "B"}, {"test_accuracy": 0.81}):
         accuracy.keep(row | change)
     rows = json.loads(accuracy.RESULT.read_text())["runs"]
@@ -274,7 +276,24 @@ def test_a_run_says_where_its_plateau_cut_the_learning_rate(script, tmp_path, mo
     assert row["curve"] == [[1.0, 0.1], [2.0, 0.2], [3.0, 0.3]]
     text = script("tables").accuracy({"runs": [row | {"test_accuracy": 0.8, "hardware": "A"}]})
     assert "| `default_resnet20` | 3 | 80.00% |  | 60 | 1 | 2, A |" in text
+    other = script("tables").accuracy({"runs": [row | {"test_accuracy": 0.8, "data": name} for name in ("a", "b")]})
+    assert "images of a or b;" in other and other.count(f"{row['hardware']}, a |") == 1
     assert text.endswith("The plateau of `default_resnet20` (seed 0) cut the learning rate to 5.0e-02 after epoch 2.")
+
+
+def test_a_run_stays_on_its_machine_and_was_alone_if_it_always_was(script, tmp_path, monkeypatch):
+    accuracy = script("accuracy")
+    directory = tmp_path / "run"
+    monkeypatch.setattr(accuracy, "hardware", lambda: "A")
+    assert accuracy.begun(directory, alone=True)["alone"]
+    assert not accuracy.begun(directory, alone=False)["alone"]
+    assert not accuracy.begun(directory, alone=True)["alone"], "a part of it was not"
+    monkeypatch.setattr(accuracy, "hardware", lambda: "B")
+    with pytest.raises(SystemExit, match="begun on an A, and this is an B"):
+        accuracy.begun(directory, alone=True)
+    directory.mkdir()
+    (directory / "summary.json").touch()
+    assert accuracy.begun(directory, alone=True)["hardware"] == "A", "it is done"
 
 
 def test_block_of_the_changes_to_adam(script):
@@ -297,6 +316,8 @@ def test_block_of_the_changes_to_adam(script):
         "| + all images | 84.00% | +4.00 | 1 |",
     ]
     assert lines[-1] == "Images of images.zip, 10 epochs, on an A; the gain of each seed on the line above."
+    elsewhere = script("tables").adam({"runs": [*rows, rows[2] | {"hardware": "B", "test_accuracy": 0.5}]})
+    assert lines[3] in elsewhere and "on an A and an B;" in elsewhere
 
 
 # --- time_to_accuracy.py ------------------------------------------------------------------------------------------
@@ -304,7 +325,7 @@ def test_block_of_the_changes_to_adam(script):
 
 def timed_row(program: str, seed: int, seconds: float, accuracy: float, hardware: str = "A") -> dict[str, Any]:
     row = {"program": program, "seed": seed, "seconds": seconds, "hardware": hardware, "data": "images.zip"}
-    return row | {"test_accuracy": accuracy - 0.01, "test_accuracy_tta": accuracy}
+    return row | {"threads": 2, "test_accuracy": accuracy - 0.01, "test_accuracy_tta": accuracy}
 
 
 TIMED = [
@@ -328,7 +349,57 @@ def test_a_recipe_is_compared_within_a_seed_and_a_machine(script):
         ("A", "fast, 2 ranks", "fast, 1 rank"): (1, 1.05, 1.05),
         ("B", "fast, 2 ranks", "airbench94"): (1, 0.7, 0.7),
     }
-    assert found["A", "fast, 1 rank", "airbench94"]["accuracy_tta_difference_mean"] == pytest.approx(0.001)
+    assert found["A", "fast, 1 rank", "airbench94"]["test_accuracy_tta_difference_mean"] == pytest.approx(0.001)
+
+
+def test_programs_on_other_numbers_of_cores_are_not_compared_and_one_without_tta_is(script):
+    peer, ours = timed_row("airbench94", 0, 100.0, 0.91), timed_row("fast, 1 rank", 0, 50.0, 0.91)
+    (row,) = script("time_to_accuracy").compared([peer, ours | {"test_accuracy_tta": None}])
+    assert row["test_accuracy_difference_mean"] == 0 and "test_accuracy_tta_difference_mean" not in row
+    rows = [peer, ours | {"threads": 1}]
+    assert script("time_to_accuracy").compared(rows) == []
+    text = script("tables").time_to_accuracy({"runs": rows, "comparisons": []})
+    assert "| airbench94 | 90.00% | 91.00% | 100 | 1 | 1 | A |" in text
+    assert "| fast, 1 rank | 90.00% | 91.00% | 50 |  | 1 | A |" in text
+
+
+def test_a_run_that_was_measured_before_a_kill_is_a_row_after_the_next_start(script, tmp_path, monkeypatch):
+    module = script("time_to_accuracy")
+    monkeypatch.setattr(module, "RESULT", tmp_path / "result.json")
+    monkeypatch.setattr(module.subprocess, "run", lambda *arguments, **options: pytest.fail("it is measured"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/statistics.json").touch()
+    rows = [timed_row(program, 0, 9.0, 0.9) for program in ("airbench94", "fast, 2 ranks")]
+    for row, name in zip(rows, ("airbench94", "fast-2-ranks"), strict=True):
+        (tmp_path / f"{name}-seed-0.json").write_text(json.dumps(row))
+    words = ["x", "images.zip", "--runs", str(tmp_path), "--seeds", "0", "--ranks", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    module.main()
+    assert json.loads(module.RESULT.read_text())["runs"] == rows
+
+
+def test_what_other_processes_compute_is_counted(script, monkeypatch):
+    module = script("time_to_accuracy")
+    begun = module.OtherWork()._seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10**6))"], check=True)
+    assert all(now > then for now, then in zip(module.OtherWork()._seconds(), begun, strict=True))
+    readings = iter([(0.0, 100.0, 1.0), (10.0, 112.0, 9.0)])  # of the clock, all processes, and ours
+    monkeypatch.setattr(module.OtherWork, "_seconds", lambda self: next(readings))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    assert module.OtherWork().share() == pytest.approx(0.2)
+
+
+def test_the_peer_runs(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 1024), ("test", 40)):
+        np.save(tmp_path / f"{split}_images.npy", generator.integers(0, 256, (count, 32, 32, 3), np.uint8))
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 10)
+    (tmp_path / "statistics.json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.25] * 3}))
+    program = REPOSITORY / "benchmarks/peers/airbench94.py"
+    command = [sys.executable, program, tmp_path, "--max-steps", "1", "--out", tmp_path / "row.json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["steps"] == 1 and row["seconds"] > 0 and 0 <= row["test_accuracy"] <= 1
 
 
 def test_a_machine_keeps_the_rows_of_the_others(script, tmp_path, monkeypatch):
@@ -349,6 +420,7 @@ def test_the_recipes_of_the_readme_are_of_the_machine_that_ran_most_seeds(script
         "change": None,
         "epochs": 8.0,
         "ranks": 2,
+        "seed": 0,
         "test_accuracy": 0.8,
         "wall_seconds": 90.0,
         "data": "images.zip",
@@ -356,7 +428,9 @@ def test_the_recipes_of_the_readme_are_of_the_machine_that_ran_most_seeds(script
     runs = [row | {"hardware": "A", "alone": True}, row | {"hardware": "A", "alone": False}, row | {"hardware": "B"}]
     runs += [row | {"hardware": "B", "epochs": 5.0}, row | {"hardware": "A", "recipe": "+ cosine", "change": 3}]
     runs.append(row | {"recipe": "default_resnet20", "hardware": "B", "alone": True, "test_accuracy": 0.7})
-    text = script("tables").recipes({"runs": runs}, {"runs": TIMED})
+    again = row | {"recipe": "fast", "hardware": "A", "epochs": 8.7, "test_accuracy": 0.1, "ranks": 1}
+    timed = {"runs": TIMED, "comparisons": script("time_to_accuracy").compared(TIMED)}
+    text = script("tables").recipes({"runs": [*runs, again]}, timed)
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| `fast` | 92.40% +- 4.89% | 93.40% +- 4.89% | 0.8 | 3 | A, 1 rank |",
@@ -371,8 +445,10 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
     run = {"recipe": "resnet18_sgd", "epochs": 2.0, "wall_seconds": 600.0, "alone": True, "hardware": "A"}
-    run |= {"curve": [[1.0, 0.5], [2.0, 0.9]], "test_accuracy_tta": 0.91}
-    plain = run | {"recipe": "default_resnet18", "test_accuracy_tta": None}
+    run |= {"curve": [[1.0, 0.5], [2.0, 0.9]], "best_chosen_on": "test"}
+    run |= {"test_accuracy": 0.9, "test_accuracy_tta": 0.91}
+    plain = run | {"recipe": "default_resnet18", "test_accuracy": 0.88, "test_accuracy_tta": None}
+    plain["best_chosen_on"] = "validation"
     others = [run | change for change in ({"alone": False}, {"hardware": "C"}, {"recipe": "fast90"})]
     runs = [*TIMED, timed_row("fast, 4 ranks", 0, 40.0, 0.91)]
     plot.draw_time_to_accuracy({"runs": runs}, {"runs": [run, plain, *others]}, tmp_path / "time.png")
@@ -384,10 +460,13 @@ def test_picture_of_accuracy_against_time(script, tmp_path, monkeypatch):
         "fast, 2 ranks: 0.77x",
         "fast, 4 ranks: 0.27x",
         "resnet18_sgd: 4.0x",
-        "default_resnet18: 4.0x",
+        "default_resnet18: 4.0x (curve: validation)",
     ]
     assert [line.get_xydata().tolist() for line in axes.get_lines()] == [[[2.0, 50.0], [4.0, 90.0]]] * 2
-    assert axes.collections[-1].get_offsets().tolist() == [[4.0, 91.0]]
+    dots = [tuple(map(float, dot)) for drawn in axes.collections for dot in drawn.get_offsets()]
+    assert dots[-3:] == [(4.0, 90.0), (4.0, 91.0), (4.0, 88.0)]
+    left, right = axes.get_xlim()
+    assert all(left < x < right and axes.get_ylim()[0] < y < axes.get_ylim()[1] for x, y in dots)
     plot.plt.close(figures[0])
 
 

@@ -51,7 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "second"
-    small_runs.run(path, "run.name=<second>", "optimizer.lr=0.01", "train.epochs=1")
+    watches_the_test = ("data.validation_size=0", "eval.tta=mirror")
+    small_runs.run(path, "run.name=<second>", "optimizer.lr=0.01", "train.epochs=1", *watches_the_test)
     return path
 
 
@@ -257,7 +258,11 @@ def test_two_runs_are_compared(trained, other):
     table = page.text.partition("Settings that differ")[2]
     assert "optimizer.lr" in table and "0.01" in table and "train.epochs" in table
     assert "<second>" in page.text, "escaped in the source, so it is text here"
-    assert {series["name"] for series in page.series["Accuracy over epochs"]} >= {"<second>, validation"}
+    watched = {f"{read_run(trained).name}, validation", "<second>, test"}
+    assert watched <= {series["name"] for series in page.series["Accuracy over epochs"]}
+    with_tta = json.loads((other / "summary.json").read_text())["test_accuracy_tta"]
+    best = max(row["accuracy"] for row in read_run(other).of_kind("eval"))
+    assert f" {with_tta:.2%} {best:.2%} test " in page.text
     assert page.headings[:4] == ["2 runs", "Results", "Curves", "Settings that differ"]
     assert "run.dir" not in table.partition("<second>")[0] and "run.name" not in table.partition("Classes")[0]
     same = page_of(trained, trained)

@@ -67,12 +67,13 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """The charts of which the runs have at least one point."""
     several = len(runs) > 1
 
-    def lines(kind: str, key: str, label: str, *, faint: bool = False, color: int = 0) -> list[Series]:
+    def lines(kind: str, key: str, label: str = "", *, faint: bool = False, color: int = 0) -> list[Series]:
         found = []
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
             points = points_of(run.of_kind(kind), key)
             if points:
-                title = f"{name}, {label}" if several else label
+                of_run = label or run.watched
+                title = f"{name}, {of_run}" if several else of_run
                 found.append(Series(name=title, color=i if several else color, points=points, faint=faint))
         return found
 
@@ -81,16 +82,15 @@ def curves(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     labelled = [replace(mark, text=mark.label.rpartition(" ")[2]) for mark in reductions]
     resumes = [] if several else _resumes(runs[0])
     limits = {run.config.optimizer.max_grad_norm for run in runs}
-    split = next((row["split"] for run in runs for row in run.of_kind("eval")), "validation")
     charts = [
         Chart(
             title="Loss",
-            series=lines("train", "loss", "training", faint=True, color=1) + lines("eval", "loss", split),
+            series=lines("train", "loss", "training", faint=True, color=1) + lines("eval", "loss"),
             marks=reductions,
         ),
         Chart(
             title="Accuracy",
-            series=lines("train", "accuracy", "training", faint=True, color=1) + lines("eval", "accuracy", split),
+            series=lines("train", "accuracy", "training", faint=True, color=1) + lines("eval", "accuracy"),
             percent=True,
             marks=reductions,
         ),

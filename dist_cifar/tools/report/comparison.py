@@ -31,11 +31,11 @@ def result_cells(first: Run, run: Run) -> list[Cell]:
     summary, last = run.summary, run.rows[-1] if run.rows else {}
     evaluations = [row["accuracy"] for row in run.of_kind("eval")]
     sizes = ", ".join(dict.fromkeys(str(start["world_size"]) for start in run.starts))
-    accuracy = f"{summary['test_accuracy']:.2%}" if summary else NONE
     return [
-        Cell(text=accuracy, below=run.accuracy_interval if summary else ""),
+        Cell(text=f"{summary['test_accuracy']:.2%}", below=run.accuracy_interval) if summary else Cell(text=NONE),
         Cell(text=NONE) if run is first else accuracy_difference(first, run),
-        Cell(text=f"{max(evaluations):.2%}" if evaluations else NONE),
+        Cell(text=NONE if summary.get("test_accuracy_tta") is None else f"{summary['test_accuracy_tta']:.2%}"),
+        Cell(text=f"{max(evaluations):.2%}", below=run.watched) if evaluations else Cell(text=NONE),
         Cell(text=number(last["epoch"]) if last else NONE),
         Cell(text=duration(summary.get("wall_seconds", last["seconds"])) if last else NONE),
         Cell(text=f"{summary['images_per_second']:,.0f}" if summary else NONE),

@@ -90,6 +90,11 @@ class Run:
         return (self.starts[-1]["total_steps"] - last["step"]) * samples_per_step / last["images_per_second"]
 
     @property
+    def watched(self) -> str:
+        """The split that is evaluated during the training, e.g. `validation`."""
+        return next((str(row["split"]) for row in self.of_kind("eval")), "validation")
+
+    @property
     def accuracy_interval(self) -> str:
         """The 95% interval of the test accuracy, of a run that is done."""
         confusion = np.array(self.summary["test_confusion"])
