@@ -39,6 +39,7 @@ from dist_cifar.run.checkpoint_state import foreign, require_state
 from dist_cifar.run.predictions import softmax
 from dist_cifar.run.run_dir import RunDir, is_run, latest_run, require_run
 from dist_cifar.run.run_files import read_bytes
+from dist_cifar.tta import ViewAverage
 
 _Item = TypeVar("_Item")
 
@@ -68,9 +69,9 @@ class Classifier:
     def probabilities(self, images: npt.NDArray[np.uint8], *, tta: bool = False) -> npt.NDArray[np.float32]:
         """Probabilities, float32 [n, classes], of images, uint8 [n, 32, 32, 3].
 
-        `tta` averages those of each image with those of its mirror image.
+        With `tta` the logits of each image and of its mirror image are averaged before, as by `eval.tta: mirror`.
         """
-        module = HorizontalFlipTTA(self.module) if tta else self.module
+        module = ViewAverage(self.module, translate=False) if tta else self.module
         rows = []
         with torch.inference_mode():
             for start in range(0, len(images), BATCH_IMAGES):
@@ -78,19 +79,6 @@ class Classifier:
                 inputs = normalize(np.ascontiguousarray(batch), np.arange(len(batch)), self.stats)
                 rows.append(softmax(module(inputs.to(self.device)).float().cpu().numpy()))
         return np.concatenate(rows)
-
-
-class HorizontalFlipTTA(nn.Module):
-    """Test-time augmentation: the mean of the probabilities of an image and of its mirror image, as logits."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = module
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised float32 [n, 3, 32, 32] to logits float32 [n, classes]."""
-        both = self._module(images).softmax(1) + self._module(images.flip(3)).softmax(1)
-        return (both / 2).log()
 
 
 class WithPreprocessing(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_cifar import plugins
 from dist_cifar import trainer as train_module
 from dist_cifar.config import Config, load_components
 from dist_cifar.distributed.collectives import Communicator
@@ -209,6 +210,30 @@ def test_a_run_ends_early_when_it_no_longer_gets_better(tiny, tmp_path, monkeypa
     assert summary(parts)["weights_sha256"] == found["weights_sha256"] and summary(parts)["steps"] == 25
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("weight_decay=0.1", r"0\.1 was set, .*SGD does not read; set optimizer\.options\.weight_decay, .* at 0\.0001"),
+        ("betas=[0.9,0.99]", r"\[0\.9, 0\.99\] was set, .*SGD does not read"),
+        ("nesterov=false", "false was set, .*SGD does not read"),
+    ],
+)
+def test_fields_that_an_own_optimizer_does_not_read_are_refused(tiny, field, message):
+    with pytest.raises(ConfigError, match=rf"optimizer\.{field.partition('=')[0]}: {message}"):
+        load_components(tiny("optimizer.name=torch.optim:SGD", f"optimizer.{field}"))
+    load_components(tiny("optimizer.name=torch.optim:SGD", "optimizer.options.weight_decay=0.1"))
+
+
+@pytest.mark.parametrize("model", ["speednet", "fixed"])
+def test_a_size_that_the_network_does_not_take_is_refused_before_the_first_step(tiny, monkeypatch, model):
+    monkeypatch.setattr(plugins, "_registered", {})
+    plugins.register_model("fixed")(lambda *, num_classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes)))
+    config = tiny(f"model.name={model}", "augment.resolution=[{until: 0.3, size: 32}, {until: 0.5, size: 4}]")
+    with pytest.raises(ConfigError, match=r"resolution: the network does not take images of 4x4 \(") as caught:
+        Trainer.build(config, alone())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("model", ["resnet8", "resnet18"])
 def test_every_size_trains_in_the_fused_layers_as_in_torchs(tiny, one_thread, model):
     """On one thread, where convolutions and BatchNorm are this package's own."""
@@ -290,6 +315,18 @@ def test_a_schedule_that_follows_the_length_is_not_resumed_with_another(ranks, t
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2.0))
     with pytest.raises(Exception, match=r"result would change \(train\.epochs: 1\.0 -> 2\.0\)"):
         ranks.run(1, train, longer)
+
+
+def test_a_run_that_is_done_says_what_makes_it_longer_and_where_a_late_tta_is(tiny, said):
+    config = tiny("train.epochs=1")
+    assert fit(config) and fit(config) and "this run is done; train.epochs=N makes it longer" in said[-2]
+    limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=5))
+    assert fit(limited) and "this run is done; train.max_steps=N makes it longer" in said[-2]
+    followed = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, name="cosine"))
+    followed = dataclasses.replace(followed, run=dataclasses.replace(config.run, dir=config.run.dir + "-cosine"))
+    assert fit(followed) and fit(followed) and "done; a longer one is a new run (run.name=NAME)" in said[-2]
+    mirrored = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta="mirror"))
+    assert fit(mirrored) and f"see dist-cifar evaluate {config.run.dir} --tta" in said[-2]
 
 
 def test_options_of_the_packages_own_are_fields(tiny):

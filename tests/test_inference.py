@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "first"
-    small_runs.run(path)
+    small_runs.run(path, "eval.tta=mirror")
     return path
 
 
@@ -65,12 +65,12 @@ def save(pixels: np.ndarray, path: Path, **options) -> Path:
 
 def test_probabilities_are_the_softmax_of_the_model(classifier):
     images = synthetic_split(1, 300)[0]  # more than one batch
-    expected = by_hand(classifier, images).softmax(1).numpy()
-    np.testing.assert_allclose(classifier.probabilities(images), expected, rtol=1e-3, atol=1e-5)
-    mirrored = by_hand(classifier, images[:, :, ::-1].copy()).softmax(1).numpy()
+    logits, mirrored = by_hand(classifier, images), by_hand(classifier, images[:, :, ::-1].copy())
+    plain = classifier.probabilities(images)
+    np.testing.assert_allclose(plain, logits.softmax(1).numpy(), rtol=1e-3, atol=1e-5)
     found = classifier.probabilities(images, tta=True)
-    np.testing.assert_allclose(found, (expected + mirrored) / 2, rtol=1e-3, atol=1e-5)
-    assert np.abs(found - expected).max() > 0.01
+    np.testing.assert_allclose(found, ((logits + mirrored) / 2).softmax(1).numpy(), rtol=1e-3, atol=1e-5)
+    assert np.abs(found - plain).max() > 0.01
 
 
 def test_a_folder_file_and_standard_input_say_the_same(trained, classifier, tmp_path, capsys, monkeypatch):
@@ -281,6 +281,8 @@ def test_mirrored_test_images_are_averaged(trained, classifier, tmp_path):
     (found,) = evaluate(tmp_path, str(trained), "--tta").values()
     right = classifier.probabilities(images, tta=True).argmax(1) == labels
     assert found["accuracy"] == right.mean()
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (found["accuracy"], found["loss"]) == (summary["test_accuracy_tta"], summary["test_loss_tta"])
 
 
 def test_published_layouts_are_read(trained, classifier, tmp_path):

@@ -93,7 +93,7 @@ WORDS = (
     Word("starts_over", "config_changed"),
     Word("watches_test", "selects_on_test"),
     Word("lr_cut", "lr_reduction"),
-    Word("MirrorAveraged|FromPixels", "HorizontalFlipTTA, WithPreprocessing"),
+    Word("MirrorAveraged|FromPixels", "ViewAverage, WithPreprocessing"),
     Word("use_once|use_kernels_once|use_products|use_fused|is_worth_it", "warm_up, replace_small_convs, ..."),
     Word(r"say(?=\()|(?<=[._])speaks", "logger.info, is_main_process"),
     # the configuration and the files

@@ -16,14 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_cifar.augment.image import IMAGE_SIZE
-from dist_cifar.config import ResolutionPhase
+from dist_cifar.config import ResolutionPhase, as_written
 
 
 def size_at(phases: Sequence[ResolutionPhase], step: int, total_steps: int) -> int:
     """Height and width in pixels of the images of `step`, counted from 0, in a run of `total_steps`."""
     done = Fraction(step, total_steps)
-    # 0.1 is a tenth, which no float is.
-    return next((phase.size for phase in phases if done < Fraction(str(phase.until))), IMAGE_SIZE)
+    return next((phase.size for phase in phases if done < as_written(phase.until)), IMAGE_SIZE)
 
 
 def sizes(phases: Sequence[ResolutionPhase]) -> tuple[int, ...]:

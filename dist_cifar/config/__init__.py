@@ -12,7 +12,7 @@ from dist_cifar.config.optimizer_schema import (
     ScheduleConfig,
 )
 from dist_cifar.config.paths import expand_path
-from dist_cifar.config.resume import at_resume, batch_differences, differences
+from dist_cifar.config.resume import at_resume, batch_differences, differences, follows_length
 from dist_cifar.config.schema import (
     AugmentConfig,
     BatchConfig,
@@ -29,6 +29,7 @@ from dist_cifar.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
+from dist_cifar.config.values import as_written
 
 __all__ = [
     "AtResume",
@@ -52,6 +53,7 @@ __all__ = [
     "StrategyConfig",
     "TrackingConfig",
     "TrainConfig",
+    "as_written",
     "at_resume",
     "batch_differences",
     "checked",
@@ -60,6 +62,7 @@ __all__ = [
     "differences",
     "expand_path",
     "flatten",
+    "follows_length",
     "is_own",
     "key_hint",
     "known_names",

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_cifar.config.marks import Names
+from dist_cifar.config.optimizer_schema import OptimizerConfig
 from dist_cifar.config.schema import HINTS, Config
+from dist_cifar.config.yaml_text import show
 from dist_cifar.errors import ConfigError
 from dist_cifar.plugins import check_options, files_of, find
 
@@ -33,6 +35,8 @@ _CALLS = {
     "tracker": _Call(positional=2),
     "strategy": _Call(given=("communicator", "plan", "make_optimizer"), positional=2),
 }
+_OF_OURS = ("weight_decay", "betas", "eps", "momentum", "nesterov", "decoupled_decay")
+"""The fields of `optimizer` that an optimizer from outside the package does not read."""
 _OPTIONS = {"transform": "transform_options"}
 """The field of the options of a name, where it is not `options`."""
 
@@ -49,6 +53,8 @@ def load_components(config: Config) -> None:
                 f"{section}.options: are for what is from outside the package; the settings of {section}.{name}={value}"
                 " are fields of the config"
             )
+    if is_own(config, "optimizer"):
+        _check_own_optimizer(config.optimizer)
     for kind, section, name, value in own_components(config):
         key = f"{section}.{name}"
         component = find(kind, key, value)
@@ -56,6 +62,17 @@ def load_components(config: Config) -> None:
         options = getattr(getattr(config, section), options_name, {})
         call = _CALLS[kind]
         check_options(component, options, key=f"{section}.{options_name}", given=call.given, positional=call.positional)
+
+
+def _check_own_optimizer(config: OptimizerConfig) -> None:
+    defaults = OptimizerConfig()
+    for field in _OF_OURS:
+        value = getattr(config, field)
+        if value != getattr(defaults, field):
+            raise ConfigError(
+                f"optimizer.{field}: {show(value)} was set, which optimizer.name={config.name} does not read; set"
+                f" optimizer.options.{field}, and leave this at {show(getattr(defaults, field))}"
+            )
 
 
 def own_files(config: Config) -> dict[str, str]:

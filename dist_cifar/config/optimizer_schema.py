@@ -56,8 +56,8 @@ class OptimizerConfig:
     warmup_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 5.0
     """Epochs over which the learning rate rises linearly to its full value; not of the schedule `triangle`."""
     weight_decay: Annotated[float, Range(minimum=0, maximum=10_000)] = 1e-4
-    """`adam` and `sgd` add this times the weights to the gradient, which is an L2 penalty. `adamw`, `muon` and `sgd`
-    with `decoupled_decay` multiply the weights by 1 - lr x weight_decay instead."""
+    """`adam` and `sgd` add this times the weights to the gradient, which is an L2 penalty. `adamw`, `sgd` with
+    `decoupled_decay`, and `muon` for its filters multiply the weights by 1 - lr x weight_decay instead."""
     decay_norms_and_biases: bool = True
     """Whether parameters of one dimension, which are the biases and those of normalisations, decay too."""
     groups: tuple[GroupRule, ...] = ()

@@ -164,7 +164,7 @@ class MixConfig:
 
     name: Literal["none", "mixup", "cutmix"] = "none"
     """`mixup`: the weighted sum of two images; `cutmix`: an image with a box of another one."""
-    alpha: Annotated[float, Range(above=0, maximum=4)] = 1.0
+    alpha: Annotated[float, Range(minimum=0.001, maximum=4)] = 1.0
     """The share of the first image is drawn from Beta(alpha, alpha) for each step: about a half for large values, near
     0 or 1 for small ones."""
     off_last_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 0.0

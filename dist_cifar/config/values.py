@@ -10,6 +10,7 @@ import math
 import re
 import types
 import typing
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from dist_cifar.config.marks import Names, PathKind, Range
@@ -21,6 +22,11 @@ _SAME = {"gpu": "cuda", "float32": "fp32", "bfloat16": "bf16"}
 """Words of other programs; by its letters alone, `gpu` is next to `cpu`."""
 _UNUSABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 """Control characters other than tab and line feed, and what is left of bytes that are not UTF-8."""
+
+
+def as_written(number: float) -> Fraction:
+    """The decimal number that a config has: 0.1 is a tenth, which no float is."""
+    return Fraction(str(number))
 
 
 def convert(hint: Any, value: Any, key: str, origin: str) -> Any:

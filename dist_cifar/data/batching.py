@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ import torch
 
 from dist_cifar.augment.params import AugmentParams, sample_params
 from dist_cifar.augment.resolution import size_at
-from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig
+from dist_cifar.config import AugmentConfig, BatchConfig, TrainConfig, as_written
 from dist_cifar.data.dataset import Split
 from dist_cifar.data.prefetch import Batch, prefetch
 from dist_cifar.data.sampler import GlobalBatchSampler
@@ -92,7 +91,7 @@ def plan_batches(
     of_slices = [share(number, parts=slices, count=global_size) for number in range(slices)]
     passes = _passes(sorted({len(samples) for samples in of_slices}), batch.max_micro_batch)
     sizes = (len(share(i, parts=passes, count=len(of_slices[n]))) for n in own for i in range(passes))
-    total_steps = math.ceil(steps_per_epoch * Fraction(str(train.epochs)))  # 0.1 is a tenth, which no float is
+    total_steps = math.ceil(steps_per_epoch * as_written(train.epochs))
     return BatchPlan(
         global_size=global_size,
         start=of_slices[own.start].start,

@@ -7,7 +7,7 @@ Nothing here knows of ranks, devices, the training, or of how `dist_cifar.ops` m
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from dist_cifar import plugins
 from dist_cifar.augment.image import IMAGE_SIZE
 from dist_cifar.config import ModelConfig
-from dist_cifar.errors import ConfigError, listed
+from dist_cifar.errors import ConfigError, listed, one_line
 from dist_cifar.models import resnet, speednet, wideresnet
 
 _DEFAULTS = ModelConfig()
@@ -31,12 +31,13 @@ MODELS: dict[str, ModelBuilder] = {
 }
 """The builder of every network by its name."""
 _SETTINGS: dict[str, tuple[str, ...]] = {
+    "norm": (*resnet.BUILDERS, *wideresnet.BUILDERS),
     "depth": ("wideresnet", "speednet"),
     "widen_factor": ("wideresnet",),
     "widths": ("speednet",),
     "whitening_eps": ("speednet",),
 }
-"""The networks that read a field of `ModelConfig`, for each field that not all of the package's ResNets read."""
+"""The networks that read a field of `ModelConfig`, for each field that not all networks read."""
 
 
 def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:
@@ -58,6 +59,23 @@ def build_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modul
         if config.name in MODELS:
             return MODELS[config.name](config, num_classes=num_classes)
         return _build_own(config, num_classes)
+
+
+def check_image_sizes(model: nn.Module, sizes: Sequence[int]) -> None:
+    """Raises `ConfigError` where a forward and backward pass of `model` fails with images of one of `sizes`, in pixels.
+
+    A copy is tried, in training mode, on two images; the global generator is left as it was.
+    """
+    for size in sizes:
+        trial = copy.deepcopy(model).train()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                trial(torch.zeros(2, 3, size, size)).sum().backward()
+        except Exception as error:
+            raise ConfigError(
+                f"augment.resolution: the network does not take images of {size}x{size} ({one_line(error)}); choose a"
+                " larger size"
+            ) from None
 
 
 def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:

@@ -160,8 +160,6 @@ def whitening_filters(covariance: torch.Tensor, eps: float) -> torch.Tensor:
 
 def build_speednet(config: ModelConfig, *, num_classes: int) -> SpeedNet:
     """Builds the network of `config`. Raises `ConfigError` for settings that it does not have."""
-    if config.norm != "batch":
-        raise ConfigError(f"model.norm: {config.norm} was set, and speednet has BatchNorm alone; leave it at batch")
     depth = DEFAULT_DEPTH if config.depth is None else config.depth
     if not 1 <= depth <= 3:
         raise ConfigError(f"model.depth: must be 1, 2 or 3 for speednet, found {depth}")

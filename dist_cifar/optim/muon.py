@@ -86,7 +86,7 @@ class Muon(GroupedOptimizer):
         # Products and sums are rounded one by one: what fuses them may round the ends of a tensor in another way.
         momentum.mul_(config.momentum).add_(gradient)
         direction = momentum.mul(config.momentum).add_(gradient) if config.nesterov else momentum
-        if config.renormalise_every_steps:
+        if config.renormalise_every_steps and group["lr_scale"]:  # what is frozen keeps its bits
             due = state["step"] % config.renormalise_every_steps == 0
             factor = math.sqrt(len(parameter)) / (torch.linalg.vector_norm(parameter) + NORM_EPS)
             parameter.mul_(torch.where(due, factor, 1.0))

@@ -21,13 +21,20 @@ def group_parameters(parameters: Iterable[tuple[str, torch.Tensor]], config: Opt
     """Groups of the named `parameters`: of each, the first rule of `optimizer.groups` that matches its name holds, and
     its decay is 0 where it has fewer than two dimensions and `optimizer.decay_norms_and_biases` is off.
 
-    Raises `ConfigError` for a rule that no name matches.
+    Raises `ConfigError` for a rule that holds for no parameter.
     """
     named = list(parameters)
-    for rule in config.groups:
-        if not any(fnmatchcase(name, rule.match) for name, _ in named):
+    for number, rule in enumerate(config.groups):
+        matched = [name for name, _ in named if fnmatchcase(name, rule.match)]
+        if not matched:
             names = listed([name for name, _ in named], most=5)
             raise ConfigError(f"optimizer.groups: {rule.match} matches no parameter; there are {names}")
+        earlier = [other.match for other in config.groups[:number]]
+        if all(any(fnmatchcase(name, match) for match in earlier) for name in matched):
+            raise ConfigError(
+                f"optimizer.groups: {rule.match} holds for no parameter, since earlier rules ({listed(earlier)}) match"
+                " all of its own; put it before them"
+            )
     groups: dict[tuple[float, float, float | None], list[torch.Tensor]] = {}
     for name, parameter in named:
         rule = next((rule for rule in config.groups if fnmatchcase(name, rule.match)), _OTHERS)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dist_cifar import plugins
-from dist_cifar.config import Config
+from dist_cifar.config import Config, as_written
 from dist_cifar.errors import ConfigError, counted
 from dist_cifar.optim import closed_schedules
 from dist_cifar.optim.lr_scaling import scaled_lr
@@ -90,7 +90,7 @@ def _cosine(config: Config, context: ScheduleContext) -> LRSchedule:
 
 def _multistep(config: Config, context: ScheduleContext) -> LRSchedule:
     gamma, epochs = config.schedule.gamma, config.schedule.milestone_epochs
-    milestones = [epoch * context.steps_per_epoch for epoch in epochs]
+    milestones = [float(as_written(epoch) * context.steps_per_epoch) for epoch in epochs]
     return _warmed(
         config,
         context,

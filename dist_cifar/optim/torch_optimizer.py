@@ -99,7 +99,7 @@ class TorchOptimizer:
 def build_own(groups: list[Group], config: Config) -> TorchOptimizer:
     """The optimizer from outside the package that `optimizer.name` names, over `groups`.
 
-    Raises `ConfigError` where a group has a weight decay of its own and the optimizer none that could be scaled.
+    Raises `ConfigError` where groups have settings of their own that the optimizer cannot follow.
     """
     name, options = config.optimizer.name, config.optimizer.options
     component = plugins.find("optimizer", "optimizer.name", name)
@@ -108,14 +108,15 @@ def build_own(groups: list[Group], config: Config) -> TorchOptimizer:
         lambda given: component(given, lr=config.optimizer.lr, **options),
         f"optimizer.name={name}",
     )
-    if all(group["lr_scale"] == group["decay_scale"] == 1 for group in groups):
+    if all(group["lr_scale"] == group["decay_scale"] == 1 and group["epochs"] is None for group in groups):
         return made
+    field = "groups" if config.optimizer.groups else "decay_norms_and_biases"
     if len(made.param_groups) != len(groups):
-        raise ConfigError(f"optimizer.name={name}: makes groups of its own, so optimizer.groups cannot be used with it")
+        raise ConfigError(f"optimizer.{field}: does not go with optimizer.name={name}, which makes groups of its own")
     for group, given in zip(made.param_groups, groups, strict=True):
-        group["lr_scale"] = given["lr_scale"]
+        group["lr_scale"], group["epochs"] = given["lr_scale"], given["epochs"]
         if given["decay_scale"] != 1:
             if "weight_decay" not in group:
-                raise ConfigError(f"optimizer.name={name}: has no weight_decay that optimizer.groups could scale")
+                raise ConfigError(f"optimizer.{field}: optimizer.name={name} has no weight_decay that could be scaled")
             group["weight_decay"] *= given["decay_scale"]
     return made

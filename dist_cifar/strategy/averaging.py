@@ -14,6 +14,7 @@ import torch
 
 from dist_cifar.config import AverageConfig
 from dist_cifar.data.batching import BatchPlan
+from dist_cifar.errors import ConfigError
 from dist_cifar.strategy.base import Strategy, Tensors
 from dist_cifar.strategy.wrapping import WrappedStrategy
 
@@ -113,7 +114,8 @@ class LookaheadStrategy(_AveragingStrategy):
     """Every k steps average <- a average + (1 - a) weights, and the weights are set to that average.
 
     a = decay^k (t / T)^3 after step t of T, so that the weights are hardly held at the beginning and strongly at the
-    end; after the last step the weights are the average. The optimizer's state is left as it is.
+    end; after step T the weights are the average, and a run that ends early has its weights as they are between two
+    updates. The optimizer's state is left as it is.
     Source: Zhang et al., "Lookahead optimizer: k steps forward, 1 step back", NeurIPS 2019; the growing factor is of
     Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024, section 3.4.
     """
@@ -123,6 +125,11 @@ class LookaheadStrategy(_AveragingStrategy):
     def __init__(self, inner: Strategy, config: AverageConfig, plan: BatchPlan) -> None:
         super().__init__(inner, config, plan)
         self._decay, self._total_steps = config.decay, plan.total_steps
+        if self._every_steps > self._total_steps:
+            raise ConfigError(
+                f"average.every_steps: {self._every_steps} steps are more than the run has ({self._total_steps}), and"
+                " lookahead would end with the initial weights; make it smaller"
+            )
         self._average = _copy(inner.model_state_dict())
 
     def _update(self) -> None:

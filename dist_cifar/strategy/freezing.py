@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dist_cifar.config import as_written
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.optim.base import Optimizer, OptimizerFactory
 from dist_cifar.strategy.base import Strategy
@@ -52,7 +53,8 @@ class FreezingStrategy(WrappedStrategy):
     def __init__(self, inner: Strategy, groups: list[dict[str, Any]], plan: BatchPlan) -> None:
         """`groups` are those of the optimizer that have `epochs`."""
         super().__init__(inner)
-        self._groups = [(group, group["epochs"] * plan.steps_per_epoch, group["lr_scale"]) for group in groups]
+        lengths = [float(as_written(group["epochs"]) * plan.steps_per_epoch) for group in groups]
+        self._groups = [(group, length, group["lr_scale"]) for group, length in zip(groups, lengths, strict=True)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         frozen = [p for group, length, _ in self._groups if self._step >= length for p in group["params"]]

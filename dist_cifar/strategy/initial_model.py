@@ -15,7 +15,7 @@ from dist_cifar.augment import cpu
 from dist_cifar.config import Config, is_own
 from dist_cifar.data.training_data import TrainingData
 from dist_cifar.distributed.collectives import Communicator
-from dist_cifar.models import build_model
+from dist_cifar.models import build_model, check_image_sizes
 from dist_cifar.models.data_init import DataInitialized
 from dist_cifar.ops.philox import STREAM_INITIAL, random_words
 
@@ -23,10 +23,11 @@ from dist_cifar.ops.philox import STREAM_INITIAL, random_words
 def build_initial_model(config: Config, data: TrainingData, communicator: Communicator) -> nn.Module:
     """Builds the network of `config` on the CPU, with its initial weights. A collective.
 
-    Raises `ConfigError` where `initialize_from_data` of a network from outside the package fails.
+    Raises `ConfigError` where the network does not take the sizes of `augment.resolution`, or `initialize_from_data` of
+    one from outside the package fails.
     """
-    seed = config.run.seed
-    model = build_model(config.model, num_classes=len(data.dataset.classes), seed=seed)
+    model = build_model(config.model, num_classes=len(data.dataset.classes), seed=config.run.seed)
+    check_image_sizes(model, sorted({phase.size for phase in config.augment.resolution}))
     if not isinstance(model, DataInitialized):
         return model
     communicator.run_on_rank0(lambda: _initialize(model, config, data))

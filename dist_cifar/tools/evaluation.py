@@ -15,8 +15,9 @@ from dist_cifar.data.dataset import Split, load_dataset
 from dist_cifar.data.ood_test_sets import read_test_sets, require_classes
 from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.evaluate import evaluate
-from dist_cifar.inference import Classifier, HorizontalFlipTTA
+from dist_cifar.inference import Classifier
 from dist_cifar.run.predictions import wilson_interval
+from dist_cifar.tta import ViewAverage
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def measure(classifier: Classifier, split: Split, communicator: Communicator, *,
     """The result on one split: `accuracy` with its 95% `accuracy_interval`, `loss`, `count`, and `class_accuracy` by
     class, None for one without images. A collective."""
     result = evaluate(
-        HorizontalFlipTTA(classifier.module) if tta else classifier.module,
+        ViewAverage(classifier.module, translate=False) if tta else classifier.module,
         split,
         np.arange(len(split.labels)),
         stats=classifier.stats,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_cifar.config import Config, differences, flatten, is_own, own_files
+from dist_cifar.config import Config, differences, flatten, follows_length, is_own, own_files
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.data.dataset import Dataset
 from dist_cifar.data.due import is_over
@@ -151,13 +151,23 @@ class RunRecords:
 
     def show_result(self, state: TrainState) -> None:
         """Shows the result of a run that was done before."""
-        if self._is_main_process:
-            logger.info(f"{self.run_dir.path}: this run is done; {self._longer(state)}=N makes it longer")
-            logger.info(table(result_rows(self.run_dir.summary(), self.run_dir)))
+        if not self._is_main_process:
+            return
+        summary, path = self.run_dir.summary(), self.run_dir.path
+        logger.info(f"{path}: this run is done; {self._longer(state)}")
+        if self._config.eval.tta != "none" and summary.get("test_accuracy_tta") is None:
+            logger.info(f"eval.tta was set after its final test: see dist-cifar evaluate {path} --tta")
+        logger.info(table(result_rows(summary, self.run_dir)))
 
     def _longer(self, state: TrainState) -> str:
-        """The key that makes a run longer which has ended."""
-        return "train.epochs" if state.step >= self._plan.total_steps else "train.patience_evaluations"
+        """What makes a run longer that has ended."""
+        if state.step < self._plan.total_steps:
+            key = "train.patience_evaluations"
+        elif follows_length(self._config):
+            return "a longer one is a new run (run.name=NAME), since its steps depend on its length"
+        else:
+            key = "train.max_steps" if self._config.train.max_steps == self._plan.total_steps else "train.epochs"
+        return f"{key}=N makes it longer"
 
     def begin(
         self,

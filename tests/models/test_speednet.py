@@ -217,7 +217,11 @@ def test_the_number_of_threads_changes_no_bit_and_is_left():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "speednet", "norm": "group"}, r"model\.norm: group was set, and speednet has BatchNorm alone"),
+        (
+            {"name": "speednet", "norm": "group"},
+            r"model\.norm: group was set, .*speednet does not read; it is",
+        ),
+        ({"name": "torchvision:resnet18", "norm": "group"}, r"model\.norm: group was set, .*resnet18 does not read"),
         ({"name": "speednet", "depth": 4}, r"model\.depth: must be 1, 2 or 3 for speednet, found 4"),
         (
             {"name": "speednet", "widen_factor": 4},

@@ -93,6 +93,14 @@ def test_it_says_what_it_does_and_remembers_nothing(name, text):
     assert schedule.observe(None) is None and schedule.state_dict() == {}
 
 
+def test_milestones_are_the_decimal_numbers_that_were_written():
+    """As floats, 1.1 epochs of 390 steps would be a little more than 429 steps."""
+    multistep = ScheduleConfig(name="multistep", milestone_epochs=(1.1,))
+    config = Config(optimizer=OptimizerConfig(warmup_epochs=0.0), schedule=multistep)
+    schedule = build_lr_schedule(config, 128, 390, 780)
+    assert schedule.lr(429) == pytest.approx(0.1 * schedule.lr(428))
+
+
 def test_milestones_rise():
     with pytest.raises(ConfigError, match=r"schedule\.milestone_epochs: must rise, found \[3\.0, 1\.0\]"):
         load_config(None, ["schedule.name=multistep", "schedule.milestone_epochs=[3, 1]"])

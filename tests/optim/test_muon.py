@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_cifar.config import ComputeConfig, Config, MuonConfig, OptimizerConfig, load_config
+from dist_cifar.config import ComputeConfig, Config, GroupRule, MuonConfig, OptimizerConfig, load_config
 from dist_cifar.errors import ConfigError
 from dist_cifar.optim import optimizer_factory
 from dist_cifar.optim.base import Optimizer, load_optimizer_state_dict, optimizer_state_dict
@@ -105,6 +105,14 @@ def test_filters_follow_the_formula_and_the_rest_follows_sgd(muon):
     train(theirs, oracle, range(STEPS))
     for name, parameter in theirs.named_parameters():
         assert parameter.dim() == 4 or torch.equal(parameter, ours.get_parameter(name)), name
+
+
+def test_filters_that_are_frozen_keep_their_bits():
+    rules = (GroupRule(match="0.weight", lr_scale=0.0),)
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, groups=rules))
+    module = network()
+    train(module, optimizer_of(module, config), range(STEPS))
+    assert torch.equal(module[0].weight, network()[0].weight)
 
 
 def test_the_rest_may_be_adamw():

@@ -56,6 +56,13 @@ def test_a_rule_that_matches_nothing_is_refused():
         found(groups=(GroupRule(match="head.*"),))
 
 
+def test_a_rule_that_earlier_ones_leave_nothing_is_refused():
+    rules = (GroupRule(match="*.bias", lr_scale=64.0), GroupRule(match="fc.*"), GroupRule(match="fc.b*", epochs=1.0))
+    with pytest.raises(ConfigError, match=r"groups: fc\.b\* holds for no parameter, since .*\*\.bias, fc\.\*\) match"):
+        found(groups=rules)
+    assert len(found(groups=(rules[2], *rules[:2]))) == 3
+
+
 def test_rules_are_typed_in_yaml_and_read_back(tmp_path):
     config = load_config(None, ["optimizer.groups=[{match: fc.*, lr_scale: 2}, {match: '*.bias', decay_scale: 0}]"])
     assert config.optimizer.groups == (

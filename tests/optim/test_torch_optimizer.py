@@ -119,18 +119,34 @@ class Splits(torch.optim.SGD):
     """Makes groups of its own."""
 
     def __init__(self, params, lr):
-        super().__init__([{"params": [parameter]} for group in params for parameter in group["params"]], lr=lr)
+        parts = [group["params"] if isinstance(group, dict) else [group] for group in params]
+        super().__init__([{"params": [parameter]} for part in parts for parameter in part], lr=lr)
+
+
+NO_DECAY = {"groups": (GroupRule(match="*.bias", decay_scale=0.0),)}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "message"), [(Plain, "has no weight_decay"), (Splits, "makes groups of its own")]
+    ("optimizer", "settings", "message"),
+    [
+        (Plain, NO_DECAY, "groups: optimizer.name=own has no weight_decay"),
+        (Plain, {"decay_norms_and_biases": False}, "decay_norms_and_biases: optimizer.name=own has no weight_decay"),
+        (Splits, NO_DECAY, "groups: does not go with optimizer.name=own, which makes groups of its own"),
+        (Splits, {"groups": (GroupRule(match="*", epochs=1.0),)}, "groups: does not go with optimizer.name=own"),
+    ],
 )
-def test_rules_that_it_cannot_follow_are_refused(monkeypatch, optimizer, message):
+def test_rules_that_it_cannot_follow_are_refused(monkeypatch, optimizer, settings, message):
     monkeypatch.setattr(plugins, "_registered", {})
     plugins.register_optimizer("own")(optimizer)
-    rule = GroupRule(match="*.bias", decay_scale=0.0)
-    with pytest.raises(ConfigError, match=f"optimizer.name=own: {message}"):
-        built(OptimizerConfig(name="own", groups=(rule,)), network())
+    with pytest.raises(ConfigError, match=rf"optimizer\.{message}"):
+        built(OptimizerConfig(name="own", **settings), network())
+
+
+@pytest.mark.parametrize(("match", "lengths"), [("*", [2.0]), ("*.bias", [None, 2.0])])
+def test_groups_keep_their_lengths(match, lengths):
+    rules = (GroupRule(match=match, epochs=2.0),)
+    optimizer = built(OptimizerConfig(name="torch.optim:SGD", groups=rules), network())
+    assert [group["epochs"] for group in optimizer.param_groups] == lengths
 
 
 class Counts(torch.optim.SGD):

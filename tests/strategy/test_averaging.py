@@ -115,6 +115,13 @@ def test_lookahead_is_its_formula_to_the_last_step(plan):
     check_lookahead(plan)
 
 
+def test_a_run_that_is_too_short_for_lookahead_is_refused(plan):
+    rare = dataclasses.replace(LOOKAHEAD, every_steps=STEPS + 1)
+    with pytest.raises(ConfigError, match=r"every_steps: 15 steps are more than the run has \(14\)"):
+        averaged(Walk(0), rare, plan)
+    averaged(Walk(0), dataclasses.replace(LOOKAHEAD, every_steps=STEPS), plan)
+
+
 def test_an_average_without_the_statistics_is_caught(plan, monkeypatch):
     copy = averaging._copy
     parameters = lambda model: {name: value for name, value in copy(model).items() if "running" not in name}  # noqa: E731
