@@ -33,7 +33,6 @@ def headline(
     (proved_on,) = {part["hardware"] for part in (world_sizes, schedules)}
     compared = exactness["results"] + world_sizes["results"]
     models = [f"{MODELS[model]} on {_world_sizes(rows)} ranks" for (model,), rows in grouped(compared, "model").items()]
-    lengths = " or ".join(map(str, sorted({row["steps"] for row in compared})))
     ours, pil = (
         next(row for row in augment["results"] if row["name"] == name) for name in ("dist_cifar", "torchvision PIL")
     )
@@ -46,8 +45,8 @@ def headline(
     rows = [
         (
             "same bits on every number of ranks, and killed and resumed on others",
-            f"{sum(row['equal'] for row in compared)} of {len(compared)} comparisons ({'; '.join(models)}; each in fp32"
-            f" and bf16, {lengths} steps)",
+            f"{sum(row['equal'] for row in compared)} of {len(compared)} comparisons ({'; '.join(models)}; fp32 and"
+            " bf16)",
         ),
         (
             "runs killed at random moments that end with the weights of an undisturbed run",
@@ -212,9 +211,8 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "Mean and standard deviation over n seeds; median minutes of training and test, if the machine did nothing"
-            f" else. On {_one(accuracy, 'data')}: CIFAR-10's images, re-encoded as JPEG, which are harder to tell"
-            " apart.",
+            "Mean and standard deviation over n seeds; median minutes of training and test, if nothing else ran."
+            f" {_one(accuracy, 'data')} has CIFAR-10's images, re-encoded as JPEG, which are harder to tell apart.",
         ]
     )
 
