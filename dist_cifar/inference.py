@@ -6,9 +6,10 @@ the run's test split gives the number of its summary.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from dist_cifar import plugins
 from dist_cifar.augment.cpu import normalize
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.config import Config, config_from_values
+from dist_cifar.config import Config, config_from_values, is_own
 from dist_cifar.data.decode import decode_image, read_file, read_stream, why_unreadable
 from dist_cifar.data.names import is_ignored
-from dist_cifar.errors import CheckpointError, ConfigError, nearest_path, one_line
+from dist_cifar.errors import CheckpointError, ConfigError, listed, nearest_path, one_line
 from dist_cifar.models import build_model
 from dist_cifar.ops.precision import set_precision
 from dist_cifar.run.checkpoint import (
@@ -40,6 +42,8 @@ from dist_cifar.run.predictions import softmax
 from dist_cifar.run.run_dir import RunDir, is_run, latest_run, require_run
 from dist_cifar.run.run_files import read_bytes
 from dist_cifar.tta import ViewAverage
+
+logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 
@@ -65,6 +69,8 @@ class Classifier:
     """`weights_sha256` of the weights."""
     data_sha256: str
     """Content hash of the data set of the run."""
+    is_changed: bool
+    """Whether a file of the network, one from outside the package, is another than the one that the run had."""
 
     def probabilities(self, images: npt.NDArray[np.uint8], *, tta: bool = False) -> npt.NDArray[np.float32]:
         """Probabilities, float32 [n, classes], of images, uint8 [n, 32, 32, 3].
@@ -110,6 +116,9 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
     path = latest_run(Path("runs")) if path is None else path
     checkpoint = _of_run(path) if is_run(path) else _named(path)
     config, classes, stats, model = _rebuild(checkpoint)
+    changed = _changed_files(config, checkpoint.state.get("own_files") or {})
+    if changed:
+        logger.warning(f"warning: {listed(changed)} changed since the run: the model may compute something else")
     model = model.to(device).to(memory_format=torch.channels_last).eval()
     set_precision(model, config.compute.precision, device)
     return Classifier(
@@ -122,12 +131,25 @@ def load_classifier(path: Path | None, device: torch.device) -> Classifier:
         step=checkpoint.step,
         sha256=weights_sha256(checkpoint.tensors["model"]),
         data_sha256=str(checkpoint.state["data_sha256"]),
+        is_changed=bool(changed),
     )
 
 
+def _changed_files(config: Config, trained_with: Mapping[str, str]) -> list[str]:
+    """The files, or packages, of a network from outside that are others than those that the run was trained with."""
+    if not is_own(config, "model"):
+        return []
+    now = plugins.files_of("model", config.model.name)
+    return [name for name, known in now.items() if trained_with.get(name) != known]
+
+
 def _rebuild(checkpoint: Checkpoint) -> tuple[Config, tuple[str, ...], ImageStats, nn.Module]:
-    """The config, the classes, the statistics and the model of a checkpoint. Raises `CheckpointError`."""
+    """The config, the classes, the statistics and the model of a checkpoint. Raises `CheckpointError`, and
+    `ConfigError` where a network from outside the package is not found."""
     state = require_state(checkpoint)
+    own = str(state["config"].get("model.name"))
+    if plugins.is_reference(own):
+        plugins.find("model", "model.name", own)
     try:
         config = config_from_values(state["config"])
         classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))
@@ -177,8 +199,9 @@ def _of_run(path: Path) -> Checkpoint:
         on_write_error="raise",
     )
     config = RunDir(path).previous_config()
-    takes_last = config is not None and config.eval.select == "last"
-    checkpoint = (None if takes_last else store.load_best()) or store.load_newest()
+    newest = store.load_newest() if config is None or config.eval.select == "last" else None
+    select = config.eval.select if config else newest and require_state(newest)["config"].get("eval.select")
+    checkpoint = newest if select == "last" else store.load_best() or newest or store.load_newest()
     if checkpoint is None:
         raise CheckpointError(f"{path}: this run has not saved a checkpoint yet; wait for its first evaluation")
     return checkpoint

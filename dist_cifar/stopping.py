@@ -22,10 +22,11 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dist_cifar.errors import EXIT_SAVED, EXIT_SIGINT
+from dist_cifar.errors import EXIT_INTERNAL, EXIT_SAVED, EXIT_SIGINT
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,9 @@ def run_stoppable(program: Callable[[], int]) -> int:
     except Stopped as stop:
         report(stop)
         return stop.exit_code
+    except Exception:  # a defect of this program; Python's own code for it is that of what `doctor` found
+        traceback.print_exc()
+        return EXIT_INTERNAL
     finally:
         defer()  # the interpreter is about to end
 

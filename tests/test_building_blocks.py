@@ -307,6 +307,8 @@ def test_the_model_that_is_selected_is_tested_and_loaded(tiny, monkeypatch, sele
     assert (classifier.sha256 == found["weights_sha256"]) is (select == "last")
     tested = trainer.evaluator.test(classifier.module.state_dict())
     assert tested.accuracy == found["test_accuracy"] and tested.loss == found["test_loss"]
+    Path(config.run.dir, "config.yaml").write_text("eval: {select: neither}")
+    assert load_classifier(Path(config.run.dir), torch.device("cpu")).step == step
 
 
 def test_a_schedule_that_follows_the_length_is_not_resumed_with_another(ranks, tiny):
@@ -325,8 +327,9 @@ def test_a_run_that_is_done_says_what_makes_it_longer_and_where_a_late_tta_is(ti
     followed = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, name="cosine"))
     followed = dataclasses.replace(followed, run=dataclasses.replace(config.run, dir=config.run.dir + "-cosine"))
     assert fit(followed) and fit(followed) and "done; a longer one is a new run (run.name=NAME)" in said[-2]
-    mirrored = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta="mirror"))
-    assert fit(mirrored) and f"see dist-cifar evaluate {config.run.dir} --tta" in said[-2]
+    for tta, then in (("mirror", f"; dist-cifar evaluate {config.run.dir} --tta has it"), ("mirror_translate", "")):
+        late = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta=tta))
+        assert fit(late) and said[-2] == f"eval.tta={tta} of the share 1 was not part of its final test{then}"
 
 
 def test_options_of_the_packages_own_are_fields(tiny):

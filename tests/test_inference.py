@@ -17,12 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_cifar import inference, plugins
 from dist_cifar.cli import main
 from dist_cifar.data import dataset, ood_test_sets
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
-from dist_cifar.errors import DataError
+from dist_cifar.errors import ConfigError, DataError
 from dist_cifar.inference import load_classifier
+from dist_cifar.run.checkpoint import read_checkpoint
 from dist_cifar.tools import evaluation
+from dist_cifar.tools.export import write
 from tests import small_runs
 
 CPU = torch.device("cpu")
@@ -252,11 +255,35 @@ def test_the_latest_run_is_taken_where_none_is_said(trained, tmp_path, capsys, m
     (tmp_path / "runs/mine").symlink_to(trained)
     save(synthetic_split(1, 1)[0][0], tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/begun/checkpoints").mkdir(parents=True)
+    (tmp_path / "runs/begun/status.json").write_text("{}")
     _, (note,) = predict(capsys, "a.png")
     assert "with runs/mine/checkpoints/step-" in note
     (tmp_path / "runs/mine").unlink()
     _, (error,) = predict(capsys, "a.png", code=2)
-    assert "there is no run in runs/" in error
+    assert "there is no run with a checkpoint in runs/" in error
+
+
+def test_a_network_whose_file_was_edited_is_named_and_its_card_has_no_result(tmp_path, monkeypatch, said):
+    own = ("model.name=examples.own_model:conv_mixer", "model.options.width=8")
+    small_runs.run(tmp_path / "run", *own, "train.epochs=0.1")
+    assert not load_classifier(tmp_path / "run", CPU).is_changed
+    assert not [line for line in said if "changed since" in line]
+    edited = {"examples/own_model.py": "0" * 64}
+    monkeypatch.setattr(plugins, "files_of", lambda kind, name: edited)
+    classifier = load_classifier(tmp_path / "run", CPU)
+    assert said[-1] == "warning: examples/own_model.py changed since the run: the model may compute something else"
+    assert classifier.is_changed and write._summary_of(classifier) == {}
+    assert write._summary_of(dataclasses.replace(classifier, is_changed=False))
+
+
+def test_a_network_that_is_not_here_is_no_checkpoint_of_another_version(trained, tmp_path, monkeypatch):
+    checkpoint = load_classifier(trained, CPU).checkpoint
+    state = read_checkpoint(checkpoint).state
+    gone = {**state, "config": {**state["config"], "model.name": "gone_from_here:Net"}}
+    monkeypatch.setattr(inference, "require_state", lambda checkpoint: gone)
+    with pytest.raises(ConfigError, match=r"model\.name=gone_from_here:Net: .*gone_from_here"):
+        load_classifier(checkpoint, CPU)
 
 
 # --- evaluate ----------------------------------------------------------------------------------------------------

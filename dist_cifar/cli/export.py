@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from dist_cifar.cli.arguments import Commands, new_folder, path
-from dist_cifar.errors import EXIT_DONE
+from dist_cifar.errors import EXIT_DONE, ConfigError
 
 
 def add(commands: Commands) -> None:
@@ -34,7 +34,10 @@ def run(options: argparse.Namespace) -> int:
 
     log_to_stream(sys.stderr, "dist_cifar: ")
     classifier = load_classifier(options.run, torch.device("cpu"))
-    directory = options.out or default_directory(classifier)
+    try:
+        directory = options.out or new_folder(str(default_directory(classifier)))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--out: {error}") from None
     done = export(classifier, options.to, directory)
     precision = classifier.config.compute.precision
     print(f"model    {done.path} ({done.path.stat().st_size / 1e6:.1f} MB), step {classifier.step}")

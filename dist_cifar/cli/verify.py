@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dist_cifar import stopping
-from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, new_file
+from dist_cifar.cli.arguments import Commands, add_config, add_local_rank, config_of, new_file, path
 from dist_cifar.errors import DataError, system_error
 
 
@@ -33,7 +32,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to compare; default: 20")
     parser.add_argument(
         "--dir",
-        type=Path,
+        type=path,
         help="where the runs are written, which all nodes must share; default: a new directory below runs/. It is"
         " removed when all is equal",
     )

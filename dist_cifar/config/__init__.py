@@ -1,7 +1,16 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides, checked before anything starts."""
 
 from dist_cifar.config.components import is_own, known_names, load_components, own_components, own_files
-from dist_cifar.config.load import checked, config_from_values, describe, flatten, key_hint, load_config, to_yaml
+from dist_cifar.config.load import (
+    checked,
+    config_from_values,
+    describe,
+    flatten,
+    key_hint,
+    load_config,
+    load_written_config,
+    to_yaml,
+)
 from dist_cifar.config.marks import AtResume
 from dist_cifar.config.optimizer_schema import (
     AverageConfig,
@@ -68,6 +77,7 @@ __all__ = [
     "known_names",
     "load_components",
     "load_config",
+    "load_written_config",
     "own_components",
     "own_files",
     "to_yaml",

@@ -58,11 +58,22 @@ def load_config(
         _update(values, _read_yaml(path, old_names))
         if _is_plain_file(path):
             values.setdefault("run.name", path.stem)
-    _update(values, _parse_overrides(overrides, old_names))
+    given, options = _parse_overrides(overrides, old_names)
+    _update(values, given)
+    for field, some in options.items():
+        values[field] = values.get(field, {}) | some
     config = config_from_values({key: _expanded(key, value, environ) for key, value in values.items()})
     for line in old_names:
         logger.warning("warning: %s", line)
     return config
+
+
+def load_written_config(path: Path) -> Config:
+    """The config in a file that `to_yaml` has written. Its components need not be registered in this process.
+
+    Raises as `load_config`.
+    """
+    return config_from_values(_read_yaml(path, [], any_name=True))
 
 
 def config_from_values(values: Mapping[str, Any]) -> Config:
@@ -72,7 +83,7 @@ def config_from_values(values: Mapping[str, Any]) -> Config:
     for key, value in with_current_keys(values).items():
         section, _, name = key.partition(".")
         if isinstance(value, list) and name in HINTS.get(section, {}):  # of a checkpoint
-            value = convert(HINTS[section][name], value, key, "config")
+            value = convert(HINTS[section][name], value, key, "config", any_name=True)
         sections[section][name] = value
     config = Config(**{name: SECTIONS[name](**fields) for name, fields in sections.items()})
     _check(config)
@@ -132,7 +143,7 @@ def describe() -> list[tuple[str, str, str, str]]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_yaml(path: Path, old_names: list[str]) -> dict[str, Any]:
+def _read_yaml(path: Path, old_names: list[str], *, any_name: bool = False) -> dict[str, Any]:
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -156,7 +167,8 @@ def _read_yaml(path: Path, old_names: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{path}: {section}: found {brief(fields)}; write its keys below it, one a line")
         values |= {f"{section}.{name}": value for name, value in fields.items()}
     values = _rename(values, str(path), old_names)
-    return {key: convert(_hint(key, str(path)), value, key, str(path)) for key, value in values.items()}
+    origin = str(path)
+    return {key: convert(_hint(key, origin), value, key, origin, any_name=any_name) for key, value in values.items()}
 
 
 def _is_plain_file(path: Path) -> bool:
@@ -164,7 +176,10 @@ def _is_plain_file(path: Path) -> bool:
     return stat.S_ISREG(path.stat().st_mode) and path.absolute().parts[1:2] not in (("dev",), ("proc",))
 
 
-def _parse_overrides(overrides: Sequence[str], old_names: list[str]) -> dict[str, Any]:
+def _parse_overrides(
+    overrides: Sequence[str], old_names: list[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The values of fields, and single arguments by name of fields that hold such."""
     origin = "command line"
     texts: dict[str, str] = {}
     options: dict[str, dict[str, Any]] = {}
@@ -178,14 +193,13 @@ def _parse_overrides(overrides: Sequence[str], old_names: list[str]) -> dict[str
         field, _, name = key.rpartition(".")
         if _is_options(field):
             options.setdefault(field, {})[name] = _option(texts.pop(key), f"{origin}: {key}")
-    values: dict[str, Any] = {
-        field: convert(_hint(field, origin), given, field, origin) for field, given in options.items()
-    }
+    for field, given in options.items():
+        convert(_hint(field, origin), given, field, origin)
+    values: dict[str, Any] = {}
     for key, text in _rename(texts, origin, old_names).items():
         hint = _hint(key, origin)
-        value = convert(hint, _typed(hint, text, f"{origin}: {key}"), key, origin)
-        values[key] = value | values.get(key, {}) if isinstance(value, dict) else value
-    return values
+        values[key] = convert(hint, _typed(hint, text, f"{origin}: {key}"), key, origin)
+    return values, options
 
 
 def _is_options(key: str) -> bool:
@@ -242,11 +256,9 @@ def _rename(values: Mapping[str, Any], origin: str, old_names: list[str]) -> dic
 
 
 def _update(values: dict[str, Any], layer: dict[str, Any]) -> None:
-    """Puts a layer over `values`; of arguments by name, each one. A layer that sets one of the two batch sizes unsets
-    the other."""
+    """Puts a layer over `values`. A layer that sets one of the two batch sizes unsets the other."""
     sizes = ("batch.global_size", "batch.per_rank_size")
-    for key, value in layer.items():
-        values[key] = values[key] | value if isinstance(value, dict) and key in values else value
+    values |= layer
     for size, other in (sizes, sizes[::-1]):
         if layer.get(size) is not None and other not in layer:
             values[other] = None

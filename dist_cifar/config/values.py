@@ -29,21 +29,24 @@ def as_written(number: float) -> Fraction:
     return Fraction(str(number))
 
 
-def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
-    """`value` as the type of `hint`, or `ConfigError`. An int is a float too; nothing else is turned into another."""
+def convert(hint: Any, value: Any, key: str, origin: str, *, any_name: bool = False) -> Any:
+    """`value` as the type of `hint`, or `ConfigError`. An int is a float too; nothing else is turned into another.
+
+    With `any_name` a component may have a name that is not known in this process.
+    """
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return convert(arguments[0], value, key, origin)
+        return convert(arguments[0], value, key, origin, any_name=any_name)
     if kind is Annotated:
         plain = arguments[0]
         if plain in (int, float):
             return _number(hint, plain, value, key, origin)
         for mark in arguments[1:]:
             if isinstance(mark, Names):
-                return _name(mark, value, key, origin)
-        return convert(plain, value, key, origin)
+                return value if any_name and isinstance(value, str) else _name(mark, value, key, origin)
+        return convert(plain, value, key, origin, any_name=any_name)
     if kind is dict:
         return _options(value, key, origin)
     if dataclasses.is_dataclass(hint):
@@ -61,7 +64,8 @@ def convert(hint: Any, value: Any, key: str, origin: str) -> Any:
             wanted = "a list" if many else f"a list of {len(arguments)}"
             raise ConfigError(f"{origin}: {key}: must be {wanted}, found {brief(value)}; write e.g. [a, b]")
         hints = [arguments[0]] * len(value) if many else arguments
-        return tuple(convert(hint, item, key, origin) for hint, item in zip(hints, value, strict=True))
+        items = zip(hints, value, strict=True)
+        return tuple(convert(hint, item, key, origin, any_name=any_name) for hint, item in items)
     if type(value) is not hint:
         quotes = "; put it in quotes" if hint is str and isinstance(value, bool | int | float) else ""
         raise ConfigError(f"{origin}: {key}: must be {type_name(hint)}, found {brief(value)}{quotes}")

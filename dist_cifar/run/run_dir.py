@@ -280,7 +280,7 @@ class RunDir:
         """The config of the latest start. Raises `ConfigError` or `DataError`."""
         if read_bytes(self._config) is None:
             raise ConfigError(f"{self.path}: no training has begun here, there is no {self._config.name}; train first")
-        return configuration.load_config(self._config)
+        return configuration.load_written_config(self._config)
 
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`; empty if there is none. Raises `DataError`."""
@@ -361,9 +361,10 @@ def is_run(path: Path) -> bool:
 def latest_run(folder: Path) -> Path:
     """The run directory in `folder` with a checkpoint whose status was written last. Raises `ConfigError`."""
     runs = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
+    runs = [path for path in runs if any((path / "checkpoints").glob("step-*"))]
     written = {path: (path / "status.json").stat().st_mtime for path in runs if (path / "status.json").exists()}
     if not written:
-        raise ConfigError(f"there is no run in {folder}/; train one, or say which with --checkpoint RUN")
+        raise ConfigError(f"there is no run with a checkpoint in {folder}/; train one, or name one: --checkpoint RUN")
     return max(written, key=written.__getitem__)
 
 

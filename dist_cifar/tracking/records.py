@@ -155,8 +155,10 @@ class RunRecords:
             return
         summary, path = self.run_dir.summary(), self.run_dir.path
         logger.info(f"{path}: this run is done; {self._longer(state)}")
-        if self._config.eval.tta != "none" and summary.get("test_accuracy_tta") is None:
-            logger.info(f"eval.tta was set after its final test: see dist-cifar evaluate {path} --tta")
+        views = (self._config.eval.tta, self._config.eval.tta_share)
+        if views[0] != "none" and views != (summary.get("tta"), summary.get("tta_share")):
+            instead = f"; dist-cifar evaluate {path} --tta has it" if views == ("mirror", 1.0) else ""
+            logger.info(f"eval.tta={views[0]} of the share {views[1]:g} was not part of its final test{instead}")
         logger.info(table(result_rows(summary, self.run_dir)))
 
     def _longer(self, state: TrainState) -> str:

@@ -16,6 +16,12 @@ from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 ROOT_LOGGER = logging.getLogger("dist_cifar")
 
 
+def test_a_defect_has_an_exit_code_of_its_own():
+    code = "import sys; from dist_cifar import stopping; sys.exit(stopping.run_stoppable(lambda: 1 // 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 70 and "ZeroDivisionError" in done.stderr
+
+
 def test_the_help_imports_nothing_slow():
     code = "import sys; from dist_cifar.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print({'torch', 'numpy', 'yaml', 'tqdm', 'multiprocessing'} & sys.modules.keys())"

@@ -290,6 +290,19 @@ def test_no_old_key_is_also_a_current_one():
     assert not MOVED.keys() & current and set(MOVED.values()) <= current
 
 
+def test_arguments_by_name_are_replaced_as_a_whole_or_one_by_one(tmp_path):
+    path = write(tmp_path / "c.yaml", "model: {name: 'my:Net', options: {width: 64, depth: 3}}")
+    for overrides, expected in (
+        ((), {"width": 64, "depth": 3}),
+        (("model.options.width=8",), {"width": 8, "depth": 3}),
+        (("model.options={width: 8}",), {"width": 8}),
+        (("model.options={width: 8}", "model.options.heads=2"), {"width": 8, "heads": 2}),
+        (("model.options={}",), {}),
+        (("model.options=null", "model.name=resnet18"), {}),
+    ):
+        assert load_config(path, overrides).model.options == expected
+
+
 # --- printing and describing -------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from dist_cifar.cli import main
 from dist_cifar.data.dataset import load_dataset
 from dist_cifar.data.sources.synthetic import CLASSES, synthetic_split
-from dist_cifar.errors import CheckpointError
+from dist_cifar.errors import CheckpointError, ConfigError
 from dist_cifar.inference import WithPreprocessing, load_classifier
 from dist_cifar.tools.export import export, write
 from dist_cifar.tools.export.model_card import model_card, model_metadata
@@ -77,6 +77,38 @@ def test_torch_export_gives_the_models_logits_for_any_batch(trained, classifier)
             module(torch.from_numpy(images)).detach(), by_hand(classifier, images), rtol=1e-3, atol=1e-3
         )
     assert json.loads(extra["metadata.json"])["classes"] == list(CLASSES)
+
+
+def test_the_folder_of_the_export_is_that_of_the_run_wherever_one_is(classifier, trained, tmp_path, monkeypatch):
+    for folder, name in ((classifier.checkpoint, "."), (trained / "checkpoints", classifier.checkpoint.name)):
+        monkeypatch.chdir(folder)
+        found = write.default_directory(dataclasses.replace(classifier, checkpoint=Path(name)))
+        assert found == trained.absolute() / "export"
+    with pytest.raises(ConfigError, match="is in no run directory; give a folder"):
+        write.default_directory(dataclasses.replace(classifier, checkpoint=tmp_path / "step-00000009"))
+
+
+class Decides(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((1, 2)) if images.float().mean() > 0 else images.float().sum((1, 2))
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_an_own_network_that_cannot_be_exported_is_one_line(classifier, kind):
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    model = dataclasses.replace(classifier.config.model, name="mine:Decides")
+    with pytest.raises(ConfigError, match=f"model.name=mine:Decides: exporting it to {kind} fails: ") as caught:
+        write._traced(Decides().eval(), images, {}, kind, dataclasses.replace(classifier.config, model=model))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_fails_with_a_network_of_the_package_is_a_defect(classifier, monkeypatch):
+    def fail(*arguments):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(write, "to_torch", fail)
+    with pytest.raises(ValueError, match="a defect"):
+        write._traced(Decides(), torch.zeros(1), {}, "torch", classifier.config)
 
 
 def test_without_the_runs_images_it_is_checked_on_generated_ones(classifier, tmp_path, said):

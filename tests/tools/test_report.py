@@ -26,6 +26,7 @@ from PIL import Image
 
 from dist_cifar.cli import main
 from dist_cifar.data.sources.synthetic import synthetic_split
+from dist_cifar.errors import ConfigError
 from dist_cifar.run import predictions
 from dist_cifar.run.predictions import collect, wilson_interval
 from dist_cifar.run.run_dir import RunDir
@@ -350,6 +351,23 @@ def test_a_run_that_has_only_begun_has_a_page(trained, tmp_path):
     assert read_run(run).seconds_left == pytest.approx(left)
     assert f"about {duration(left)} of training left" in page.text and "training loss" in page.text
     assert '<i style="width:7.7%">' in render([read_run(run)])
+
+
+def test_a_run_with_components_that_are_registered_elsewhere_has_a_page(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    text = (run / "config.yaml").read_text()
+    names = (("name: resnet8", "name: tour"), ("also: []", "also: [ours]"), ("name: plateau", "name: ramps"))
+    for before, after in names:
+        assert before in text
+        text = text.replace(before, after)
+    (run / "config.yaml").write_text(text)
+    config = read_run(run).config
+    assert (config.model.name, config.schedule.name, config.tracking.also) == ("tour", "ramps", ("ours",))
+    assert "tour" in page_of(run).text and RunDir(run).previous_config() == config
+    (run / "config.yaml").write_text(text.replace("name: tour", "name: 3"))
+    with pytest.raises(ConfigError, match=r"model\.name: must be one of"):
+        read_run(run)
 
 
 def test_a_job_that_died_is_not_shown_as_running(trained, tmp_path):

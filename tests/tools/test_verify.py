@@ -88,9 +88,10 @@ def test_every_segment_of_a_chain_finds_a_checkpoint_that_the_one_before_it_has_
 
 
 def test_config_is_made_exact(tiny):
-    config = plan.verified_config(tiny("strategy.name=ddp", "train.max_steps=3", "run.seed=5", "tracking.wandb=auto"))
+    tracked = ("tracking.wandb=auto", "tracking.also=[tensorboard]")
+    config = plan.verified_config(tiny("strategy.name=ddp", "train.max_steps=3", "run.seed=5", *tracked))
     assert config.strategy.name == "exact" and config.train.max_steps is None and config.run.log_digests
-    assert config.tracking.wandb == "disabled"
+    assert config.tracking.wandb == "disabled" and config.tracking.also == ()
     assert config.run.seed == 5 and config.batch.global_size == 16  # the user's
 
 

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
+from dist_cifar import plugins
+from dist_cifar.config import Config, is_own
 from dist_cifar.data.dataset import load_dataset, missing_download
 from dist_cifar.data.sources.synthetic import synthetic_split
-from dist_cifar.errors import ConfigError, DataError
+from dist_cifar.errors import ConfigError, DataError, UserError
 from dist_cifar.inference import Classifier, WithPreprocessing
 from dist_cifar.models import build_model
 from dist_cifar.run.atomic_io import make_dirs, write_atomic
 from dist_cifar.run.run_dir import RunDir
 from dist_cifar.run.run_files import read_bytes
 from dist_cifar.run.summary import test_step
-from dist_cifar.tools.export.graph import CHECKED_IMAGES, largest_difference, to_onnx, to_torch
+from dist_cifar.tools.export.graph import CHECKED_IMAGES, Compute, largest_difference, to_onnx, to_torch
 from dist_cifar.tools.export.model_card import MODEL_FILES, OWN_MARK, model_card, model_metadata
 
 logger = logging.getLogger(__name__)
@@ -42,16 +45,25 @@ class Export:
 
 
 def default_directory(classifier: Classifier) -> Path:
-    """`export` in the run directory."""
-    return classifier.checkpoint.parent.parent / "export"
+    """`export` in the run directory. Raises `ConfigError` for a checkpoint that lies in none."""
+    run = _run_of(classifier)
+    if run is None:
+        raise ConfigError(f"--out: {classifier.checkpoint} is in no run directory; give a folder for the export")
+    return run / "export"
+
+
+def _run_of(classifier: Classifier) -> Path | None:
+    """The run directory in which the checkpoint lies."""
+    folder = classifier.checkpoint.absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
 
 
 def export(classifier: Classifier, kind: str, directory: Path) -> Export:
     """Writes the model as `kind` (`torch` or `onnx`), in float32, and its card into `directory`.
 
     The graph is compared with the model on test images of the run, in batches of three sizes. Raises `ConfigError` if
-    the packages are missing and `CheckpointError` if the graph computes something else, in which case nothing is
-    written; also if the folder has a README of another kind.
+    the packages are missing or the network cannot be exported, and `CheckpointError` if the graph computes something
+    else, in which case nothing is written; also if the folder has a README of another kind.
     """
     _require_own(directory / "README.md")
     module = build_model(classifier.config.model, num_classes=len(classifier.classes), seed=0)
@@ -60,7 +72,7 @@ def export(classifier: Classifier, kind: str, directory: Path) -> Export:
     metadata = model_metadata(classifier)
     pixels, image_kind = _checked_images(classifier)
     images = torch.from_numpy(pixels)
-    data, compute = (to_torch if kind == "torch" else to_onnx)(graph, images[:2], metadata)
+    data, compute = _traced(graph, images[:2], metadata, kind, classifier.config)
     difference = largest_difference(graph, compute, images)
     same = compute(images).argmax(1) == classifier.probabilities(pixels).argmax(1)
     make_dirs(directory)
@@ -75,6 +87,20 @@ def export(classifier: Classifier, kind: str, directory: Path) -> Export:
         largest_difference=difference,
         same_class_count=int(same.sum()),
     )
+
+
+def _traced(
+    graph: nn.Module, example: torch.Tensor, metadata: dict[str, Any], kind: str, config: Config
+) -> tuple[bytes, Compute]:
+    """The exported graph. Raises `ConfigError` where a network from outside the package cannot be exported."""
+    try:
+        return (to_torch if kind == "torch" else to_onnx)(graph, example, metadata)
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_own(config, "model"):
+            raise
+        raise plugins.broken(f"model.name={config.model.name}", error, f"exporting it to {kind}") from None
 
 
 def _checked_images(classifier: Classifier) -> tuple[npt.NDArray[np.uint8], str]:
@@ -105,9 +131,12 @@ def _files_of(classifier: Classifier, directory: Path) -> list[str]:
 
 
 def _summary_of(classifier: Classifier) -> dict[str, Any]:
-    """The summary of the run, if it is about the exported checkpoint; else empty."""
+    """The summary of the run, if it is about the exported model; else empty."""
+    run = _run_of(classifier)
+    if run is None or classifier.is_changed:
+        return {}
     try:
-        summary = RunDir(classifier.checkpoint.parent.parent).summary()
+        summary = RunDir(run).summary()
     except DataError as error:
         logger.warning(f"{error}; the card has no result")
         return {}

@@ -101,6 +101,7 @@ def verified_config(config: Config) -> Config:
             "run.time_limit_seconds": None,
             "checkpoint.keep_last": 1,
             "tracking.wandb": "disabled",
+            "tracking.also": [],
         }
     )
 
