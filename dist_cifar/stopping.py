@@ -261,6 +261,10 @@ class Deadline:
         self._end = None if seconds is None else self._asked + seconds
         self._longest = 0.0
 
+    def begin(self) -> None:
+        """The first step begins now: what came before is no step."""
+        self._asked = time.monotonic()
+
     def is_near(self, write_seconds: float, *, delay: int) -> bool:
         """Whether another step, and a checkpoint whose write takes `write_seconds` in the background, may not fit, if
         the ranks hear of it `delay` steps later.

@@ -141,7 +141,7 @@ class Trainer:
 
     def fit(self, trackers: Sequence[OpenTracker] = ()) -> bool:
         """Trains to the end of the run, or until it has to stop; returns whether it is done. A collective."""
-        config, plan, state = self.config, self.plan, self.state
+        config, plan, state, device = self.config, self.plan, self.state, self.communicator.device
         if self.communicator.run_on_rank0(lambda: self.records.is_done(state)):
             self.records.show_result(state)
             return True
@@ -150,8 +150,8 @@ class Trainer:
         defer()  # from here on there is something to save
         self.console.start(plan.total_steps, state.step)
         vote, store = AsyncAnyReduce(self.communicator, 3), self.checkpoints.store
-        stream = closing(self.batches.stream(state.step, self.communicator.device))
-        with stream as batches, self.profile or nullcontext():
+        with closing(self.batches.stream(state.step, device)) as batches, self.profile or nullcontext():
+            self.deadline.begin()
             while not is_over(config, plan, state):
                 phase("data")  # before the vote: the profiler may stop here, and a collective under way would crash it
                 stops = stop_requested() or self.deadline.is_near(store.write_seconds, delay=vote.delay)

@@ -19,10 +19,10 @@ train=("$project/dist_cifar/train.py")
 NODES=${NODES:-1} PORT=${PORT:-29400} MAX_RESTARTS=${MAX_RESTARTS:-3}
 . "$project/launch/gpus.sh"
 RANKS=${RANKS:-$(count_gpus)}
-((RANKS)) || RANKS=1
 for name in NODES PORT MAX_RESTARTS RANKS; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || die "$name wants a number, found '${!name}'"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || die "$name wants a number, found '${!name}'"
 done
+((RANKS)) || RANKS=1
 ((NODES > 0)) || die "NODES wants at least 1"
 [[ $NODES == 1 || -n ${HEAD:-} ]] || die "NODES=$NODES without HEAD; give the name of one node, the same on each"
 endpoint=${HEAD:-localhost}:$PORT

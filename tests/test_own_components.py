@@ -125,6 +125,75 @@ class Buffers(nn.Module):
         return self.layer(centred.flatten(1) * self.mask * self.scale * self.frozen)
 
 
+class Constants(nn.Module):
+    """Has constants that a sum over passes or ranks would overflow, or a mean round, beside a buffer that changes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("smallest", torch.full((2,), torch.finfo(torch.float32).min))
+        self.register_buffer("never", torch.tensor(-torch.inf))
+        self.register_buffer("tenths", torch.linspace(0.1, 0.9, 50))
+        self.register_buffer("average", torch.zeros(()))
+        self.norm, self.layer = nn.BatchNorm2d(3), nn.Linear(3072, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.average += images.mean().detach()
+        return self.layer(self.norm(images).flatten(1))
+
+
+def constants_after_two_steps(communicator: Communicator, config: Config) -> tuple[bool, float]:
+    trainer = Trainer.build(config, communicator)
+    before = {name: tensor.clone() for name, tensor in trainer.strategy.model_state_dict().items()}
+    for step in range(2):
+        trainer.train_step(trainer.batches.make(step))
+    after = trainer.strategy.model_state_dict()
+    are_equal = all(torch.equal(before[name], after[name]) for name in ("smallest", "never", "tenths"))
+    return are_equal, after["average"].item()
+
+
+@pytest.mark.parametrize("strategy", ["exact", "ddp"])
+def test_constants_stay_what_they_are(ranks, own, strategy):
+    plain = ("batch.global_size=24", "strategy.virtual_ranks=3", f"strategy.name={strategy}", "run.log_every_steps=1")
+    config = own("model.name=tests.test_own_components:Constants", *PARTS, *plain)
+    found = [result for world_size in (1, 2) for result in ranks.run(world_size, constants_after_two_steps, config)]
+    assert all(are_equal for are_equal, _ in found)
+    averages = {average for _, average in found}
+    assert 0.0 not in averages and (strategy == "ddp" or len(averages) == 1)
+
+
+class Skips(nn.Module):
+    """Leaves a layer out from its third pass on, the trial's not counted, so that its parameters have no gradient."""
+
+    passes = 0
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.extra, self.layer = nn.Conv2d(3, 3, 1), nn.Linear(3072, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes += len(images) > 2
+        if self.passes < 3:
+            images = images + self.extra(images)
+        return self.layer(images.flatten(1))
+
+
+def some_steps(communicator: Communicator, config: Config) -> None:
+    trainer = Trainer.build(config, communicator)
+    for step in range(4):
+        trainer.train_step(trainer.batches.make(step))
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_layer_that_is_left_out_is_named(ranks, own, world_size):
+    config = own(
+        "model.name=tests.test_own_components:Skips", *PARTS, "strategy.name=exact", "strategy.virtual_ranks=4"
+    )
+    named = r"(extra\.(weight|bias)|a parameter) no gradient; .*DropPath does"
+    with pytest.raises(Exception, match=f"a pass gave {named}"):
+        ranks.run(world_size, some_steps, config)
+
+
 @pytest.mark.parametrize("strategy", ["exact", "ddp", "fsdp", "deepspeed"])
 def test_buffers_and_frozen_parameters(ranks, own, tmp_path, strategy):
     config = own("model.name=tests.test_own_components:Buffers", *PARTS, f"strategy.name={strategy}")

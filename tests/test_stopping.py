@@ -66,6 +66,15 @@ def check_intervals(clock):
     assert end.is_near(0.0, delay=0)
 
 
+def test_what_comes_before_the_first_step_is_no_step(clock):
+    clock.now = 0.0
+    end = Deadline(100.0)
+    clock.now = 60.0
+    end.begin()
+    clock.now = 61.0
+    assert not end.is_near(0.0, delay=6)  # 39 left; eight steps of a second and the reserve of 15
+
+
 def check_writes(clock):
     """Steps of a second; from the 11th on the disk has become slow."""
     clock.now = 0.0

@@ -1,11 +1,12 @@
 """The collectives that the trainer uses in addition to those of the strategy.
 
-Contract: every method but the properties and `watch` is a collective: all ranks call it, in the same order. With one
-rank each is the identity and no process group exists. Objects and small tensors go over a gloo group on the CPU, the
-control group, so no call waits for a GPU unless it is given a GPU's tensor. Collectives are counted, and
-`all_gather_object` notices if ranks are not in the same one. When another rank is gone they raise what gloo or NCCL
-raise (`failure_detector.is_lost_peer`). When one hangs they do so within the job's timeout; after `watch`, on CPUs, the
-failure detector ends the job instead, which does not count the time in which the job is suspended.
+Contract: every method but the properties, `watch`, `reading` and `require_process_group` is a collective: all ranks
+call it, in the same order. With one rank each is the identity and no process group exists. Objects and small tensors go
+over a gloo group on the CPU, the control group, so no call waits for a GPU unless it is given a GPU's tensor.
+Collectives are counted, and `all_gather_object` notices if ranks are not in the same one. When another rank is gone
+they raise what gloo or NCCL raise (`failure_detector.is_lost_peer`). When one hangs they do so within the job's
+timeout; after `watch`, on CPUs, the failure detector ends the job instead, which does not count the time in which the
+job is suspended.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ def exit_codes(
         for place in places:  # in sessions of their own: a terminal's Ctrl-C reaches them once, through this process
             streams: dict[str, Any] = {} if output is None else output.streams(place.rank)
             ranks.append(subprocess.Popen(command, env=rank_environ(environ, place), start_new_session=True, **streams))
+            if stopping.stop_requested():  # perhaps before there was this rank to hand it on to
+                ranks[-1].send_signal(signal.Signals[stopping.first_received()])
             if output is not None:
                 output.read(ranks[-1])
         _wait(ranks, time.sleep if output is None else output.forward)

@@ -114,5 +114,7 @@ def _threads(config: Config, env: DistEnv) -> int:
 def _prepare_libraries(threads: int) -> None:
     """Sets what libraries read from the environment when they are imported or used."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate and DDP warn when it is missing
+    # cuBLAS reads it once in the life of a process, which may train in `exact` later.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -110,4 +110,27 @@ def _build_own(config: ModelConfig, num_classes: int) -> nn.Module:
             f"{origin}: its parameter {unused} has no effect on the output, so no gradient; use it, or set its"
             " requires_grad to False"
         )
+    _require_known_buffers(model, trial, origin)
     return model
+
+
+def _require_known_buffers(model: nn.Module, seen: nn.Module, origin: str) -> None:
+    """Raises `ConfigError` for a buffer that a forward pass changes and that strategies could not average over ranks.
+
+    `seen` is a copy of `model` after one forward pass. Buffers of float32 that are saved are averaged; those of int64
+    are counts, and must not depend on the images.
+    """
+    saved, again = model.state_dict(), copy.deepcopy(model)
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    first = {name: buffer.clone() for name, buffer in seen.named_buffers()}
+    seen(images), again(images)
+    others = dict(again.named_buffers())
+    for name, buffer in seen.named_buffers():
+        if name not in first or (name in saved and buffer.dtype == torch.float32):
+            continue
+        is_count = name in saved and buffer.dtype == torch.int64
+        if not torch.equal(first[name], others[name] if is_count else buffer):
+            raise ConfigError(
+                f"{origin}: its forward pass changes the buffer {name} ({buffer.dtype}, persistent={name in saved}),"
+                " which could not be averaged over ranks; keep it in float32, persistent"
+            )

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def warm_up(use: Callable[[], None]) -> None:
         cache = _nothing.stats.cache_path
         if cache:
             try:
-                held.enter_context(exclusive(Path(cache) / "dist_cifar.lock"))
+                lock = Path(cache) / "dist_cifar.lock"
+                waits = partial(logger.info, "waiting for another process, which compiles kernels (it holds %s)", lock)
+                held.enter_context(exclusive(lock, waits=waits))
             except OSError as error:
                 reason = error.strerror
                 logger.info(f"warning: {cache} cannot be locked ({reason}): processes may compile at the same time")

@@ -67,6 +67,10 @@ def resolve_precision(
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, precision=precision))
 
 
+MOST_GRAPHS = 64
+"""Of one network: images of another size, and parameters that are frozen from some step on, are another graph."""
+
+
 def prepare_forward(
     module: nn.Module, config: ComputeConfig, device: torch.device, *, auto_compile: bool, bitwise: bool
 ) -> None:
@@ -76,8 +80,11 @@ def prepare_forward(
     """
     set_precision(module, config.precision, device)
     if compiles(config, device, auto_compile=auto_compile):
+        torch._inductor.config.deterministic = bitwise
         if bitwise:
-            torch._inductor.config.deterministic = True
+            # Above its limit of graphs the compiler would leave one out without a word, and a resume another one.
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         module.compile(dynamic=False)  # images of another size are another graph
     elif device.type == "cpu":
         replace_small_convs(module)

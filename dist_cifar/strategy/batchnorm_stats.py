@@ -1,4 +1,8 @@
-"""BatchNorm's running statistics as one flat tensor, so that saving, restoring and reducing them is one operation."""
+"""BatchNorm's running statistics as one flat tensor, so that saving, restoring and reducing them is one operation.
+
+The buffers of other layers may be constants, such as masks of the smallest number, which a mean over passes would
+change. They are reduced as what a pass has added to them, which is nothing for those.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +30,18 @@ class BatchNormStats:
         device, dtype = parameter.device, parameter.dtype
         owners = _buffers(module)
         floating = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == dtype]
+        floating.sort(key=lambda entry: not isinstance(entry[1], _NormBase))
         whole = [entry for entry in owners if getattr(entry[1], entry[2]).dtype == torch.int64]
         self.names = [name for name, _, _ in floating]
-        """Names of the floating-point buffers, in the order of `values`."""
+        """Names of the floating-point buffers, in the order of `values`: those of BatchNorm first."""
         self.values = _flatten(floating, device)
         """float32 [n]: running means and variances."""
         self.counts = _flatten(whole, device)
         """int64 [m]: the number of batches that each layer has seen."""
         self.start_values, self.start_counts = self.values.clone(), self.counts.clone()
         """Values and counts at the last `snapshot`."""
+        of_norms = sum(getattr(owner, name).numel() for _, owner, name in floating if isinstance(owner, _NormBase))
+        self._others = slice(of_norms, None) if of_norms < len(self.values) else None
         self._counters = [
             (owner, getattr(owner, name))
             for _, owner, name in whole
@@ -51,6 +58,20 @@ class BatchNormStats:
         """Restores the last snapshot."""
         self.values.copy_(self.start_values)
         self.counts.copy_(self.start_counts)
+
+    def seen(self) -> torch.Tensor:
+        """What a pass has made of the values, to be averaged: of other layers than BatchNorm only what it added."""
+        seen = self.values.clone()
+        if self._others is not None:
+            before, after = self.start_values[self._others], seen[self._others]
+            after.copy_(torch.where(after == before, 0.0, after - before))
+        return seen
+
+    def take(self, mean: torch.Tensor) -> None:
+        """Sets the values to the mean of what `seen` returned for the passes since the last snapshot."""
+        self.values.copy_(mean)
+        if self._others is not None:
+            self.values[self._others] += self.start_values[self._others]
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -83,7 +104,8 @@ class PerRankBatchNormStats(BatchNormStats):
         """The mean over ranks of each floating-point buffer; this rank's are left as they are. A collective."""
         if not self.names:
             return {}
-        mean = self._communicator.all_reduce_sum(self.values.clone()) / self._communicator.world_size
+        # Divided before: a sum of large constants would overflow.
+        mean = self._communicator.all_reduce_sum(self.values / self._communicator.world_size)
         parts = mean.split([shape.numel() for shape in self._shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self._shapes, strict=True)}
 

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from dist_cifar.config import Config
 from dist_cifar.data.batching import BatchPlan
 from dist_cifar.distributed.collectives import Communicator
+from dist_cifar.errors import ConfigError
 from dist_cifar.ops.precision import compiles
 from dist_cifar.optim.base import (
     OptimizerFactory,
@@ -40,6 +41,8 @@ from dist_cifar.strategy.compute import prepare_module
 from dist_cifar.strategy.reduction_queue import ReductionQueue, partition
 from dist_cifar.strategy.tree_nodes import passes_of_nodes
 from dist_cifar.strategy.tree_reduce import TreeAccumulator
+
+_ALIGNMENT_BYTES = 64
 
 
 class ExactStrategy:
@@ -64,9 +67,9 @@ class ExactStrategy:
         self.module = module.to(device).to(memory_format=torch.channels_last)
         prepare_module(module, config, device)
         self._statistics = BatchNormStats(module)
-        trained = trained_parameters(module)
-        self._trained = [parameter for _, parameter in trained]
-        self._optimizer = make_optimizer(trained)
+        self._named = trained_parameters(module)
+        self._trained = [parameter for _, parameter in self._named]
+        self._optimizer = make_optimizer(self._named)
 
         # The order in which the backward pass ends with them, but for the last ones of a residual block.
         self._parameters = self._trained[::-1]
@@ -102,8 +105,8 @@ class ExactStrategy:
         statistics = self._statistics
         statistics.restore()
         with nullcontext() if self._is_last_pass or self._is_compiled else statistics.uncounted():
-            logits = self.module(images)
-        seen = statistics.values.clone()
+            logits = self.module(_aligned(images))
+        seen = statistics.seen()
         node, is_first, is_last = self._nodes[self._pass]
         self._stats_sum = seen if is_first else self._stats_sum.add_(seen)
         if self._is_last_pass:
@@ -122,7 +125,7 @@ class ExactStrategy:
         loss.backward()
         node, _, is_last = self._nodes[self._pass]
         if is_last and not self._is_last_pass:
-            self._gradients.add(node, _gradients(self._parameters))
+            self._gradients.add(node, self._complete_gradients(slice(None)))
             self._optimizer.zero_grad()
         elif self._is_last_pass and self._is_alone:
             while self._next_bucket < len(self._buckets):
@@ -130,7 +133,9 @@ class ExactStrategy:
         self._pass += 1
 
     def step(self, lr: float) -> torch.Tensor:
-        assert self._pass == len(self._nodes) and self._next_bucket == len(self._buckets)
+        assert self._pass == len(self._nodes)
+        if self._next_bucket < len(self._buckets):
+            raise self._without_gradient("a parameter")
         phase("reduction")
         self._reductions.wait()
         for hook in self._hooks:
@@ -145,7 +150,7 @@ class ExactStrategy:
 
         statistics = self._statistics
         if statistics.names:
-            statistics.values.copy_(self._statistics_bucket.views[0])
+            statistics.take(self._statistics_bucket.views[0])
         statistics.restore_where(~norm.isfinite())
         statistics.snapshot()
         self._gradients.clear()
@@ -189,14 +194,32 @@ class ExactStrategy:
 
     def _reduce_next(self) -> None:
         bucket, place = self._buckets[self._next_bucket], self._bucket_slices[self._next_bucket]
-        gradients = _gradients(self._parameters[place])
+        gradients = self._complete_gradients(place)
         self._reductions.submit(partial(self._reduce, bucket, gradients, place))
         self._next_bucket += 1
 
     def _reduce(self, bucket: Bucket, gradients: list[torch.Tensor], place: slice) -> None:
         bucket.reduce(self._gradients.finish(self._nodes[-1][0], gradients, place), self._all_passes)
 
+    def _complete_gradients(self, place: slice) -> list[torch.Tensor]:
+        """The gradients of these `_parameters` after a backward pass, which must give each of them one."""
+        gradients = _gradients(self._parameters[place])
+        if any(gradient is None for gradient in gradients):
+            raise self._without_gradient(next(name for name, one in self._named if one.grad is None))
+        return gradients
+
+    def _without_gradient(self, name: str) -> ConfigError:
+        return ConfigError(
+            f"strategy.name=exact: a pass gave {name} no gradient; a network that skips layers at random must multiply"
+            " them by 0 instead, as dist_cifar.nn.DropPath does"
+        )
+
+
+def _aligned(images: torch.Tensor) -> torch.Tensor:
+    """A pass's images, at an address that does not depend on its place in the rank's batch: cuDNN chooses by it."""
+    return images.clone() if images.is_cuda and images.data_ptr() % _ALIGNMENT_BYTES else images
+
 
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
-    """The gradients of `parameters` after a backward pass, which gives each of them one."""
+    """The gradients of `parameters`, each of which has one."""
     return [parameter.grad for parameter in parameters]  # type: ignore[misc]  # none of them is None

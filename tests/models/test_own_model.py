@@ -38,6 +38,20 @@ def fails(*, num_classes):
     raise RuntimeError("out\nof luck")
 
 
+class Keeps(nn.Module):
+    """Changes a buffer of some type in each pass, by one or by what it sees."""
+
+    def __init__(self, num_classes, dtype, persistent, is_data):
+        super().__init__()
+        self.layer, self.is_data = linear(num_classes), is_data
+        self.register_buffer("kept", torch.zeros((), dtype=dtype), persistent=persistent)
+
+    def forward(self, images):
+        added = images.sum() if self.is_data else torch.ones(())
+        self.kept += added.to(self.kept.dtype)
+        return self.layer(images)
+
+
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(plugins, "_registered", {})
@@ -61,6 +75,28 @@ def test_what_cannot_be_trained_is_refused_in_one_line(registered, build, messag
     with pytest.raises(ConfigError, match=message) as caught:
         build_model(ModelConfig(name="own"), num_classes=7, seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "persistent", "is_data", "is_refused"),
+    [
+        (torch.float32, True, True, False),
+        (torch.float32, False, True, True),
+        (torch.float64, True, True, True),
+        (torch.int64, True, False, False),
+        (torch.int64, True, True, True),
+        (torch.int32, True, False, True),
+        (torch.bool, False, False, False),  # it is set once
+    ],
+)
+def test_a_buffer_that_changes_and_cannot_be_averaged_is_refused(registered, dtype, persistent, is_data, is_refused):
+    registered(lambda *, num_classes: Keeps(num_classes, dtype, persistent, is_data))
+    if not is_refused:
+        assert build_model(ModelConfig(name="own"), num_classes=7, seed=0).kept == 0
+        return
+    message = rf"changes the buffer kept \({dtype}, persistent={persistent}\), which could not be averaged"
+    with pytest.raises(ConfigError, match=message):
+        build_model(ModelConfig(name="own"), num_classes=7, seed=0)
 
 
 def test_the_trial_leaves_the_model_and_the_generator_as_they_were(registered):

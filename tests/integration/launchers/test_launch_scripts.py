@@ -147,6 +147,8 @@ def test_accelerate_reads_its_files(name, processes):
         ("torchrun.sh", [], {"PATH": "/usr/bin:/bin"}, "launch/torchrun.sh: there is no torchrun; activate"),
         ("torchrun.sh", [], {"NODES": "2"}, "launch/torchrun.sh: NODES=2 without HEAD"),
         ("torchrun.sh", [], {"NODES": "0"}, "launch/torchrun.sh: NODES wants at least 1"),
+        ("torchrun.sh", [], {"RANKS": "08"}, "launch/torchrun.sh: RANKS wants a number, found '08'"),
+        ("torchrun.sh", [], {"RANKS": "2x"}, "launch/torchrun.sh: RANKS wants a number, found '2x'"),
         ("torchrun.sh", [], {"MAX_RESTARTS": "-1"}, "launch/torchrun.sh: MAX_RESTARTS wants a number, found '-1'"),
         ("torchrun.sh", ["run.dri=x"], {}, "dist_cifar: error: command line: run.dri: unknown key"),
     ],
