@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from dist_cifar.config import Config, load_config
+from dist_cifar.distributed.launch_env import lone_environ
 from dist_cifar.tracking.console import LineHandler
 from tests.rank_pool import RankPool
 
@@ -22,18 +23,14 @@ settings.load_profile("suite")
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's caches, uses the user's W&B key or takes the suite for a rank of a job."""
     patch = pytest.MonkeyPatch()
+    kept = lone_environ(os.environ)
     for name in list(os.environ):
-        if name.startswith(("WANDB_", "ACCELERATE_", "SLURM_", "OMPI_", "PMIX_", "TORCHELASTIC_")) or name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "OMP_NUM_THREADS",
-        ):
+        if name not in kept or name == "OMP_NUM_THREADS" or name.startswith(("WANDB_", "ACCELERATE_", "SLURM_")):
             patch.delenv(name)
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
+    for name in ("no_proxy", "NO_PROXY"):
+        patch.setenv(name, "localhost,127.0.0.1")
     yield
     patch.undo()
 

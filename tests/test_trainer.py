@@ -29,6 +29,7 @@ from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.ops import numba_jit, precision
 from dist_cifar.optim.plateau import Plateau
 from dist_cifar.run import atomic_io, checkpoint, checkpointing
+from dist_cifar.run.timers import ComputeTimer
 from dist_cifar.stopping import Deadline
 from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.tracking.console import Console
@@ -645,19 +646,14 @@ def test_too_many_skipped_steps_end_the_run(ranks, tiny):
 
 
 def slow(communicator: Communicator, config: Config, rank: int) -> list[str]:
-    """What is said of stragglers in a run in which `rank` computes slowly."""
-    forward, line, lines = DdpStrategy.forward, Console.line, []
-
-    def slower(self: DdpStrategy, images: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.2 if communicator.rank == rank else 0)
-        return forward(self, images)
-
-    DdpStrategy.forward = slower
+    """What is said of stragglers in a run in which `rank` computes slowly, by its clock."""
+    take, line, lines = ComputeTimer.take, Console.line, []
+    ComputeTimer.take = lambda self: 3.0 if communicator.rank == rank else 1.0
     Console.line = lambda self, line: lines.append(line)
     try:
         train(communicator, config)
     finally:
-        DdpStrategy.forward, Console.line = forward, line
+        ComputeTimer.take, Console.line = take, line
     return [line for line in lines if line.startswith("straggler")]
 
 

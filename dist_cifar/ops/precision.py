@@ -68,7 +68,8 @@ def resolve_precision(
 
 
 MOST_GRAPHS = 64
-"""Of one network: images of another size, and parameters that are frozen from some step on, are another graph."""
+"""The graphs that one network may have: images of another size, and parameters that are frozen from some step on, are
+another one."""
 
 
 def prepare_forward(
@@ -82,7 +83,7 @@ def prepare_forward(
     if compiles(config, device, auto_compile=auto_compile):
         torch._inductor.config.deterministic = bitwise
         if bitwise:
-            # Above its limit of graphs the compiler would leave one out without a word, and a resume another one.
+            # Above its limit of graphs the compiler would silently leave one out, and after a resume another one.
             torch._dynamo.config.recompile_limit = MOST_GRAPHS
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         module.compile(dynamic=False)  # images of another size are another graph

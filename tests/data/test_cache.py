@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import stat
-import time
 
 import numpy as np
 import pytest
@@ -290,26 +289,31 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-def build_together(root, barrier, results):
+def build_together(root, barrier, waiting, results):
     def build():
         with (root / "builds").open("a") as file:
             file.write("built\n")
-        time.sleep(0.3)  # long enough for the others to arrive
+        assert all(waiting.acquire(timeout=PATIENCE_SECONDS) for _ in range(3)), "not all others wait"
         return some_arrays()
+
+    def log(line):
+        lines.append(line)
+        waiting.release()
 
     lines = []
     logger = logging.getLogger("dist_cifar")
-    logger.addHandler(LineHandler(lines.append))
+    logger.addHandler(LineHandler(log))
     logger.setLevel(logging.INFO)
-    barrier.wait()
+    barrier.wait(PATIENCE_SECONDS)
     entry = load_or_build(root, "set", KEY, build)
     results.put((int(entry.arrays.train_images.sum()), entry.content_sha256, len(lines)))
 
 
 def test_of_processes_that_start_at_once_one_builds(tmp_path):
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(4), context.Queue()
-    processes = [context.Process(target=build_together, args=(tmp_path, barrier, results)) for _ in range(4)]
+    barrier, waiting, results = context.Barrier(4), context.Semaphore(0), context.Queue()
+    arguments = (tmp_path, barrier, waiting, results)
+    processes = [context.Process(target=build_together, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     found = [results.get(timeout=PATIENCE_SECONDS) for _ in processes]

@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -142,14 +141,6 @@ def test_a_download_is_missing_until_it_is_here_or_in_the_cache(tmp_path, monkey
 def test_a_missing_root_is_named(tmp_path):
     with pytest.raises(DataError, match=r"missing.*data.root must hold"):
         load_dataset(DataConfig(source="folder", root=str(tmp_path / "missing"), cache_dir=str(tmp_path)))
-
-
-def test_a_warm_start_is_quick(tmp_path):
-    config = DataConfig(source="synthetic", cache_dir=str(tmp_path))
-    load_dataset(config)
-    start = time.process_time()
-    load_dataset(config)
-    assert time.process_time() - start < 0.05
 
 
 def test_no_torch_is_imported():

@@ -76,7 +76,6 @@ def test_a_process_of_another_kernel_or_namespace_is_let_alone(sleep, change):
     assert rank.unhealthy_reason() is None
 
 
-@pytest.mark.skipif(not os.access(LAST_PID, os.W_OK), reason="must choose the number of a process: needs root")
 def test_a_process_that_got_the_number_of_a_rank_is_not_killed(sleep):
     first = sleep()
     rank = RankProcess(identity_of(first), seen_from=own_identity())
@@ -84,7 +83,10 @@ def test_a_process_that_got_the_number_of_a_rank_is_not_killed(sleep):
     first.wait()
     time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # the kernel counts the time of a start in ticks
     for _ in range(1000):  # another process may be quicker
-        LAST_PID.write_text(str(first.pid - 1))
+        try:
+            LAST_PID.write_text(str(first.pid - 1))
+        except OSError:  # its mode lets everybody write, and the kernel does not
+            pytest.skip("must choose the number of a process: needs root")
         second = sleep()
         if second.pid == first.pid:
             break

@@ -76,7 +76,9 @@ def quick(times: dict[str, float]) -> None:
 
 
 def listener(port: int) -> socket.socket:
-    return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 def wait_until_taken(port: int) -> None:

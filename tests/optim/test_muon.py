@@ -136,7 +136,11 @@ def test_newton_schulz_brings_singular_values_near_1(shape):
 
 def test_in_bf16_it_is_torchs_to_rounding():
     matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
-    expected = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    weight = nn.Parameter(torch.zeros_like(matrix))
+    weight.grad = matrix.clone()
+    options = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "ns_steps": 5, "eps": 1e-7}
+    torch.optim.Muon([weight], lr=1.0, ns_coefficients=(3.4445, -4.7750, 2.0315), **options).step()
+    expected = -weight.detach().bfloat16()
     found = newton_schulz(matrix.bfloat16(), 5, (3.4445, -4.7750, 2.0315))
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)
 

@@ -278,5 +278,6 @@ def mutant(module: str, old: str, new: str) -> Code:
 
 def assert_caught(root: Path, check: Callable[[Code, Path], object], module: str, old: str, new: str) -> None:
     """`check` fails on the code of `module` (`checkpoint` or `atomic_io`) with the passage `old` replaced by `new`."""
+    code = mutant(module, old, new)
     with pytest.raises((AssertionError, CheckpointError, OSError, ZeroDivisionError, pytest.fail.Exception)):
-        check(mutant(module, old, new), root)
+        check(code, root)

@@ -295,14 +295,14 @@ MUTANTS = {
     "load_newest does not wait": (
         check_next_save_waits,
         "checkpoint",
-        "        self.wait()\n        return self._load",
-        "        return self._load",
+        "        self.wait()\n        return self._load(self._paths)",
+        "        return self._load(self._paths)",
     ),
     "load_best does not wait": (
         check_next_save_waits,
         "checkpoint",
-        "        self.wait()\n        candidates",
-        "        candidates",
+        "        self.wait()\n        return self._load(lambda",
+        "        return self._load(lambda",
     ),
     "a defect vanishes": (
         check_failure_surfaces,

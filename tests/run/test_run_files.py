@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import time
 from copy import deepcopy
 from pathlib import Path
 
@@ -154,8 +153,7 @@ def test_any_value_at_any_place_does_no_harm(run, tmp_path):
     """A fuzzer: some values of all files are replaced, taken away or put elsewhere."""
     chance = random.Random(16)
     path = copy(run, tmp_path)
-    end = time.monotonic() + 8
-    for _ in range(400):
+    for _ in range(100):
         for name in chance.sample([name for name in FILES if name != "config.yaml"], 2):
             lines = (run / name).read_text().splitlines() if name.endswith("l") else [(run / name).read_text()]
             records = [json.loads(line) for line in lines]
@@ -164,8 +162,6 @@ def test_any_value_at_any_place_does_no_harm(run, tmp_path):
             (path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
         page = look(path)
         assert not any("\x1b" in line for line in page)
-        if time.monotonic() > end:
-            break
 
 
 def _change(record: dict, chance: random.Random) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import io
 import json
-import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +108,28 @@ def test_a_run_that_ends_early_says_what_there_is(ranks, tiny):
     assert not Path(few.run.dir, "profile").exists()
 
 
-def test_phases_last_until_the_next_and_what_is_outside_of_a_step_does_not_count(tmp_path):
+@pytest.fixture
+def wait(monkeypatch):
+    """A function that lets some seconds pass on the profiler's clock, on which no time passes otherwise."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(step_profiler, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def advance(seconds):
+        clock.now += seconds
+
+    return advance
+
+
+def test_phases_last_until_the_next_and_what_is_outside_of_a_step_does_not_count(tmp_path, wait):
     with Profile(tmp_path, rank=0, device=torch.device("cpu")) as opened:
         for _ in range(step_profiler.SKIPPED_STEPS + 3):
             phase("data")
             phase("forward")
-            time.sleep(0.02)
+            wait(0.02)
             phase("data wait of another kind")  # no phase of a step
-            time.sleep(0.05)
+            wait(0.05)
             phase("forward")
-            time.sleep(0.02)
+            wait(0.02)
             phase("other")
     steps = opened.milliseconds()
     assert len(steps) == 2
@@ -125,8 +137,7 @@ def test_phases_last_until_the_next_and_what_is_outside_of_a_step_does_not_count
     assert set(summary["phases"]) == {"data", "forward", "other"}
     forward = summary["phases"]["forward"]
     assert (forward["slowest_rank"], forward["slowest_milliseconds"]) == (1, 500.0)
-    own = 2 * forward["milliseconds"] - 500
-    assert 40 <= own < 85
+    assert 2 * forward["milliseconds"] - 500 == pytest.approx(40)
     assert summary["milliseconds_per_step"] == pytest.approx((500 + sum(map(sum, map(_own, steps))) / 2) / 2)
 
 
@@ -134,18 +145,19 @@ def _own(step: dict[str, float]) -> list[float]:
     return [milliseconds for name, milliseconds in step.items() if name in step_profiler.PHASES]
 
 
-def test_reduction_begins_at_the_last_gradient(tmp_path):
+def test_reduction_begins_at_the_last_gradient(tmp_path, wait):
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     step_profiler.reduction_follows(parameters)
     with Profile(tmp_path, rank=0, device=torch.device("cpu")) as opened:
         for _ in range(step_profiler.SKIPPED_STEPS + 2):
             phase("data")
             phase("backward")
+            wait(0.01)
             sum(parameter.sum() for parameter in parameters).backward()
-            time.sleep(0.02)
+            wait(0.02)
             phase("other")
     (step,) = opened.milliseconds()
-    assert step["reduction"] >= 20 > step["backward"]
+    assert (step["backward"], step["reduction"]) == pytest.approx((10, 20))
 
 
 def test_nothing_is_left_open_by_an_error(tmp_path):

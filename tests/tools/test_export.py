@@ -184,9 +184,8 @@ def test_names_in_the_card_are_shown_letter_for_letter(trained, classifier, tmp_
 
 
 def test_a_checkpoint_is_a_model_too(trained, classifier, tmp_path):
-    (first, *_) = sorted((trained / "checkpoints").glob("step-*"))
-    named = load_classifier(first, CPU)
-    assert named.step == int(first.name.partition("-")[2]) and named.checkpoint == first
-    if named.step != classifier.step:
-        main(["export", str(first), "--to", "torch", "--out", str(tmp_path)])
-        assert "Not evaluated on the test split" in (tmp_path / "README.md").read_text()
+    found = [load_classifier(path, CPU) for path in sorted((trained / "checkpoints").glob("step-*"))]
+    assert [named.step for named in found] == [int(named.checkpoint.name.partition("-")[2]) for named in found]
+    (other, *_) = (named for named in found if named.step != classifier.step)
+    main(["export", str(other.checkpoint), "--to", "torch", "--out", str(tmp_path)])
+    assert "Not evaluated on the test split" in (tmp_path / "README.md").read_text()

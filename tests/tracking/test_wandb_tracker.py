@@ -449,6 +449,7 @@ def test_a_run_that_was_killed_online_goes_on_where_the_server_is(tmp_path, save
                 time.sleep(0.1)
             print(3, file=first.stdin, flush=True)
             while len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) < 13:
+                assert first.poll() is None
                 time.sleep(0.01)
             time.sleep(1)
             first.kill()

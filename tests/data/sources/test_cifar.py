@@ -442,7 +442,7 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
 
 
 def download_together(spec, root, url, barrier, results):
-    barrier.wait()
+    barrier.wait(PATIENCE_SECONDS)
     results.put(read_archive(spec, root, url).train_labels.tolist())
 
 
@@ -453,7 +453,7 @@ def test_processes_that_start_at_once_download_once(tmp_path, serve):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
     arguments = (make_spec(tar, files), tmp_path, url, barrier, results)
-    processes = [context.Process(target=download_together, args=arguments) for _ in range(4)]
+    processes = [context.Process(target=download_together, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     labels = [results.get(timeout=PATIENCE_SECONDS) for _ in processes]

@@ -55,21 +55,26 @@ def run(jobs: Jobs, tiny: Callable[..., Config], tmp_path: Path) -> Callable[...
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, str]:
-    """The hash of an undisturbed run; filled by `require_resumes`."""
+    """The hash of an undisturbed run; filled by `require_golden`."""
     return {}
 
 
 def require_resumes(run: Callable[..., Job], golden: dict[str, str]) -> None:
     """The same job again ends with the weights of a run that nothing disturbed."""
-    if not golden:
-        job = run(directory="golden")
-        assert job.wait(START_SECONDS) == [0] * WORLD_SIZE, job
-        assert job.summary()["steps"] == STEPS
-        golden["sha256"] = job.summary()["weights_sha256"]
     job = run()
     saved = list(job.run_dir.glob("checkpoints/step-*"))  # one that was being written when the job died is lost
     assert job.wait(START_SECONDS) == [0] * WORLD_SIZE, job
     assert bool(saved) == bool(re.search(r"resume     from the checkpoint of step \d", job.stdout(0)))
+    require_golden(job, run, golden)
+
+
+def require_golden(job: Job, run: Callable[..., Job], golden: dict[str, str]) -> None:
+    """The job has ended with the weights of a run that nothing disturbed."""
+    if not golden:
+        undisturbed = run(directory="golden")
+        assert undisturbed.wait(START_SECONDS) == [0] * WORLD_SIZE, undisturbed
+        assert undisturbed.summary()["steps"] == STEPS
+        golden["sha256"] = undisturbed.summary()["weights_sha256"]
     assert job.summary()["weights_sha256"] == golden["sha256"]
 
 
@@ -279,8 +284,7 @@ def test_a_second_job_in_the_run_directory_is_refused_and_disturbs_nothing(run, 
     assert not second.errors(1)
     first.go_on(0)
     assert first.wait(START_SECONDS) == [0, 0, 0], first
-    if golden:
-        assert first.summary()["weights_sha256"] == golden["sha256"]
+    require_golden(first, run, golden)
 
 
 def test_a_job_waits_for_one_that_is_about_to_end(run, golden):

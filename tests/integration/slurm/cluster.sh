@@ -185,13 +185,13 @@ up() { # up N
     ip link set "$bridge" up
     boot head "$subnet.254"
     for ((i = 1; i <= $1; i++)); do boot "node$i" "$subnet.$i"; done
-    for ((SECONDS = 0; SECONDS < 30; )); do
+    for ((SECONDS = 0; SECONDS < 120; )); do
         (($(timeout 5 sinfo --noheader --Node --partition=debug --format=%T 2>/dev/null | grep -cx idle) != $1)) || return 0
         sleep 0.1
     done
     tail -n 5 "$root"/log/* >&2
     down
-    die "the nodes were not idle within 30 s"
+    die "the nodes were not idle within 120 s"
 }
 
 down() {
