@@ -14,7 +14,7 @@ UV := .venv-uv/bin/uv
 LAUNCH := $(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml dist_cifar/train.py
 
 # Debian's: the suite's cluster, mpirun, and a browser for the report.
-TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin mpich chromium
+TEST_PACKAGES := slurmctld slurmd slurm-client munge iproute2 procps openmpi-bin mpich chromium g++
 
 .PHONY: help quickstart test test-slurm test-packages lint types check docs lock clean require-python FORCE
 
@@ -55,7 +55,7 @@ test-slurm: $(VENV)/installed-test test-packages
 
 # As another user than root, or without apt-get, it changes nothing: the tests then say what is missing.
 test-packages:
-	@(for name in slurmctld slurmd sbatch munged ip pgrep mpirun.openmpi mpirun.mpich chromium; do command -v $$name || exit 1; done) >/dev/null || \
+	@(for name in slurmctld slurmd sbatch munged ip pgrep mpirun.openmpi mpirun.mpich chromium g++; do command -v $$name || exit 1; done) >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get -qq update && \
 		DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $(TEST_PACKAGES) >/dev/null; \
