@@ -137,7 +137,7 @@ def test_the_size_is_a_function_of_the_step_and_the_length():
 # --- mutants -----------------------------------------------------------------------------------------------------
 
 MUTANTS = {
-    "a fraction as a float": ("Fraction(str(phase.until))", "Fraction(phase.until)"),
+    "a fraction as a float": ("as_written(phase.until)", "Fraction(phase.until)"),
     "a phase one step longer": ("if done < ", "if done <= "),
     "areas start one pixel late": ("first[:, None] + np.arange(width)", "first[:, None] + 1 + np.arange(width)"),
     "areas end early": ("start + IMAGE_SIZE, pixel + size", "start + IMAGE_SIZE - 1, pixel + size"),

@@ -546,6 +546,41 @@ def test_levels_are_predicted_to_gain_between_nodes_alone(script):
     assert "Predicted, not measured" in shown and "| 2 | 1.0 | 2.0 | 0.2 |" in shown
 
 
+def predicted(script, *, memory: float = 1e12, **changes: float) -> tuple[float, float]:
+    """Seconds of a step of `exact` and of `ddp`: buckets of 900 and 100 bytes at 100 bytes a second, 10 between nodes;
+    memory is as good as free, so that its time can be left out."""
+    model = script("cost_model")
+    cluster = model.Cluster(
+        gpus_per_node=2,
+        within_bytes_per_second=100,
+        between_bytes_per_second=10,
+        within_latency_seconds=1,
+        between_latency_seconds=2,
+        memory_bytes_per_second=memory,
+    )
+    options = {"ranks": 2, "compute_seconds": 10} | changes
+    buckets = {"exact_buckets": [900, 100], "ddp_buckets": [900, 100]}
+    found = model.predict(**options, **buckets, cluster=cluster, in_levels=False)
+    return found["exact"], found["ddp"]
+
+
+def test_predicted_steps_are_those_of_a_hand_calculation(script):
+    # Half of 1,000 bytes in each of two collectives, with two launches a bucket, of which an all-reduce has one; 0.55
+    # of 10 seconds hide a part of that.
+    assert predicted(script) == pytest.approx((10 + 14 - 5.5, 10 + 12 - 5.5))
+    # Two of the three other ranks are on the other node: half of the bytes at 10 a second, against a ring at 20.
+    between = (50 + 0.75 * 1000 / 20 + 8, 2 * 0.75 * 1000 / 20 + 4)
+    assert predicted(script, ranks=4) == pytest.approx(tuple(10 + seconds - 5.5 for seconds in between))
+    # Everything hides but the last bucket; a rank alone sends nothing.
+    assert predicted(script, compute_seconds=1000) == pytest.approx((1000 + 3, 1000 + 2))
+    assert predicted(script, ranks=1) == pytest.approx((10, 10))
+
+
+def test_predicted_steps_have_the_memory_traffic_of_the_tree(script):
+    found = predicted(script, compute_seconds=1000, memory=1000)
+    assert found == pytest.approx((1003 + 2 + 3 * 0.5 + 1, 1002 + 4))
+
+
 def test_between_nodes_levels_send_a_part_of_the_bytes(script):
     model = script("cost_model")
     cluster = model.Cluster(within_bytes_per_second=1e30, within_latency_seconds=0.0, between_latency_seconds=0.0)

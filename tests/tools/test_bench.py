@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -83,58 +82,6 @@ def test_bytes_on_the_wire_are_counted(strategy):
     assert strategy.wire_bytes_exact([1000, 998], 4) == 1.5 * (4000 + 4000)  # padded to a multiple of four elements
 
 
-def predicted(strategy: ModuleType, **changes: float) -> dict[str, float]:
-    """Times of 900 and 100 bytes at 100 and 10 bytes a second; memory as good as free, so its time can be left out."""
-    cluster = strategy.Cluster(
-        gpus_per_node=2,
-        within_bytes_per_second=100,
-        between_bytes_per_second=10,
-        within_latency_seconds=1,
-        between_latency_seconds=2,
-        memory_bytes_per_second=changes.pop("memory", 1e12),
-    )
-    options = {"ranks": 2, "passes": 1, "compute_seconds": 100, "hidden_share": 0.1} | changes
-    return strategy.predict(**options, exact_buckets=[900, 100], ddp_buckets=[900, 100], cluster=cluster)
-
-
-def test_prediction_within_a_node_is_that_of_a_hand_calculation(strategy):
-    found = predicted(strategy)
-    # Half of 1000 bytes in each of two collectives, with two launches a bucket; an all-reduce has one.
-    assert found["exact_communication_seconds"] == pytest.approx(2 * 5 + 4)
-    assert found["ddp_communication_seconds"] == pytest.approx(2 * 5 + 2)
-    assert found["exact_exposed_seconds"] == pytest.approx(14 - 10)
-    assert found["ddp_exposed_seconds"] == pytest.approx(12 - 10)
-    assert found["exact_over_ddp"] == pytest.approx(104 / 102)
-
-
-def test_prediction_between_nodes_knows_that_an_all_to_all_leaves_through_one_port(strategy):
-    found = predicted(strategy, ranks=4)
-    # Two of the three other ranks are on the other node: half of the bytes at 10 a second, against a ring at 20.
-    assert found["exact_communication_seconds"] == pytest.approx(50 + 0.75 * 1000 / 20 + 8)
-    assert found["ddp_communication_seconds"] == pytest.approx(2 * 0.75 * 1000 / 20 + 4)
-
-
-def test_prediction_hides_everything_but_the_last_bucket(strategy):
-    found = predicted(strategy, hidden_share=1.0)
-    assert found["exact_exposed_seconds"] == pytest.approx(1 + 2)
-    assert predicted(strategy, ranks=1)["exact_exposed_seconds"] == 0
-
-
-def test_prediction_counts_the_memory_traffic_of_the_tree(strategy):
-    found = predicted(strategy, passes=3, memory=1000)
-    assert found["exact_memory_seconds"] == pytest.approx(3 * 2 + 2 + 3 * 0.5 + 1)
-    assert found["ddp_memory_seconds"] == pytest.approx(3 * 2 + 4)
-
-
-def test_more_network_costs_less(strategy):
-    rows = [
-        strategy.predictions(dataclasses.replace(strategy.Cluster(), between_bytes_per_second=speed))
-        for speed in (25e9, 100e9)
-    ]
-    assert [row["exact_over_ddp"] > 1 for row in rows[0]] == [True] * len(strategy.PREDICTED)
-    assert rows[0][-1]["exact_exposed_seconds"] > rows[1][-1]["exact_exposed_seconds"]
-
-
 @pytest.mark.slow
 def test_strategy_benchmark_measures_the_traffic_that_it_counts(tmp_path):
     """On four ranks, where handing every gradient to everyone would be twice as much."""
@@ -148,8 +95,7 @@ def test_strategy_benchmark_measures_the_traffic_that_it_counts(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
-    assert {"hardware", "versions", "rounds", "load_average_before", "assumptions", "predictions"} <= result.keys()
-    assert "NO GPU WAS MEASURED" in done.stdout and "no GPU" in result["assumptions"]["measured"]
+    assert {"hardware", "versions", "rounds", "load_average_before"} <= result.keys()
     (row,) = result["results"]
     assert (row["model"], row["precision"], row["ranks"], row["steps_per_sample"]) == ("resnet20", "fp32", 4, 1)
     for name in ("exact", "ddp_equal", "ddp_natural"):
