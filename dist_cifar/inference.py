@@ -23,7 +23,7 @@ from torch import nn
 from dist_cifar import plugins
 from dist_cifar.augment.cpu import normalize
 from dist_cifar.augment.image import ImageStats
-from dist_cifar.config import Config, config_from_values, is_own
+from dist_cifar.config import Config, config_from_values, is_own, known_names
 from dist_cifar.data.decode import decode_image, read_file, read_stream, why_unreadable
 from dist_cifar.data.names import is_ignored
 from dist_cifar.errors import CheckpointError, ConfigError, listed, nearest_path, one_line
@@ -140,16 +140,18 @@ def _changed_files(config: Config, trained_with: Mapping[str, str]) -> list[str]
     if not is_own(config, "model"):
         return []
     now = plugins.files_of("model", config.model.name)
-    return [name for name, known in now.items() if trained_with.get(name) != known]
+    return [name for name, known in now.items() if trained_with.get(name, known) != known]
 
 
 def _rebuild(checkpoint: Checkpoint) -> tuple[Config, tuple[str, ...], ImageStats, nn.Module]:
     """The config, the classes, the statistics and the model of a checkpoint. Raises `CheckpointError`, and
     `ConfigError` where a network from outside the package is not found."""
     state = require_state(checkpoint)
-    own = str(state["config"].get("model.name"))
-    if plugins.is_reference(own):
-        plugins.find("model", "model.name", own)
+    name = str(state["config"].get("model.name"))
+    if plugins.is_reference(name):
+        plugins.find("model", "model.name", name)
+    elif name not in known_names("model", "name") and name not in plugins.registered_names("model"):
+        raise ConfigError(f"model.name={name}: is not registered in this process; register it before, as the run did")
     try:
         config = config_from_values(state["config"])
         classes, stats = tuple(state["classes"]), ImageStats(mean=tuple(state["mean"]), std=tuple(state["std"]))

@@ -125,7 +125,7 @@ def run_stoppable(program: Callable[[], int]) -> int:
     except Stopped as stop:
         report(stop)
         return stop.exit_code
-    except Exception:  # a defect of this program; Python's own code for it is that of what `doctor` found
+    except Exception:  # a defect: Python would exit with 1, which says that `doctor` found a failure
         traceback.print_exc()
         return EXIT_INTERNAL
     finally:

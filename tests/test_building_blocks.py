@@ -326,10 +326,10 @@ def test_a_run_that_is_done_says_what_makes_it_longer_and_where_a_late_tta_is(ti
     assert fit(limited) and "this run is done; train.max_steps=N makes it longer" in said[-2]
     followed = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, name="cosine"))
     followed = dataclasses.replace(followed, run=dataclasses.replace(config.run, dir=config.run.dir + "-cosine"))
-    assert fit(followed) and fit(followed) and "done; a longer one is a new run (run.name=NAME)" in said[-2]
+    assert fit(followed) and fit(followed) and "done; a longer one is a new run (run.dir=PATH)" in said[-2]
     for tta, then in (("mirror", f"; dist-cifar evaluate {config.run.dir} --tta has it"), ("mirror_translate", "")):
         late = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tta=tta))
-        assert fit(late) and said[-2] == f"eval.tta={tta} of the share 1 was not part of its final test{then}"
+        assert fit(late) and said[-2] == f"its final test did not use eval.tta={tta} (eval.tta_share=1){then}"
 
 
 def test_options_of_the_packages_own_are_fields(tiny):

@@ -28,8 +28,7 @@ from dist_cifar.distributed.collectives import Communicator
 from dist_cifar.errors import CheckpointError, ConfigError, TrainingError
 from dist_cifar.ops import numba_jit, precision
 from dist_cifar.optim.plateau import Plateau
-from dist_cifar.run import atomic_io, checkpoint, checkpointing
-from dist_cifar.run.timers import ComputeTimer
+from dist_cifar.run import atomic_io, checkpoint, checkpointing, timers
 from dist_cifar.stopping import Deadline
 from dist_cifar.strategy.ddp import DdpStrategy
 from dist_cifar.tracking.console import Console
@@ -646,14 +645,25 @@ def test_too_many_skipped_steps_end_the_run(ranks, tiny):
 
 
 def slow(communicator: Communicator, config: Config, rank: int) -> list[str]:
-    """What is said of stragglers in a run in which `rank` computes slowly, by its clock."""
-    take, line, lines = ComputeTimer.take, Console.line, []
-    ComputeTimer.take = lambda self: 3.0 if communicator.rank == rank else 1.0
+    """What is said of stragglers in a run in which, by a clock of its own, a forward pass of `rank` takes three seconds
+    and those of others one; these then wait."""
+    forward, backward, line, lines = DdpStrategy.forward, DdpStrategy.backward, Console.line, []
+    clock, works = [0.0], 3.0 if communicator.rank == rank else 1.0
+
+    def timed(method: Any, seconds: float) -> Any:
+        def call(self: DdpStrategy, argument: torch.Tensor) -> Any:
+            clock[0] += seconds
+            return method(self, argument)
+
+        return call
+
+    DdpStrategy.forward, DdpStrategy.backward = timed(forward, works), timed(backward, 3.0 - works)
     Console.line = lambda self, line: lines.append(line)
+    timers.time = SimpleNamespace(perf_counter=lambda: clock[0])
     try:
         train(communicator, config)
     finally:
-        ComputeTimer.take, Console.line = take, line
+        DdpStrategy.forward, DdpStrategy.backward, Console.line, timers.time = forward, backward, line, time
     return [line for line in lines if line.startswith("straggler")]
 
 

@@ -70,7 +70,7 @@ def begun(directory: Path, *, alone: bool) -> dict[str, Any]:
     """The machine of a run and whether it was the run's alone, from its first start on; kept beside `directory`."""
     path = directory.with_name(f"{directory.name}.json")
     found = {"hardware": hardware(), "load_average_before": round(os.getloadavg()[0], 2), "alone": alone}
-    if path.exists():
+    if path.exists() and directory.exists():
         first = json.loads(path.read_text(encoding="utf-8"))
         if (directory / "summary.json").exists():
             return first

@@ -76,6 +76,8 @@ def _environment_put_back() -> Iterator[None]:
 def _torch_put_back() -> Iterator[None]:
     import torch
 
+    from dist_cifar.ops.precision import put_compiler_back
+
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -84,6 +86,7 @@ def _torch_put_back() -> Iterator[None]:
     try:
         yield
     finally:
+        put_compiler_back()
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32

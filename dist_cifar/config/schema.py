@@ -232,7 +232,8 @@ class TrainConfig:
     each epoch. With a fraction, the last step is the one that completes it. Not free if a step depends on the length of
     the run, as with a cosine or a triangle (docs/runs.md)."""
     max_steps: Free[PositiveInt | None] = None
-    """Stop after this many steps even if the epochs are not complete. Not free where `epochs` is not."""
+    """Stop after this many steps even if the epochs are not complete. Fixed at resume whenever
+    `epochs` is."""
     patience_evaluations: Free[PositiveInt | None] = None
     """End the run early, as done, when so many evaluations in a row have not bettered the best accuracy."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0

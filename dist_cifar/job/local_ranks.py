@@ -77,14 +77,19 @@ def exit_codes(
             held.enter_context(_handled(hand_on))
         held.callback(kill)  # the last to be entered is the first to be left
         for place in places:  # in sessions of their own: a terminal's Ctrl-C reaches them once, through this process
+            if stopping.stop_requested():
+                break
             streams: dict[str, Any] = {} if output is None else output.streams(place.rank)
             ranks.append(subprocess.Popen(command, env=rank_environ(environ, place), start_new_session=True, **streams))
-            if stopping.stop_requested():  # perhaps before there was this rank to hand it on to
+            if stopping.stop_requested():  # while there was not yet this rank to hand it on to
                 ranks[-1].send_signal(signal.Signals[stopping.first_received()])
             if output is not None:
                 output.read(ranks[-1])
         _wait(ranks, time.sleep if output is None else output.forward)
-    return [rank.wait() for rank in ranks]
+    codes = [rank.wait() for rank in ranks]
+    if len(codes) < count:  # a signal came before the others were started
+        codes += [stopping.Stopped(stopping.first_received()).exit_code] * (count - len(codes))
+    return codes
 
 
 @contextlib.contextmanager

@@ -123,7 +123,11 @@ def _require_known_buffers(model: nn.Module, seen: nn.Module, origin: str) -> No
     saved, again = model.state_dict(), copy.deepcopy(model)
     images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     first = {name: buffer.clone() for name, buffer in seen.named_buffers()}
-    seen(images), again(images)
+    try:
+        for network in (seen, again):
+            network(images)
+    except Exception as error:
+        raise plugins.broken(origin, error, "its second forward pass") from None
     others = dict(again.named_buffers())
     for name, buffer in seen.named_buffers():
         if name not in first or (name in saved and buffer.dtype == torch.float32):

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,6 +73,23 @@ MOST_GRAPHS = 64
 another one."""
 
 
+_compiler_before: dict[tuple[Any, str], Any] = {}
+"""The settings of torch's compiler that `prepare_forward` has changed, as they were."""
+
+
+def _configure(settings: Any, **values: Any) -> None:
+    for name, value in values.items():
+        _compiler_before.setdefault((settings, name), getattr(settings, name))
+        setattr(settings, name, value)
+
+
+def put_compiler_back() -> None:
+    """Sets torch's compiler as it was before `prepare_forward`."""
+    while _compiler_before:
+        (settings, name), value = _compiler_before.popitem()
+        setattr(settings, name, value)
+
+
 def prepare_forward(
     module: nn.Module, config: ComputeConfig, device: torch.device, *, auto_compile: bool, bitwise: bool
 ) -> None:
@@ -81,11 +99,11 @@ def prepare_forward(
     """
     set_precision(module, config.precision, device)
     if compiles(config, device, auto_compile=auto_compile):
-        torch._inductor.config.deterministic = bitwise
         if bitwise:
+            _configure(torch._inductor.config, deterministic=True)
             # Above its limit of graphs the compiler would silently leave one out, and after a resume another one.
-            torch._dynamo.config.recompile_limit = MOST_GRAPHS
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
+            limit = {"recompile_limit": MOST_GRAPHS, "fail_on_recompile_limit_hit": True, "suppress_errors": False}
+            _configure(torch._dynamo.config, **limit)
         module.compile(dynamic=False)  # images of another size are another graph
     elif device.type == "cpu":
         replace_small_convs(module)

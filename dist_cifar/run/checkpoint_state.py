@@ -61,6 +61,7 @@ _STATE: Shape = {
     "std": lambda value: _is_colour(value) and min(value) > 0,
     "world_size": is_positive,
     "numerics": by_name(_is_anything),
+    "own_files": by_name(is_text),
 }
 _GROUPS = ("model", "optimizer", "ranks")
 

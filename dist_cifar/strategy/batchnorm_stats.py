@@ -61,17 +61,25 @@ class BatchNormStats:
 
     def seen(self) -> torch.Tensor:
         """What a pass has made of the values, to be averaged: of other layers than BatchNorm only what it added."""
-        seen = self.values.clone()
-        if self._others is not None:
-            before, after = self.start_values[self._others], seen[self._others]
-            after.copy_(torch.where(after == before, 0.0, after - before))
-        return seen
+        return self._added(self.start_values)
 
     def take(self, mean: torch.Tensor) -> None:
         """Sets the values to the mean of what `seen` returned for the passes since the last snapshot."""
         self.values.copy_(mean)
+        self._add(self.values, self.start_values)
+
+    def _added(self, start: torch.Tensor) -> torch.Tensor:
+        """A copy of the values, those of other layers than BatchNorm as differences from `start`."""
+        values = self.values.clone()
         if self._others is not None:
-            self.values[self._others] += self.start_values[self._others]
+            before, after = start[self._others], values[self._others]
+            after.copy_(torch.where(after == before, 0.0, after - before))
+        return values
+
+    def _add(self, values: torch.Tensor, start: torch.Tensor) -> None:
+        """Undoes what `_added` did, in place."""
+        if self._others is not None:
+            values[self._others] += start[self._others]
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -97,6 +105,8 @@ class PerRankBatchNormStats(BatchNormStats):
     def __init__(self, module: nn.Module, communicator: Communicator) -> None:
         super().__init__(module)
         self._communicator = communicator
+        self._initial = self.values.clone()
+        """The values at the beginning of the run, which are the same on every rank."""
         shapes = {name: buffer.shape for name, buffer in module.named_buffers()}
         self._shapes = [shapes[name] for name in self.names]
 
@@ -104,8 +114,9 @@ class PerRankBatchNormStats(BatchNormStats):
         """The mean over ranks of each floating-point buffer; this rank's are left as they are. A collective."""
         if not self.names:
             return {}
-        # Divided before: a sum of large constants would overflow.
-        mean = self._communicator.all_reduce_sum(self.values / self._communicator.world_size)
+        mean = self._added(self._initial)
+        mean = self._communicator.all_reduce_sum(mean) / self._communicator.world_size
+        self._add(mean, self._initial)
         parts = mean.split([shape.numel() for shape in self._shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.names, parts, self._shapes, strict=True)}
 

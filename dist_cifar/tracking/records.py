@@ -158,7 +158,7 @@ class RunRecords:
         views = (self._config.eval.tta, self._config.eval.tta_share)
         if views[0] != "none" and views != (summary.get("tta"), summary.get("tta_share")):
             instead = f"; dist-cifar evaluate {path} --tta has it" if views == ("mirror", 1.0) else ""
-            logger.info(f"eval.tta={views[0]} of the share {views[1]:g} was not part of its final test{instead}")
+            logger.info(f"its final test did not use eval.tta={views[0]} (eval.tta_share={views[1]:g}){instead}")
         logger.info(table(result_rows(summary, self.run_dir)))
 
     def _longer(self, state: TrainState) -> str:
@@ -166,7 +166,7 @@ class RunRecords:
         if state.step < self._plan.total_steps:
             key = "train.patience_evaluations"
         elif follows_length(self._config):
-            return "a longer one is a new run (run.name=NAME), since its steps depend on its length"
+            return "a longer one is a new run (run.dir=PATH), since its steps depend on its length"
         else:
             key = "train.max_steps" if self._config.train.max_steps == self._plan.total_steps else "train.epochs"
         return f"{key}=N makes it longer"

@@ -285,13 +285,14 @@ def test_a_run_stays_on_its_machine_and_was_alone_if_it_always_was(script, tmp_p
     accuracy = script("accuracy")
     directory = tmp_path / "run"
     monkeypatch.setattr(accuracy, "hardware", lambda: "A")
-    assert accuracy.begun(directory, alone=True)["alone"]
+    assert not accuracy.begun(directory, alone=False)["alone"]
+    assert accuracy.begun(directory, alone=True)["alone"], "it was deleted, or never trained"
+    directory.mkdir()
     assert not accuracy.begun(directory, alone=False)["alone"]
     assert not accuracy.begun(directory, alone=True)["alone"], "a part of it was not"
     monkeypatch.setattr(accuracy, "hardware", lambda: "B")
     with pytest.raises(SystemExit, match="begun on an A, and this is an B"):
         accuracy.begun(directory, alone=True)
-    directory.mkdir()
     (directory / "summary.json").touch()
     assert accuracy.begun(directory, alone=True)["hardware"] == "A", "it is done"
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from dist_cifar import stopping
 from dist_cifar.cli import main
 from dist_cifar.distributed.launch_env import read_env
 from dist_cifar.job import local_ranks
@@ -75,3 +76,10 @@ def test_ranks_of_another_launcher_are_not_started_again(found, monkeypatch, cap
         monkeypatch.setenv(name, value)
     assert main(["train", "--ranks", "3"]) == 2
     assert "--ranks 3 was given and a launcher has started 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_after_a_signal_no_rank_is_started(monkeypatch, name, code):
+    monkeypatch.setattr(stopping, "_received", [signal.Signals[name]])
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("a rank is started"))
+    assert local_ranks.exit_codes(2, ["true"], {}) == [code, code]

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from dist_cifar.config import ComputeConfig, Config, ModelConfig
 from dist_cifar.models import build_model
+from dist_cifar.ops import precision
 from dist_cifar.ops.precision import choose_precision, compiles, prepare_forward, resolve_precision, set_precision
 
 CPU = torch.device("cpu")
@@ -118,3 +120,16 @@ def test_on_a_gpu_nothing_is_computed_in_tf32(precision):
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_the_settings_of_torchs_compiler_are_put_back():
+    names = ("recompile_limit", "fail_on_recompile_limit_hit", "suppress_errors")
+    settings = torch._dynamo.config
+    before = [getattr(settings, name) for name in names]
+    deterministic = torch._inductor.config.deterministic
+    for _ in range(2):
+        prepare_forward(nn.Linear(2, 2), ComputeConfig(compile="on"), CPU, auto_compile=False, bitwise=True)
+    assert [getattr(settings, name) for name in names] == [precision.MOST_GRAPHS, True, False]
+    precision.put_compiler_back()
+    assert [getattr(settings, name) for name in names] == before
+    assert torch._inductor.config.deterministic == deterministic

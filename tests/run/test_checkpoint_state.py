@@ -26,6 +26,7 @@ STATE = {
     "std": [0.25, 0.25, 0.25],
     "world_size": 2,
     "numerics": {"threads": 1},
+    "own_files": {"mine.py": "ab"},
     "versions": {"torch": "2"},
 }
 GROUPS = {"model": {"w": torch.zeros(1)}, "optimizer": {}, "ranks": {}}
