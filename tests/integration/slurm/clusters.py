@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tests import PATIENCE_SECONDS, REPOSITORY
+from tests import PATIENCE_SECONDS, REPOSITORY, may_make_namespaces
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
@@ -32,6 +32,8 @@ def missing() -> list[str]:
     lacks = [command for command in commands if shutil.which(command) is None]
     if os.geteuid() != 0:
         lacks.append("root")
+    elif "unshare" not in lacks and not may_make_namespaces():
+        lacks.append("the right to make namespaces (CAP_SYS_ADMIN)")
     elif "freezer" not in Path("/proc/cgroups").read_text():
         lacks.append("the freezer of cgroup v1")
     return lacks
