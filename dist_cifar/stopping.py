@@ -8,7 +8,7 @@ Processes that are forked have none of this. Install the handlers before anythin
 early. `heeded` is for a process that is not this program's alone: it ends no process, and puts everything back.
 
 The end of the job's time is fixed when the process starts and measured by the monotonic clock: setting the wall clock
-does not move it. When a launcher dies, its ranks are killed.
+does not move it. When a launcher dies, its ranks are killed; the only rank of one that hands on no signal is stopped.
 """
 
 from __future__ import annotations
@@ -210,17 +210,17 @@ def _forget() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def die_with_launcher() -> None:
-    """Has this process killed when its parent dies, from now on. Linux only; elsewhere it does nothing.
+def die_with_launcher(number: signal.Signals = signal.SIGKILL) -> None:
+    """Has this process sent the signal when its parent dies, from now on. Linux only; elsewhere it does nothing.
 
     torchrun starts its ranks in sessions of their own: the ranks of an agent that was killed would continue beside
     those of the job that is started in its place.
     """
     if sys.platform == "linux":
         parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
         if os.getppid() != parent:  # it died before the kernel knew
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
 
 # --- the end of the job's time -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from typing import TYPE_CHECKING, NoReturn
@@ -38,8 +39,10 @@ def enter_job(config: Config, local_rank: int | None) -> DistEnv:
     refuse_contradictions(config, os.environ)
     prepare_environment(env, os.environ)
     stopping.install()
-    if env.launcher in ("torchrun", "mpi") or started_by_accelerate(os.environ):
+    if env.launcher in ("torchrun", "mpi"):
         stopping.die_with_launcher()
+    elif started_by_accelerate(os.environ):  # for one process it hands on no signal, and dies of each
+        stopping.die_with_launcher(signal.SIGTERM)
     return env
 
 

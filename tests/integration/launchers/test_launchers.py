@@ -372,6 +372,24 @@ def test_a_signal_saves_and_exits_75(number, config, golden_hash, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_accelerate_saves_its_only_rank(number, config, golden_hash, tmp_path):
+    """SIGTERM goes to the launcher alone, which hands on nothing; Ctrl-C to all processes of the terminal."""
+    directory = tmp_path / "run"
+    command = f"accelerate launch dist_cifar/train.py --config {config} run.dir={directory}"
+    process = start(command)
+    wait_for_step(directory, 7)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    _, out, err = finish(process)  # the rank holds its ends of the pipes until it has ended
+    assert status(directory)["status"] == "saved", err
+    stopped = int(re.search(r"stopped at step (\d+) and saved", out)[1])
+    code, out, err = run(command)
+    assert code == 0, err
+    assert f"from the checkpoint of step {stopped}" in out
+    assert summary(directory)["weights_sha256"] == golden_hash(1)
+
+
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks(config, golden_hash, tmp_path):
     directory = tmp_path / "run"
     command = f"torchrun --standalone --nproc-per-node 2 dist_cifar/train.py --config {config} run.dir={directory}"
