@@ -3,6 +3,7 @@
 # and the data must be on a disk that they share. A worker that dies is started again, with all others, from the last
 # checkpoint.
 #   NODES=2 HEAD=node1 launch/torchrun.sh --config configs/cifar10_resnet18.yaml run.dir=/shared/runs/first
+# More ranks than 8 want strategy.virtual_ranks=16, say, as well.
 # NODES         how many nodes there are; default 1
 # HEAD          the hostname of one of them; needed for several nodes
 # PORT          a free port there; default 29400

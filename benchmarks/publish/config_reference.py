@@ -27,12 +27,13 @@ This page is written by `make docs` from `dist_cifar/config/schema.py` and `dist
 processor has instructions for it, and says so; the run directory keeps the choice. `compute.compile` is `auto` (in
 `ddp`, on GPUs with triton), `on` or `off`.
 
-**Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; with
-`ddp`, `batch.per_rank_size` may be given instead, and the batch grows with the ranks. The learning rate is
-`optimizer.lr` times the square root of global batch / `optimizer.lr_base_batch` for Adam, and times that ratio itself
-for SGD and Muon, unless `optimizer.lr_rule` says otherwise; the start says which. `batch.max_micro_batch` splits a
-rank's share, or a virtual rank's, into passes whose gradients are accumulated. A virtual rank of `exact` is one forward
-and backward pass: choose the batch large enough that an eighth of it keeps a GPU busy.
+**Batch and learning rate.** `batch.global_size` is the number of samples of one optimizer step over all ranks; in
+other strategies than `exact`, `batch.per_rank_size` may be given instead, and the batch grows with the ranks. The
+learning rate is `optimizer.lr` times the square root of global batch / `optimizer.lr_base_batch` for Adam, and times
+that ratio itself for SGD and Muon, unless `optimizer.lr_rule` says otherwise; the start says which.
+`batch.max_micro_batch` splits a rank's share, or a virtual rank's, into passes whose gradients are accumulated. A
+virtual rank of `exact` is one forward and backward pass: choose the batch large enough that an eighth of it keeps a GPU
+busy.
 
 **Validation.** 5,000 training images are held out; the plateau scheduler and the choice of the best checkpoint use
 them. The test set is read once, at the end, with the best checkpoint, or with `eval.select=last` the last one.

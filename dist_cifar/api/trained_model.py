@@ -32,7 +32,7 @@ Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """The best model of a run, in evaluation mode."""
+    """The model that a run tested (`eval.select`), in evaluation mode."""
 
     classifier: Classifier
     """The checkpoint: its config, its path, its step and the hash of its weights."""
@@ -97,7 +97,7 @@ class TrainedModel:
 
 
 def load_model(run: str | os.PathLike[str] | RunResult, *, device: str = "auto") -> TrainedModel:
-    """Loads the best model of a run: a `RunResult`, a run directory, or one of its checkpoints.
+    """Loads the model that a run tested: a `RunResult`, a run directory, or one of its checkpoints.
 
     `device` is `auto`, `cpu` or `cuda`, as `run.device` of a config. Raises `ConfigError` for what is no run, and
     `CheckpointError` for a checkpoint that cannot be trusted.

@@ -18,9 +18,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="the accuracy of a run's model, on its test split or on other data",
-        description="Evaluate the best model of a run (or one of its checkpoints) on the run's test split or on --data:"
-        " a folder or zip as for data.source=folder, or the files of CIFAR-10.1 or CIFAR-10-C as published. Under a"
-        " launcher the ranks share the work, with the same result.",
+        description="Evaluate the model that a run tested (or one of its checkpoints) on the run's test split or on"
+        " --data: a folder or zip as for data.source=folder, or the files of CIFAR-10.1 or CIFAR-10-C as published."
+        " Under a launcher the ranks share the work, with the same result.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=path, metavar="RUN", help="run directory, or one of its checkpoints")

@@ -14,8 +14,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "export",
         help="write the model of a run for other programs: torch.export or ONNX",
-        description="Write the best model of a run as a graph that takes pixels (uint8, any number of images) and has"
-        " the normalisation inside, compare it with the model, and write a model card beside it.",
+        description="Write the model that a run tested as a graph that takes pixels (uint8, any number of images) and"
+        " has the normalisation inside, compare it with the model, and write a model card beside it.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=path, metavar="RUN", help="run directory, or one of its checkpoints")

@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "predict",
         help="classify pictures with the model of a run",
-        description="Classify pictures of any format and size with the best model of a run.",
+        description="Classify pictures of any format and size with the model that a run tested.",
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -32,8 +32,8 @@ class GroupRule:
     decay_scale: Annotated[float, Range(minimum=0, maximum=10_000)] = 1.0
     """Factor on their weight decay."""
     epochs: Annotated[float, Range(above=0, maximum=MANY)] | None = None
-    """So long they are trained: their learning rate is multiplied by what falls linearly from 1 to 0 meanwhile, and
-    then they are frozen, and their gradient costs nothing. null: for the whole run. Strategies `exact` and `ddp`."""
+    """These parameters are trained for so many epochs, in which their learning rate falls linearly to 0, and then
+    frozen, so that their gradient costs nothing. null: for the whole run. Strategies `exact` and `ddp`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,7 @@ class MuonConfig:
     """Factor on the learning rate of a matrix: 1, the root of max(1, rows / columns), or 0.2 times the root of the
     larger of both, with which Adam's learning rate and decay fit."""
     renormalise_every_steps: NonNegativeInt = 1
-    """In each step whose number this divides, each bank is first scaled to the norm of the root of its outputs; 0 never
-    does that."""
+    """Every so many steps each bank is first scaled to a norm of the root of its number of outputs; 0: never."""
     rest: Literal["sgd", "adamw"] = "sgd"
     """The optimizer of the other parameters, with the settings that it has in the section `optimizer`."""
     rest_lr_scale: Annotated[float, Range(minimum=0, maximum=10_000)] = 1.0
@@ -150,7 +149,7 @@ class ScheduleConfig:
     milestone_epochs: tuple[Annotated[float, Range(minimum=0, maximum=MANY)], ...] = (50.0, 75.0)
     """`multistep`: the epochs after which the learning rate is multiplied by `gamma`."""
     gamma: Probability = 0.1
-    """`multistep`: that factor."""
+    """`multistep`: the factor at each milestone."""
 
 
 @dataclass(frozen=True, kw_only=True)

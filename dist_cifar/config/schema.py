@@ -168,7 +168,7 @@ class MixConfig:
     """The share of the first image is drawn from Beta(alpha, alpha) for each step: about a half for large values, near
     0 or 1 for small ones."""
     off_last_epochs: Annotated[float, Range(minimum=0, maximum=MANY)] = 0.0
-    """So many epochs at the end of the run are trained on single images."""
+    """Epochs at the end of the run without mixing."""
 
 
 Width = Annotated[int, Range(minimum=1, maximum=2**16)]
@@ -217,7 +217,7 @@ class BatchConfig:
     """Samples of one step over all ranks: in `exact` a multiple of `strategy.virtual_ranks`, in `deepspeed` of the
     world size."""
     per_rank_size: PositiveInt | None = None
-    """Samples of one step on each rank: the global batch then grows with the world size."""
+    """Samples of one step on each rank: the global batch then grows with the world size. Not in `exact`."""
     max_micro_batch: PositiveInt | None = None
     """Most samples of one forward and backward pass. A larger share of a rank, or of a virtual rank in strategy
     `exact`, is accumulated over passes of equal size."""
@@ -228,14 +228,14 @@ class TrainConfig:
     """Length and loss of the training."""
 
     epochs: Free[Annotated[float, Range(above=0, maximum=MANY)]] = 100.0
-    """Passes over the training split, in whole global batches: the images that are left over are dropped, others in
-    each epoch. With a fraction, the last step is the one that completes it. Not free if a step depends on the length of
-    the run, as with a cosine or a triangle (docs/runs.md)."""
+    """Epochs over the training split, in whole global batches: the images that are left over are dropped, different
+    ones in each epoch. With a fraction, the last step is the one that completes it. Not free if a step depends on the
+    length of the run, as with a cosine or a triangle (docs/runs.md)."""
     max_steps: Free[PositiveInt | None] = None
     """Stop after this many steps even if the epochs are not complete. Fixed at resume whenever
     `epochs` is."""
     patience_evaluations: Free[PositiveInt | None] = None
-    """End the run early, as done, when so many evaluations in a row have not bettered the best accuracy."""
+    """End the run early, as done, when so many evaluations in a row have not improved on the best accuracy."""
     label_smoothing: Annotated[float, Range(minimum=0, maximum=1)] = 0.0
     """Label smoothing of the training loss; evaluation has none."""
 
