@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,14 @@ def recipes(accuracy: dict[str, Any], time_to_accuracy: dict[str, Any]) -> str:
         for row in time_to_accuracy["runs"]
         if row["hardware"] == machine
     ]
-    is_timed = {(row["recipe"], row["where"], row["hardware"], row["seed"]) for row in timed}
+    run_of = itemgetter("recipe", "where", "hardware", "seed")
+    is_timed = set(map(run_of, timed))
     others = [
         row | {"where": f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}", "seconds": row["wall_seconds"]}
         for row in accuracy["runs"]
         if row["change"] is None and _epochs(row["recipe"]) in (None, row["epochs"])
     ]
-    others = [row for row in others if (row["recipe"], row["where"], row["hardware"], row["seed"]) not in is_timed]
+    others = [row for row in others if run_of(row) not in is_timed]
     table: dict[str, list[dict[str, Any]]] = {}
     for (recipe, _, _), rows in grouped(timed + others, "recipe", "where", "hardware").items():
         if len(rows) > len(table.get(recipe, [])):

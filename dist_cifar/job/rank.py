@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dist_cifar import stopping
 from dist_cifar.distributed.launch_env import refuse_lone_task
+from dist_cifar.distributed.process_env import pin_cublas_workspace
 from dist_cifar.errors import StoppedError
 from dist_cifar.job.enter import enter_job
 from dist_cifar.job.failure_exit import FailureExit
@@ -114,7 +115,6 @@ def _threads(config: Config, env: DistEnv) -> int:
 def _prepare_libraries(threads: int) -> None:
     """Sets what libraries read from the environment when they are imported or used."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Accelerate and DDP warn when it is missing
-    # cuBLAS reads it once in the life of a process, which may train in `exact` later.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    pin_cublas_workspace(os.environ)  # in every strategy: the process may train in another one later
     # A store whose host dies is worth one line of ours, not a hundred of a stack trace.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -21,6 +21,7 @@ import torch
 import dist_cifar
 from dist_cifar.config import Config, flatten, own_files
 from dist_cifar.distributed.cores import available_cores
+from dist_cifar.distributed.process_env import pin_cublas_workspace
 
 _SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR")
 """Environment variables that choose the instructions of CPU kernels."""
@@ -51,7 +52,7 @@ def make_deterministic(device: torch.device) -> None:
     Call it before the first use of cuBLAS. Source: torch's notes on reproducibility.
     """
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        pin_cublas_workspace(os.environ)
         torch.use_deterministic_algorithms(True)
         # It would cost a pass over each new tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property

@@ -360,8 +360,7 @@ def is_run(path: Path) -> bool:
 
 def latest_run(folder: Path) -> Path:
     """The run directory in `folder` with a checkpoint whose status was written last. Raises `ConfigError`."""
-    runs = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
-    runs = [path for path in runs if any((path / "checkpoints").glob("step-*"))]
+    runs = {path.parent.parent for path in folder.glob("*/checkpoints/step-*")}
     written = {path: (path / "status.json").stat().st_mtime for path in runs if (path / "status.json").exists()}
     if not written:
         raise ConfigError(f"there is no run with a checkpoint in {folder}/; train one, or name one: --checkpoint RUN")

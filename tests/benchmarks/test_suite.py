@@ -534,6 +534,10 @@ def test_levels_are_predicted_to_gain_between_nodes_alone(script):
         )
         assert row["vote_messages"] <= 1 and row["vote_delay_steps"] <= 9 and 0.1 < row["exact_efficiency"] < 1
         assert 0.1 < row["ddp_efficiency"] < 1
+    for name in ("exact_efficiency", "ddp_efficiency"):
+        for machine in scale.MACHINES:
+            found = [row[name] for row in rows if row["machine"] == machine]
+            assert found == sorted(found, reverse=True) and found[0] > found[-1], "more GPUs are not more efficient"
     shown = tables.scale(
         {
             "counted": [counted_row(2, 0.1, store_requests_per_second=2.0)],

@@ -153,7 +153,7 @@ def test_any_value_at_any_place_does_no_harm(run, tmp_path):
     """A fuzzer: some values of all files are replaced, taken away or put elsewhere."""
     chance = random.Random(16)
     path = copy(run, tmp_path)
-    for _ in range(100):
+    for _ in range(200):
         for name in chance.sample([name for name in FILES if name != "config.yaml"], 2):
             lines = (run / name).read_text().splitlines() if name.endswith("l") else [(run / name).read_text()]
             records = [json.loads(line) for line in lines]

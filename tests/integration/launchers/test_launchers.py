@@ -365,10 +365,15 @@ def test_a_signal_saves_and_exits_75(number, config, golden_hash, tmp_path):
     stopped = int(re.search(r"stopped at step (\d+) and saved", out)[1])
     assert f"stopping at step {stopped} ({number.name}): saving" in out
     assert (directory / f"checkpoints/step-{stopped:08d}").is_dir()
+    require_resumes(command, directory, stopped, golden_hash(1))
+
+
+def require_resumes(command: str, directory: Path, step: int, expected: str) -> None:
+    """The command continues the run from that step to its end, with these weights."""
     code, out, err = run(command)
     assert code == 0, err
-    assert f"from the checkpoint of step {stopped}" in out
-    assert summary(directory)["weights_sha256"] == golden_hash(1)
+    assert f"from the checkpoint of step {step}" in out
+    assert summary(directory)["weights_sha256"] == expected
 
 
 @pytest.mark.slow
@@ -383,10 +388,7 @@ def test_a_signal_to_accelerate_saves_its_only_rank(number, config, golden_hash,
     _, out, err = finish(process)  # the rank holds its ends of the pipes until it has ended
     assert status(directory)["status"] == "saved", err
     stopped = int(re.search(r"stopped at step (\d+) and saved", out)[1])
-    code, out, err = run(command)
-    assert code == 0, err
-    assert f"from the checkpoint of step {stopped}" in out
-    assert summary(directory)["weights_sha256"] == golden_hash(1)
+    require_resumes(command, directory, stopped, golden_hash(1))
 
 
 @pytest.mark.slow
